@@ -1,0 +1,52 @@
+"""Loads the C++ extension, once, and says why where it cannot.
+
+``SPARSEBILEVEL_NATIVE=0`` keeps it unloaded (pure PyTorch); ``SPARSEBILEVEL_ISA=scalar|avx2|avx512`` limits the
+instruction set of its kernels.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from typing import Any
+
+import torch  # noqa: F401  Before the extension: both then share the OpenMP runtime that torch brings along.
+
+
+def _load() -> tuple[Any, str]:
+    if os.environ.get("SPARSEBILEVEL_NATIVE", "1") == "0":
+        return None, "switched off by SPARSEBILEVEL_NATIVE=0"
+    try:
+        module = importlib.import_module("sparsebilevel._C")
+    except ImportError as error:
+        reason = "it was not built" if isinstance(error, ModuleNotFoundError) else f"it does not load ({error})"
+        warnings.warn(
+            f"The C++ extension of sparsebilevel is missing: {reason}. Everything works on pure PyTorch, only the fast "
+            "sparse CPU kernels are unavailable. To get them, install a C++ compiler such as g++ and run "
+            "`pip install --force-reinstall --no-deps -v .` in the source tree; the output says what fails. "
+            "SPARSEBILEVEL_NATIVE=0 silences this warning.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None, reason
+    isa = os.environ.get("SPARSEBILEVEL_ISA")
+    if isa:
+        allowed = list(module.Isa.__members__)
+        if isa not in allowed:
+            raise ValueError(f"SPARSEBILEVEL_ISA={isa!r} is not known; allowed: {', '.join(allowed)}")
+        module.set_isa(module.Isa.__members__[isa])
+    return module, "loaded"
+
+
+lib: Any
+"""The extension module, or None."""
+reason: str
+"""``"loaded"``, or why `lib` is None."""
+
+lib, reason = _load()
+
+
+def available() -> bool:
+    """Whether the C++ kernels can be called."""
+    return lib is not None

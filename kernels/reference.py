@@ -1,0 +1,68 @@
+"""Pure-torch truth of every op.
+
+Three uses: the oracle that every kernel is tested against, the fallback where nothing faster runs, and the baseline of
+the benchmarks. Everything here is ordinary differentiable torch, works in any dtype and on any device, and is written
+to be read rather than to be fast.
+
+Notation: ``theta`` the weight, ``m`` the boolean mask (True = kept), ``z = m * theta`` the effective weight and
+``G = dloss/dz`` its gradient. Both gradients of the product follow from ``G``: ``dtheta = m * G``, ``dm = theta * G``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def effective_weight(weight: Tensor, mask: Tensor) -> Tensor:
+    """``z = m * theta``, selected rather than multiplied: an inf or NaN under a zero of the mask stays hidden."""
+    return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+
+
+def masked_linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``input @ (m * theta).T + bias``.
+
+    Shapes: input ``[..., K]``, weight and mask ``[N, K]``, bias ``[N]``; returns ``[..., N]``.
+    """
+    return F.linear(input, effective_weight(weight, mask), bias)
+
+
+def masked_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """2-D convolution with ``m * theta``.
+
+    Shapes: input ``[B, C, H, W]``, weight and mask ``[N, C / groups, R, S]``, bias ``[N]``; returns ``[B, N, P, Q]``.
+    """
+    return F.conv2d(input, effective_weight(weight, mask), bias, stride, padding, dilation, groups)
+
+
+def split_gradient(grad: Tensor, weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """``G -> (m * G, theta * G)``: the gradients of weight and mask scores (straight through)."""
+    return effective_weight(grad, mask), weight * grad
+
+
+def gather_support(grad: Tensor, positions: Tensor) -> Tensor:
+    """``G`` at flat ``positions`` (int64 ``[capacity]``, row-major; negative entries are padding and give 0)."""
+    values = grad.reshape(-1)[positions.clamp(min=0)]
+    return torch.where(positions >= 0, values, torch.zeros((), dtype=values.dtype, device=values.device))
+
+
+def binarize(scores: Tensor, k: int) -> Tensor:
+    """Boolean mask of the ``k`` largest scores; equal scores are taken in row-major order.
+
+    A stable sort settles the ties. NaN has no rank and must be refused by the caller.
+    """
+    # Adding zero turns -0.0 into +0.0: the two are equal and must tie.
+    order = torch.sort(scores.reshape(-1) + 0.0, descending=True, stable=True).indices
+    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    mask[order[:k]] = True
+    return mask.view(scores.shape)

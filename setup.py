@@ -1,0 +1,141 @@
+"""Builds the optional C++ extension ``sparsebilevel._C`` from csrc/; everything else is declared in pyproject.toml.
+
+The extension includes neither torch nor CUDA headers, so it builds in seconds, in an isolated environment, and one
+binary serves every torch. Where it cannot be built the installation goes on without it, and the package runs on pure
+PyTorch. ``pip install -v`` shows the messages.
+
+Environment:
+    CXX, CXXFLAGS, LDFLAGS: compiler and additional flags.
+    SPARSEBILEVEL_NO_EXT=1: do not build the extension.
+    SPARSEBILEVEL_NO_CUDA=1: do not look for nvcc.
+"""
+
+import io
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+CXXFLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
+
+
+def message(text: str) -> None:
+    print(f"sparsebilevel: {text}", file=sys.stderr)
+
+
+def enabled(variable: str) -> bool:
+    return os.environ.get(variable, "0") not in ("", "0")
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler as a command. GCC first: its OpenMP runtime is the one that torch's wheels bring along."""
+    if os.environ.get("CXX"):
+        return shlex.split(os.environ["CXX"])
+    for name in ("g++", "clang++", "c++"):
+        if shutil.which(name):
+            return [name]
+    raise CompileError("no C++ compiler found (looked for $CXX, g++, clang++, c++)")
+
+
+def version_line(command: list[str], line: int) -> str:
+    return subprocess.run([*command, "--version"], check=True, capture_output=True, text=True).stdout.splitlines()[line]
+
+
+def find_nvcc() -> str | None:
+    """The release line of nvcc, or None. No kernel in csrc/ needs it yet; the build only records what it saw."""
+    if enabled("SPARSEBILEVEL_NO_CUDA"):
+        return None
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    try:
+        return version_line([nvcc], -2) if nvcc else None
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+class NinjaBuildExt(build_ext):
+    """Compiles with ninja: in parallel, and again only what changed, headers included."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            self.build_with_ninja(ext)
+        except (CompileError, ImportError, OSError, subprocess.CalledProcessError) as error:
+            message(f"the C++ extension was not built: {error}")
+            message("going on without it: everything works on pure PyTorch, the sparse CPU kernels are missing.")
+            # setuptools forgives this error for an optional extension.
+            raise CompileError("see the message above") from error
+
+    def build_with_ninja(self, ext: Extension) -> None:
+        compiler = find_compiler()
+        flags = [*CXXFLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        nvcc = find_nvcc()
+        message(f"nvcc: {nvcc}" if nvcc else "nvcc not found or switched off: building for the CPU only")
+        build_info = {
+            "compiler": version_line(compiler, 0),
+            "flags": shlex.join(flags),
+            "isa": ["scalar", "avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else ["scalar"],
+            "nvcc": nvcc,
+        }
+
+        build = Path(self.build_temp).absolute()
+        build.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).absolute()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        literal = f'R"json({json.dumps(build_info)})json"'
+        write_if_changed(build / "build_info.h", f"#define SPARSEBILEVEL_BUILD_INFO {literal}\n")
+        write_if_changed(build / "build.ninja", ninja_file(compiler, flags, ext.sources, build, target))
+        subprocess.run([sys.executable, "-m", "ninja", "-C", str(build)], check=True)
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def ninja_file(compiler: list[str], flags: list[str], sources: list[str], build: Path, target: Path) -> str:
+    # Imported here: requirements of the build, which making an sdist must not need.
+    import pybind11
+    from ninja.ninja_syntax import Writer
+
+    python_flags = [f"-I{build}", f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+    text = io.StringIO()
+    ninja = Writer(text, width=10_000)
+    ninja.variable("cxx", shlex.join(compiler))
+    ninja.variable("cxxflags", shlex.join(flags))
+    ninja.variable("ldflags", os.environ.get("LDFLAGS", ""))
+    ninja.rule("compile", "$cxx -MMD -MF $out.d $cxxflags $includes -c $in -o $out", depfile="$out.d", deps="gcc")
+    ninja.rule("link", "$cxx -shared $cxxflags $in $ldflags -o $out")
+    objects = []
+    for source in sources:
+        objects.append(str(build / Path(source).with_suffix(".o")))
+        includes = shlex.join(python_flags) if source == "csrc/bindings.cpp" else ""
+        ninja.build(objects[-1], "compile", str(Path(source).absolute()), variables={"includes": includes})
+    ninja.build(str(target), "link", objects)
+    return text.getvalue()
+
+
+def files(pattern: str) -> list[str]:
+    return sorted(path.as_posix() for path in Path("csrc").rglob(pattern))
+
+
+extension = Extension("sparsebilevel._C", sources=files("*.cpp"), depends=files("*.h"), optional=True)
+
+setup(
+    packages=[
+        *find_packages(include=["sparsebilevel", "sparsebilevel.*"]),
+        "sparsebilevel.kernels",
+        *(f"sparsebilevel.kernels.{name}" for name in find_packages("kernels")),
+    ],
+    package_dir={"sparsebilevel.kernels": "kernels"},
+    ext_modules=[] if enabled("SPARSEBILEVEL_NO_EXT") else [extension],
+    cmdclass={"build_ext": NinjaBuildExt},
+)

@@ -1,0 +1,114 @@
+"""The installed package: its contents, its configuration, and life without the extension."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import sparsebilevel
+from sparsebilevel import __config__
+from sparsebilevel.kernels import native
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code, **environment):
+    """Standard output and error of a fresh interpreter outside the source tree."""
+    command = [sys.executable, "-W", "always", "-c", code]
+    run = subprocess.run(command, cwd="/", env=os.environ | environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout, run.stderr
+
+
+def test_version_is_that_of_the_distribution():
+    assert sparsebilevel.__version__ == metadata.version("sparsebilevel")
+
+
+def test_the_installed_package_is_tested():
+    assert not (ROOT / "conftest.py").exists()  # it would put the root, and with it the sources, on sys.path
+    assert str(ROOT) not in sys.path
+
+
+def test_only_one_top_level_name_is_installed():
+    assert metadata.distribution("sparsebilevel").read_text("top_level.txt").split() == ["sparsebilevel"]
+
+
+def test_config_is_json_and_complete(capsys):
+    facts = json.loads(json.dumps(__config__.info()))
+    assert facts["sparsebilevel"] == sparsebilevel.__version__
+    assert {"python", "platform", "torch", "numpy", "extension", "threads", "cuda", "optional"} <= set(facts)
+    assert facts["extension"]["loaded"] == native.available()
+    if native.available():
+        assert facts["extension"]["isa_used"] in facts["extension"]["isa_compiled"]
+        assert "nvcc" in facts["extension"]
+    __config__.show()
+    assert "C++ extension" in capsys.readouterr().out
+
+
+def test_every_optional_package_belongs_to_a_declared_extra():
+    declared = metadata.metadata("sparsebilevel").get_all("Provides-Extra")
+    assert {entry["extra"] for entry in __config__.info()["optional"].values()} - {None} <= set(declared)
+
+
+def test_core_requirements_stay_small():
+    core = [line for line in metadata.requires("sparsebilevel") if "extra ==" not in line]
+    assert sorted(line.split(">")[0] for line in core) == ["numpy", "torch"]
+
+
+def test_native_can_be_switched_off_quietly():
+    code = "from sparsebilevel.kernels import native; print(native.available(), native.reason)"
+    out, err = python(code, SPARSEBILEVEL_NATIVE="0")
+    assert out.strip() == "False switched off by SPARSEBILEVEL_NATIVE=0"
+    assert "C++ extension" not in err
+
+
+def test_missing_extension_warns_once_and_works():
+    code = """
+import sys
+sys.modules["sparsebilevel._C"] = None  # importing it now raises ModuleNotFoundError
+import torch, sparsebilevel
+from sparsebilevel.kernels import binarize, native
+assert not native.available()
+print(binarize(torch.tensor([1.0, 3.0, 2.0]), 2).tolist())
+"""
+    out, err = python(code, SPARSEBILEVEL_NATIVE="1")
+    assert out.strip() == "[False, True, True]"
+    assert err.count("The C++ extension of sparsebilevel is missing") == 1
+
+
+@pytest.mark.skipif(not native.available(), reason=f"C++ extension: {native.reason}")
+def test_instruction_set_can_be_limited():
+    code = "from sparsebilevel.kernels import native; print(native.lib.isa().name)"
+    assert python(code, SPARSEBILEVEL_ISA="scalar")[0].strip() == "scalar"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "broken", [{"CXX": "/bin/false"}, {"CXX": "/nonexistent/c++"}, {"SPARSEBILEVEL_NO_EXT": "1"}, {}]
+)
+def test_wheel(broken, tmp_path):
+    """Builds in a copy of the tree; a missing or broken compiler costs the extension, not the installation."""
+    if not broken and not native.available():
+        pytest.skip(f"C++ extension: {native.reason}")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md", "csrc", "kernels", "sparsebilevel"):
+        subprocess.run(["cp", "-r", ROOT / name, source], check=True)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, source]
+    subprocess.run(command, cwd=tmp_path, env=os.environ | broken, check=True)
+
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"sparsebilevel"}
+    assert {"sparsebilevel/kernels/native.py", "sparsebilevel/py.typed"} <= set(names)
+    assert any(name.startswith("sparsebilevel/_C.") for name in names) == (not broken)
+
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, tmp_path / "installed"], check=True)
+    out, err = python("import sparsebilevel; print(sparsebilevel.__file__)", PYTHONPATH=str(tmp_path / "installed"))
+    assert out.startswith(str(tmp_path))
+    assert err.count("The C++ extension of sparsebilevel is missing") == bool(broken)
