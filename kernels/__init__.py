@@ -1,0 +1,22 @@
+"""The ops behind the layers: reference, native and Triton kernels, and the choice between them.
+
+One operation has one stem: ``binarize`` lives in ``kernels/binarize.py``, ``csrc/cpu/binarize.cpp`` and
+``tests/test_binarize.py``. This package imports nothing else of ``sparsebilevel``.
+"""
+
+from .binarize import binarize, binarize_many
+from .dispatch import BACKENDS, Backend, choose_backend
+from .gradient import make_grad_sink
+from .masked_conv2d import masked_conv2d
+from .masked_linear import masked_linear
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "binarize",
+    "binarize_many",
+    "choose_backend",
+    "make_grad_sink",
+    "masked_conv2d",
+    "masked_linear",
+]

@@ -1,0 +1,109 @@
+"""The gradient contract shared by all masked ops, and their autocast rule.
+
+A masked op computes ``G = dloss/d(m * theta)`` once in its backward and hands out only what is asked for:
+
+===============  ==============================================================================================
+gradient of      value
+===============  ==============================================================================================
+``weight``       ``m * G``
+``mask_scores``  ``theta * G`` (straight through), for users who train scores with an optimizer of their own
+``grad_sink``    ``G`` itself: dense, or at ``positions``. A leaf tensor, so autograd accumulates it in ``.grad``
+===============  ==============================================================================================
+
+The sink is what the methods of this library use: at an inactive position theta and m are both zero and neither of the
+first two carries any signal. All three are linear in ``G``, so gradient accumulation is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .reference import effective_weight, gather_support
+
+SUPPORTS = ("none", "active", "search", "all")
+
+
+def make_grad_sink(weight: Tensor, positions: Tensor | None = None) -> Tensor:
+    """A leaf whose ``.grad`` collects ``G``: of the weight's shape, or ``[capacity]`` if ``positions`` are given.
+
+    It is an expanded scalar: it stores one element, and only its gradient takes memory. The gradient is float32
+    (float64 for float64 weights) whatever the compute dtype is.
+    """
+    shape = weight.shape if positions is None else positions.shape
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.zeros((), dtype=dtype, device=weight.device).expand(shape).requires_grad_()
+
+
+def check_masked_operands(
+    weight: Tensor, mask: Tensor, mask_scores: Tensor | None, grad_sink: Tensor | None, positions: Tensor | None
+) -> None:
+    """Refuse a mask side that does not fit the weight, before a kernel reads it."""
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask has dtype {mask.dtype}; expected torch.bool (True = kept)")
+    if mask.shape != weight.shape:
+        raise ValueError(f"mask has shape {list(mask.shape)}; expected {list(weight.shape)}, the weight's")
+    if mask_scores is not None and mask_scores.shape != weight.shape:
+        raise ValueError(
+            f"mask_scores has shape {list(mask_scores.shape)}; expected {list(weight.shape)}, the weight's"
+        )
+    if grad_sink is not None:
+        expected = weight.shape if positions is None else positions.shape
+        if grad_sink.shape != expected:
+            where = "the weight's" if positions is None else "that of positions"
+            raise ValueError(f"grad_sink has shape {list(grad_sink.shape)}; expected {list(expected)}, {where}")
+    if forward_ad._current_level >= 0:  # torch would drop the tangents without a word
+        raise NotImplementedError("masked ops have no forward-mode derivative; use reverse mode, or densify the model")
+
+
+def save_gradient_dtypes(ctx: Any, mask_scores: Tensor | None, grad_sink: Tensor | None) -> None:
+    """Note on ``ctx`` in which dtype the gradients of scores and sink are wanted."""
+    ctx.scores_dtype = None if mask_scores is None else mask_scores.dtype
+    ctx.sink_dtype = None if grad_sink is None else grad_sink.dtype
+
+
+def distribute_gradient(
+    ctx: Any, grad: Tensor, weight: Tensor, mask: Tensor, positions: Tensor | None, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of (weight, mask_scores, grad_sink), where ``needs`` asks, from the one ``G`` of a backward."""
+    grad_weight = effective_weight(grad, mask) if needs[0] else None
+    grad_scores = weight.to(ctx.scores_dtype) * grad.to(ctx.scores_dtype) if needs[1] else None
+    grad_sink = None
+    if needs[2]:
+        grad_sink = (grad if positions is None else gather_support(grad, positions)).to(ctx.sink_dtype)
+    return grad_weight, grad_scores, grad_sink
+
+
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+_library = torch.library.Library("sparsebilevel", "FRAGMENT")
+
+
+def register_autocast(name: str, operands: frozenset[int]) -> None:
+    """Autocast rule of op ``name``: cast the arguments at the positions ``operands`` to the autocast dtype in force.
+
+    ``torch.library.register_autocast`` fixes one dtype for good and casts every floating argument, the float32 sink and
+    scores included; here the dtype is the user's and only the operands of the product are cast.
+    """
+
+    def kernel_for(device_type: str) -> Callable[..., Tensor]:
+        def kernel(_keyset: Any, *args: Any) -> Tensor:
+            dtype = torch.get_autocast_dtype(device_type)
+            cast = [
+                arg.to(dtype)
+                if i in operands and isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
+                else arg
+                for i, arg in enumerate(args)
+            ]
+            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+                return getattr(torch.ops.sparsebilevel, name)(*cast)
+
+        return kernel
+
+    _library.impl(name, kernel_for("cpu"), "AutocastCPU", with_keyset=True)
+    _library.impl(name, kernel_for("cuda"), "AutocastCUDA", with_keyset=True)
