@@ -1,0 +1,226 @@
+"""masked_linear against plain autograd on the effective weight ``z = mask * weight``."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import forward_ad
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsebilevel.kernels import make_grad_sink, masked_linear, reference
+
+OPERANDS = ("input", "weight", "bias", "mask_scores", "grad_sink")
+
+
+def operands(rows=(3,), n=4, k=5, density=0.5, dtype=torch.float64):
+    """Input, weight, mask, bias and scores; the floating ones are leaves."""
+    drawn = [torch.randn(s, dtype=dtype, requires_grad=True) for s in ((*rows, k), (n, k), (n,), (n, k))]
+    return drawn[0], drawn[1], torch.rand(n, k) < density, drawn[2], drawn[3]
+
+
+def oracle(x, w, m, b, dy):
+    """Output, and gradients of input, z and bias, by plain autograd on z."""
+    leaves = [t.detach().requires_grad_() for t in (x, torch.where(m, w, 0.0), b)]
+    y = F.linear(*leaves)
+    return y.detach(), torch.autograd.grad(y, leaves, dy)
+
+
+@st.composite
+def problems(draw):
+    rows = draw(st.lists(st.integers(0, 4), max_size=3))
+    x, w, m, b, s = operands(
+        rows, draw(st.integers(1, 6)), draw(st.integers(1, 6)), draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+    )
+    if draw(st.booleans()):  # the same values, transposed in memory
+        x, w = (t.detach().t().contiguous().t().requires_grad_() if t.dim() == 2 else t for t in (x, w))
+    positions = None
+    if draw(st.booleans()):
+        positions = torch.tensor(draw(st.lists(st.integers(-2, w.numel() - 1), max_size=8)), dtype=torch.int64)
+    return x, w, m, b, s, positions
+
+
+@given(problems())
+@settings(deadline=None, max_examples=150)
+def test_values_and_all_gradients_keep_the_contract(problem):
+    x, w, m, b, s, positions = problem
+    sink = make_grad_sink(w, positions)
+    y = masked_linear(x, w, m, b, mask_scores=s, grad_sink=sink, positions=positions)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    expected, (dx, g, db) = oracle(x, w, m, b, dy)
+    assert_close(y.detach(), expected)
+    assert_close(x.grad, dx)
+    assert_close(w.grad, g * m)
+    assert_close(b.grad, db)
+    assert_close(s.grad, g * w.detach())
+    if positions is None:
+        assert_close(sink.grad, g)
+    else:
+        at = [0.0 if p < 0 else g.flatten()[p].item() for p in positions.tolist()]
+        assert_close(sink.grad, torch.tensor(at, dtype=g.dtype))
+    assert_close(reference.masked_linear(x, w, m, b), y)
+
+
+@pytest.mark.parametrize("wanted", [set(c) for r in range(1, 6) for c in itertools.combinations(OPERANDS, r)], ids=str)
+def test_gives_and_computes_only_what_is_asked(wanted):
+    x, w, m, b, s = operands()
+    named = dict(zip(OPERANDS, (x, w, b, s, make_grad_sink(w)), strict=True))
+    for name, tensor in named.items():
+        tensor.requires_grad_(name in wanted)
+    with FlopCounterMode(display=False) as flops:
+        y = masked_linear(x, w, m, b, mask_scores=s, grad_sink=named["grad_sink"])
+        y.sum().backward()
+    assert {name for name, tensor in named.items() if tensor.grad is not None} == wanted
+    products = 1 + ("input" in wanted) + bool(wanted & {"weight", "mask_scores", "grad_sink"})
+    assert flops.get_total_flops() == products * 2 * 3 * 4 * 5
+    _, (dx, g, db) = oracle(x, w, m, b, torch.ones_like(y))
+    expected = dict(zip(OPERANDS, (dx, g * m, db, g * w.detach(), g), strict=True))
+    for name in wanted:
+        assert_close(named[name].grad, expected[name])
+
+
+def test_counts_the_flops_of_the_dense_layer():
+    for shape in [(5,), (3, 5), (2, 3, 5)]:
+        x, w, m, b, _ = operands(shape[:-1])
+        with FlopCounterMode(display=False) as dense:
+            F.linear(x, w, b).sum().backward()
+        with FlopCounterMode(display=False) as masked:
+            masked_linear(x, w, m, b).sum().backward()
+        assert masked.get_total_flops() == dense.get_total_flops() > 0
+
+
+def test_gradcheck_and_gradgradcheck():
+    x, w, m, b, _ = operands()
+    assert torch.autograd.gradcheck(lambda x, b: masked_linear(x, w, m, b), (x, b))
+    assert torch.autograd.gradcheck(lambda w: masked_linear(x, torch.where(m, w, 0.0), m, b), (w,))
+    assert torch.autograd.gradgradcheck(lambda x, w, b: masked_linear(x, w, m, b), (x, w, b))
+
+
+def test_opcheck():
+    x, w, m, b, s = operands((2, 3))
+    positions = torch.tensor([3, 0, -1])
+    op = torch.ops.sparsebilevel.masked_linear.default
+    torch.library.opcheck(op, (x, w, m, b, s, make_grad_sink(w), None))
+    torch.library.opcheck(op, (x[0, 0], w, m, None, None, make_grad_sink(w, positions), positions))
+    torch.library.opcheck(op, (x.detach(), w.detach(), m, b.detach(), None, None, None))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_low_precision_is_close_and_collects_in_float32(dtype):
+    x, w, m, b, s = operands(dtype=dtype)
+    s = s.detach().float().requires_grad_()
+    sink = make_grad_sink(w)
+    y = masked_linear(x, w, m, b, mask_scores=s, grad_sink=sink)
+    y.sum().backward()
+    expected, (dx, g, db) = oracle(x.double(), w.double(), m, b.double(), torch.ones_like(y).double())
+    assert y.dtype == x.grad.dtype == w.grad.dtype == dtype
+    assert sink.grad.dtype == s.grad.dtype == torch.float32
+    for got, want in ((y, expected), (x.grad, dx), (w.grad, g * m), (b.grad, db), (sink.grad, g)):
+        assert_close(got.double(), want, atol=10 * torch.finfo(dtype).eps, rtol=10 * torch.finfo(dtype).eps)
+    assert_close(s.grad, w.detach().float() * sink.grad)  # not rounded to the compute dtype
+
+
+def test_autocast_computes_in_the_users_dtype_and_keeps_gradients_in_float32():
+    x, w, m, b, s = operands(dtype=torch.float32)
+    for dtype in (torch.bfloat16, torch.float16):
+        sink = make_grad_sink(w)
+        with torch.autocast("cpu", dtype):
+            y = masked_linear(x, w, m, b, mask_scores=s, grad_sink=sink)
+            assert_close(y, F.linear(x, torch.where(m, w, 0.0), b))
+            with torch.autocast("cpu", enabled=False):
+                assert masked_linear(x, w, m, b).dtype == torch.float32
+        y.float().sum().backward()
+        assert y.dtype == dtype
+        assert {t.grad.dtype for t in (x, w, b, s, sink)} == {torch.float32}
+        assert_close(s.grad, w.detach().to(dtype) * sink.grad)  # not rounded again
+        s.grad = None
+    double = [t.double() if t.is_floating_point() else t for t in (x, w, m, b)]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert masked_linear(*double).dtype == torch.float64
+
+
+@pytest.mark.parametrize("poison", [float("inf"), float("nan")])
+def test_nothing_leaks_through_zeros_of_the_mask(poison):
+    x, w, m, b, _ = operands()
+    m[0, 1] = False
+    with torch.no_grad():
+        w[0, 1] = poison
+    y = masked_linear(x, w, m, b)
+    y.sum().backward()
+    assert y.isfinite().all()
+    assert x.grad.isfinite().all()
+    w.grad, x.grad = None, None
+    with torch.no_grad():
+        x[:, 1] = poison  # now column 1 of G is not finite
+    m[:, 1] = False
+    sink = make_grad_sink(w)
+    masked_linear(x, w, m, b, grad_sink=sink).nan_to_num(0, 0, 0).sum().backward()
+    assert not sink.grad[:, 1].isfinite().any()
+    assert torch.equal(w.grad[:, 1], torch.zeros(4, dtype=w.dtype))
+
+
+def test_accumulates_exactly_over_two_backwards():
+    x, w, m, b, _ = operands()
+    positions = torch.tensor([7, 7, -1, 0])
+    sink, where = make_grad_sink(w), make_grad_sink(w, positions)
+    total = 0
+    for scale in (1.0, -3.0):
+        dy = torch.full((3, 4), scale, dtype=w.dtype)
+        masked_linear(x, w, m, b, grad_sink=sink).backward(dy)
+        masked_linear(x, w, m, b, grad_sink=where, positions=positions).backward(dy)
+        total = total + oracle(x, w, m, b, dy)[1][1]
+    assert torch.equal(sink.grad, total)
+    assert torch.equal(where.grad, torch.stack([total[1, 2], total[1, 2], torch.zeros_like(total[0, 0]), total[0, 0]]))
+
+
+def test_sink_takes_no_memory_until_it_collects():
+    sink = make_grad_sink(torch.zeros(300, 200))
+    assert sink.untyped_storage().nbytes() == 4
+    assert sink.is_leaf
+    assert sink.grad is None
+
+
+def test_mask_or_positions_changed_before_backward_are_noticed():
+    x, w, m, b, _ = operands()
+    positions = torch.tensor([0, 1])
+    for change in (lambda: m.copy_(~m), lambda: positions.add_(1)):
+        y = masked_linear(x, w, m, b, grad_sink=make_grad_sink(w, positions), positions=positions)
+        change()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_forward_mode_is_refused_rather_than_dropped():
+    x, w, m, b, _ = (t.detach() for t in operands())
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        masked_linear(forward_ad.make_dual(x, x), w, m, b)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda x: masked_linear(x, w, m, b), (x,), (x,))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_gives_the_batched_result():
+    x, w, m, b, _ = (t.detach() for t in operands((6,)))
+    assert_close(torch.func.vmap(lambda x: masked_linear(x, w, m, b))(x), masked_linear(x, w, m, b))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mask": torch.ones(4, 5)}, r"mask has dtype torch.float32; expected torch.bool"),
+        ({"mask": torch.ones(5, 4, dtype=torch.bool)}, r"mask has shape \[5, 4\]; expected \[4, 5\]"),
+        ({"input": torch.ones(3, 4)}, r"input has shape \[3, 4\]; its last size must be 5"),
+        ({"input": torch.tensor(1.0)}, r"input has shape \[\]; its last size must be 5"),
+        ({"mask_scores": torch.ones(4)}, r"mask_scores has shape \[4\]; expected \[4, 5\]"),
+        ({"grad_sink": torch.zeros(3)}, r"grad_sink has shape \[3\]; expected \[4, 5\], the weight's"),
+        ({"grad_sink": torch.zeros(3), "positions": torch.zeros(2).long()}, r"expected \[2\], that of positions"),
+    ],
+)
+def test_bad_operands_are_named(change, message):
+    x, w, m, b, _ = operands(dtype=torch.float32)
+    with pytest.raises(ValueError, match=message):
+        masked_linear(**({"input": x, "weight": w, "mask": m, "bias": b} | change))
