@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torch.utils._device
 
 
 def pytest_addoption(parser):
@@ -14,6 +15,9 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+    # ``with torch.device(...)`` looks functions up in a list that torch fills at the first use: with the real
+    # torch.empty, or what poisoned_empty puts in its place would be listed, and every call inside it would be missed.
+    torch.utils._device._device_constructors()
 
 
 def pytest_collection_modifyitems(config, items):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from sparsebilevel._datasets import _shift_and_flip
 from sparsebilevel._torchvision import import_torchvision
 from sparsebilevel.data import Data, Loader, list_data, load_data
+from sparsebilevel.data.datasets import _shift_and_flip
 
 
 def fake(**changes: object) -> Data:

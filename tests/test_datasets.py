@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparsebilevel._datasets import IMAGE_SETS
 from sparsebilevel.data import load_data
+from sparsebilevel.data.datasets import IMAGE_SETS
 
 MD5 = "ignore:.*differs from the published file"
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._datasets import IMAGE_SETS, Batch, FolderSource, Source, TensorSource, make_fake
+from .datasets import IMAGE_SETS, Batch, FolderSource, Source, TensorSource, make_fake
 
 __all__ = ["Data", "Loader", "list_data", "load_data"]
 

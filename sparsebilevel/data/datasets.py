@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._torchvision import import_torchvision
+from .._torchvision import import_torchvision
 
 Batch = tuple[Tensor, Tensor]
 
@@ -83,7 +83,7 @@ def read_digits(_data_path: Path) -> tuple[Split, Split]:
     The split is fixed: sort by class, keeping the file's order within a class; every fifth image, from the first on, is
     a test image. So each class is a fifth of itself in the test set, to within one image.
     """
-    with resources.files("sparsebilevel").joinpath("digits.npz").open("rb") as file, np.load(file) as arrays:
+    with resources.files(__package__).joinpath("digits.npz").open("rb") as file, np.load(file) as arrays:
         images = torch.from_numpy(arrays["images"]).unsqueeze(1)
         labels = torch.from_numpy(arrays["labels"]).long()
     by_class = torch.argsort(labels, stable=True)

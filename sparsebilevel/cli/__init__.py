@@ -1,0 +1,234 @@
+"""The command ``sparsebilevel``. Every field of `Config` is a flag; bad input ends in one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..training.config import Config, check_fields, field_types, read_config
+
+ALIASES = {"arch": ("--model",), "batch_size": ("-b",), "weight_decay": ("--wd",), "workers": ("-j",)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command. Exit codes: 0 done, 1 the run failed, 2 bad input, 130 and 143 stopped by a signal."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if not hasattr(args, "command"):
+        parser.print_help()
+        return
+    try:
+        args.command(args)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if args.traceback:
+            raise
+        sys.exit(_explain(error))
+
+
+def _explain(error: Exception) -> int:
+    """Print an expected error as one line and return its exit code; anything else is a bug, and raised again."""
+    from ..training.loop import Interrupted, TrainingError
+
+    text = " ".join(str(error).split())
+    if isinstance(error, Interrupted):
+        print(text, file=sys.stderr)
+        return error.exit_code
+    if not isinstance(error, (ValueError, OSError, ImportError, TrainingError)):
+        raise error
+    print(f"error: {text}", file=sys.stderr)
+    return 1 if isinstance(error, TrainingError) else 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All commands and their flags."""
+    from .. import __version__
+
+    parser = _Parser(prog="sparsebilevel", description="Train neural networks whose sparsity mask is learned.")
+    parser.add_argument("--version", action="version", version=f"sparsebilevel {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], help: str, **kwargs: Any) -> _Parser:
+        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False, **kwargs)
+        sub.set_defaults(command=run)
+        return sub
+
+    train = command("train", run_train, "Train a network (torchrun ... --no-python sparsebilevel train ...)")
+    add_config_flags(train)
+
+    demo = command("demo", run_demo, "Train a small network dense and sparse on the embedded digits, and compare.")
+    demo.add_argument("--output-dir", type=Path, default=Path("runs/demo"), help="folder of the runs and the report")
+    demo.add_argument("--epochs", type=int, help="epochs of each run")
+    demo.add_argument("--sparsity", type=float, default=0.9, help="fraction of zeros")
+
+    ablate = command("ablate", run_ablate, "Vary one setting at a time; one run each, in sub-folders of --output-dir.")
+    ablate.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="repeat every setting with these seeds")
+    help = "values of a field, instead of the method's usual ablations; may be given several times"
+    ablate.add_argument("--grid", action="append", metavar="FIELD=V1,V2", help=help)
+    add_config_flags(ablate)
+
+    report = command("report", run_report, "Make a page with tables and pictures from run folders.")
+    report.add_argument("runs", type=Path, nargs="+", help="run folders, or folders of run folders")
+    report.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page to write")
+
+    export = command("export", run_export, "Write the trained network for use elsewhere.")
+    export.add_argument("run", type=Path, help="run folder or checkpoint")
+    export.add_argument("-o", "--output", type=Path, required=True, help="file to write")
+    formats = ("dense", "safetensors", "onnx", "sliced", "2:4")
+    export.add_argument("--format", choices=formats, default="dense", help="form of the network")
+
+    bench = command("bench", run_bench, "Measure every sparse layer, and a training step, against the dense network.")
+    bench.add_argument("model", help="name of a model, or folder of a run")
+    bench.add_argument("--sparsity", type=float, default=0.9, help="fraction of zeros")
+    bench.add_argument("--distribution", default="uniform", help="uniform, er, erk or global")
+    bench.add_argument("--pattern", default="unstructured", help="as for train")
+    bench.add_argument("-b", "--batch-size", type=int, default=64, help="samples in a batch")
+    bench.add_argument("--image-size", type=int, help="height and width of the images")
+    bench.add_argument("--num-classes", type=int, default=10, help="size of the output")
+    bench.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    bench.add_argument("--threads", type=int, help="CPU threads")
+
+    command("config", run_config, "Show what was built, what is installed, and what each part needs.")
+    command("presets", run_presets, "List the recipes that --preset takes.")
+    return parser
+
+
+# -- flags from fields ------------------------------------------------------------------------------------------------
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """``--preset``, ``--config`` and a flag for every field; what is not given leaves no trace in the namespace."""
+    parser.add_argument("--preset", metavar="NAME", help="start from a recipe; `sparsebilevel presets` lists them")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="start from a JSON file, such as a run's config.json"
+    )
+    types = field_types()
+    for field in dataclasses.fields(Config):
+        kind, optional = types[field.name]
+        flags = ("--" + field.name.replace("_", "-"), *ALIASES.get(field.name, ()))
+        default = "" if field.default in (None, (), False) else f" [{field.default}]"
+        options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
+        options["help"] = (field.metadata["help"] + default).replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
+        elif kind is tuple:
+            parser.add_argument(*flags, nargs="*", metavar="NAME", **options)
+        else:
+            metavar = None if field.metadata["choices"] else kind.__name__.upper()
+            convert = _converter(field.name, kind, optional)
+            parser.add_argument(*flags, type=convert, choices=field.metadata["choices"], metavar=metavar, **options)
+
+
+def _converter(name: str, kind: type, optional: bool) -> Callable[[str], Any]:
+    from ..training.config import parse_amount
+
+    def convert(text: str) -> Any:
+        if optional and kind is not str and text == "none":
+            return None
+        return parse_amount(text) if name == "validation" else kind(text)
+
+    convert.__name__ = kind.__name__  # argparse's messages say "invalid int value"
+    return convert
+
+
+def config_from(args: argparse.Namespace) -> Config:
+    """Explicit flags, over the file, over the preset, over the defaults."""
+    from ..training.presets import PRESETS
+
+    values: dict[str, Any] = {}
+    if args.preset is not None:
+        if args.preset not in PRESETS:
+            raise ValueError(f"preset={args.preset!r} is not known; allowed: {', '.join(PRESETS)}")
+        values |= PRESETS[args.preset]
+    if args.config is not None:
+        values |= read_config(args.config)
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if hasattr(args, field.name)}
+    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    return Config(**check_fields(values | given, "configuration"))
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+def run_train(args: argparse.Namespace) -> None:
+    from ..training.loop import train
+
+    config = config_from(args)
+    result = train(config)
+    if result.get("costs") and not config.quiet:
+        from .tables import result_table
+
+        print(result_table(result))
+        print(f"run folder: {config.output_dir}")
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    from .demo import demo
+
+    demo(args.output_dir, args.sparsity, args.epochs)
+
+
+def run_ablate(args: argparse.Namespace) -> None:
+    from .ablate import ablate
+
+    ablate(config_from(args), args.grid, args.seeds)
+
+
+def run_report(args: argparse.Namespace) -> None:
+    from ..report import make_report, print_table
+
+    runs = find_runs(args.runs)
+    print_table(runs)
+    print(f"report: {make_report(runs, args.output)}")
+
+
+def run_export(args: argparse.Namespace) -> None:
+    from ..export import export_model
+
+    print(f"written: {export_model(args.run, args.output, format=args.format) or args.output}")
+
+
+def run_bench(args: argparse.Namespace) -> None:
+    from .bench import bench
+
+    bench(**{k: v for k, v in vars(args).items() if k not in ("command", "traceback")})
+
+
+def run_config(args: argparse.Namespace) -> None:
+    from ..__config__ import show
+
+    show()
+
+
+def run_presets(args: argparse.Namespace) -> None:
+    from ..training.presets import PRESETS
+
+    for name, values in PRESETS.items():
+        print(f"{name:28} {' '.join(f'{k}={v}' for k, v in values.items() if k != 'exclude')}")
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """Run folders among ``paths`` and directly or indirectly below them, in order of name."""
+    runs = []
+    for path in paths:
+        found = sorted(file.parent for file in path.rglob("log.jsonl"))
+        if not found:
+            raise FileNotFoundError(f"{path} is no run folder and holds none (no log.jsonl)")
+        runs += [run for run in found if run not in runs]
+    return runs
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""``sparsebilevel bench``: what a sparse network costs in time, layer by layer, on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import Static, sparsify
+from ..costs import measure_layers, measure_step
+from ..data import load_data
+from ..models import create_model
+from ..training.checkpoint import check_architecture, load_checkpoint
+from ..training.config import read_config
+from ..training.runtime import choose_device
+
+_SIZES = {
+    "digits_cnn": (1, 8),
+    "mlp": (1, 8),
+}  # channels, height and width; 3 x 32 x 32 for what is named "cifar" or ours
+
+
+def bench(
+    model: str,
+    sparsity: float = 0.9,
+    distribution: str = "uniform",
+    pattern: str = "unstructured",
+    batch_size: int = 64,
+    image_size: int | None = None,
+    num_classes: int = 10,
+    device: str = "auto",
+    threads: int | None = None,
+) -> dict[str, float]:
+    """Print the layer table with measured times and the time of a whole training step; return the latter.
+
+    ``model`` is a name (then the masks are random, at ``sparsity``) or the folder of a run (then they are its own).
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} is not allowed; expected at least 1")
+    if threads:
+        torch.set_num_threads(threads)
+    place = choose_device(device)
+    if Path(model, "config.json").exists():
+        network, shape, num_classes = _from_run(Path(model))
+    else:
+        network, shape = _from_name(model, num_classes, image_size)
+        sparsify(network, sparsity, distribution, pattern, seed=0)
+    network.to(place)
+    masks = Static(network)
+    measure_layers(network, torch.randn(batch_size, *shape, device=place))
+    print(masks)
+    times = measure_step(network, (batch_size, *shape), num_classes)
+    sparse, dense = times["sparse_ms"], times["dense_ms"]
+    where = (
+        f"{place.type}, {torch.get_num_threads()} threads" if place.type == "cpu" else torch.cuda.get_device_name(place)
+    )
+    print(f"training step, batch {batch_size}, {where}: {sparse:.2f} ms; dense {dense:.2f} ms; {times['ratio']:.2f}x")
+    return times
+
+
+def _from_name(name: str, num_classes: int, image_size: int | None) -> tuple[torch.nn.Module, tuple[int, int, int]]:
+    from ..models import list_models
+
+    channels, size = _SIZES.get(name, (3, 32 if name in list_models() else 224))
+    size = image_size or size
+    network = create_model(name, num_classes, channels * size * size if name == "mlp" else None)
+    return network, (channels, size, size)
+
+
+def _from_run(run: Path) -> tuple[torch.nn.Module, tuple[int, int, int], int]:
+    state = load_checkpoint(run / "checkpoint.pth")
+    values: dict[str, Any] = read_config(run / "config.json")
+    options = {name: values[name] for name in ("image_size", "num_classes", "num_samples")}
+    data = load_data(values["data"], values["data_path"], batch_size=1, **options)
+    features = data.input_shape[0] * data.input_shape[1] * data.input_shape[2]
+    network = create_model(
+        values["arch"], data.num_classes, features if values["arch"] == "mlp" else data.input_shape[0]
+    )
+    target = (values["sparsity"], values["distribution"], values["pattern"])
+    sparsify(network, *target, exclude=values["exclude"], dense_first=values["dense_first"])
+    check_architecture(network, state["model"], run / "checkpoint.pth")
+    network.load_state_dict(state["model"])
+    return network, data.input_shape, data.num_classes

@@ -1,0 +1,401 @@
+"""What a network costs: parameters, FLOPs, bytes, and measured time against its dense twin.
+
+Conventions, as they must stand beside every figure (Blalock et al. 2020, arXiv 2003.03033):
+
+- FLOPs are of one forward pass of one sample, two a multiply-add, of convolutions and linear layers only.
+- The compression ratio counts *all* parameters, biases and normalisation included; a fraction of zeros is never one.
+- A sparse layer stores what its mask keeps, whatever the values are; in a dense convolution or linear layer, weights
+  that are exactly zero count as removed (a densified network costs what the sparse one does); all else is stored.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import conv_flop_count, flop_registry
+
+from .methods.base import unwrap
+from .nn import SparseMaskedModule, densify, sparse_layers
+
+__all__ = ["Costs", "count_costs", "measure_layers", "measure_step"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """The costs of a network; see the module's documentation for the conventions.
+
+    Attributes:
+        params_total: all parameters (a tied one once; learned mask scores are not part of the network).
+        params_nonzero: those that are stored.
+        compression: ``params_total / params_nonzero``.
+        flops_dense: FLOPs of the same network without masks.
+        flops_theoretical: each layer's dense FLOPs times its density.
+        flops_executed: what the kernels chosen today really execute, by torch's FLOP counter.
+        sparsity: fraction of zeros over the weights of the sparse layers; 0 without sparse layers.
+        global_sparsity: fraction of zeros over all convolution and linear weights.
+        size_bytes: 4 bytes a stored weight and one bit a weight of each masked layer, batch normalisation folded into
+            one value a channel: the convention of Evci et al. 2020 (RigL), whose published sizes it reproduces.
+        layers: one row a convolution or linear weight: ``name``, ``type``, ``shape``, ``total``, ``nonzero``,
+            ``density``, ``sparse`` (has a mask), ``flops_dense``, ``flops_theoretical``, ``flops_executed``. A weight
+            that several layers use has one row, and each use counts in its FLOPs.
+    """
+
+    params_total: int
+    params_nonzero: int
+    compression: float
+    flops_dense: int
+    flops_theoretical: int
+    flops_executed: int
+    sparsity: float
+    global_sparsity: float
+    size_bytes: int
+    layers: list[dict[str, Any]]
+
+    @property
+    def speedup(self) -> float:
+        """Theoretical speed-up, ``flops_dense / flops_theoretical``; 1 for a network without such layers."""
+        return self.flops_dense / self.flops_theoretical if self.flops_theoretical else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All attributes as plain values that ``json`` can write."""
+        return dataclasses.asdict(self) | {"speedup": self.speedup}
+
+
+# -- counting ----------------------------------------------------------------------------------------------------------
+
+_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+def _linear_flops(input_shape: list[int], weight_shape: list[int], _out_shape: list[int]) -> int:
+    return 2 * math.prod(input_shape[:-1]) * math.prod(weight_shape)
+
+
+# Ops of convolutions and linear layers (attention's products of activations are bmm, and not among them), and what
+# their dense twin costs where that differs from what the op itself says it executes.
+_DENSE_TWINS: dict[Any, Callable[..., int] | None] = {
+    torch.ops.aten.convolution: None,
+    torch.ops.aten.mm: None,
+    torch.ops.aten.addmm: None,
+    torch.ops.sparsebilevel.masked_conv2d: conv_flop_count,
+    torch.ops.sparsebilevel.masked_linear: _linear_flops,
+}
+
+
+@torch.no_grad()
+def count_costs(model: nn.Module, input_shape: Sequence[int], device: torch.device | str | None = None) -> Costs:
+    """Count parameters, FLOPs and bytes of ``model``; nothing of it changes, no random number is drawn.
+
+    Args:
+        model: any module, with or without sparse layers, on any device (the meta device too; there a mask counts as
+            its target). May be wrapped in DDP or compiled.
+        input_shape: shape of *one* sample, without the batch dimension: ``(3, 224, 224)``.
+        device: where the forward pass runs, on zeros. By default on the meta device, where it costs nothing, and if the
+            model cannot run there (its control flow reads values), on the model's own.
+
+    Raises:
+        ValueError: ``input_shape`` is not what the model takes (the model's own error is the cause).
+    """
+    model = unwrap(model)
+    rows = _weight_rows(model)
+    recorder = _forward_flops(model, input_shape, device)
+    for name, row in rows.items():
+        dense, executed = recorder.flops.pop(name, (0, 0))
+        theoretical = round(dense * row["density"])
+        row.update(flops_dense=dense, flops_theoretical=theoretical, flops_executed=executed)
+    other_dense = sum(dense for dense, _ in recorder.flops.values())  # slices of a weight, computed weights
+    other_executed = sum(executed for _, executed in recorder.flops.values())
+
+    params = {id(p): p.numel() for name, p in model.named_parameters() if not _is_scores(name)}
+    total = sum(params.values())
+    zeros = sum(row["total"] - row["nonzero"] for row in rows.values())
+    weights = sum(row["total"] for row in rows.values())
+    sparse = [row for row in rows.values() if row["sparse"]]
+    sparse_weights = sum(row["total"] for row in sparse)
+    mask_bits = sum(row["total"] for row in sparse if row["nonzero"] < row["total"])
+    norms = {id(m): m for m in model.modules() if isinstance(m, _BATCH_NORMS)}.values()
+    folded = sum(m.num_features - sum(p.numel() for p in m.parameters()) for m in norms)
+    return Costs(
+        params_total=total,
+        params_nonzero=total - zeros,
+        compression=total / max(total - zeros, 1),
+        flops_dense=sum(row["flops_dense"] for row in rows.values()) + other_dense,
+        flops_theoretical=sum(row["flops_theoretical"] for row in rows.values()) + other_dense,
+        flops_executed=sum(row["flops_executed"] for row in rows.values()) + other_executed,
+        sparsity=sum(row["total"] - row["nonzero"] for row in sparse) / sparse_weights if sparse else 0.0,
+        global_sparsity=zeros / weights if weights else 0.0,
+        size_bytes=4 * (total - zeros + folded) + math.ceil(mask_bits / 8),
+        layers=list(rows.values()),
+    )
+
+
+def _is_scores(name: str) -> bool:
+    return name.rpartition(".")[2] == "mask_scores"
+
+
+def _weight_rows(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Rows of the layer table without FLOPs, by parameter name; a tied weight under the first of its names."""
+    owners: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
+            first = owners.setdefault(id(module.weight), (name, module))
+            if isinstance(module, SparseMaskedModule) and not isinstance(first[1], SparseMaskedModule):
+                owners[id(module.weight)] = (first[0], module)
+    rows = {}
+    for parameter_name, weight in model.named_parameters():
+        if id(weight) in owners:
+            name, module = owners[id(weight)]
+            total, nonzero = weight.numel(), _stored(module)
+            rows[parameter_name] = {
+                "name": name,
+                "type": type(module).__name__,
+                "shape": list(weight.shape),
+                "total": total,
+                "nonzero": nonzero,
+                "density": nonzero / total if total else 1.0,
+                "sparse": isinstance(module, SparseMaskedModule),
+            }
+    return rows
+
+
+def _stored(module: nn.Module) -> int:
+    """Weights of a layer that are stored."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(module, SparseMaskedModule):
+        if not module.mask.is_meta:
+            return int(module.mask.count_nonzero())
+        return round(weight.numel() * module.num_kept / module.pattern.num_groups(weight.shape))
+    return weight.numel() if weight.is_meta else int(weight.count_nonzero())
+
+
+class _FlopRecorder(TorchDispatchMode):
+    """Sums (dense, executed) FLOPs of every convolution and linear call, by the name of the weight it uses.
+
+    Ops, not modules, are what is seen: functional uses, attention's projections and repeated use all count. A weight is
+    known by its storage, which its transpose and its slices share.
+    """
+
+    def __init__(self, named: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.names = {tensor.untyped_storage()._cdata: name for name, tensor in named.items()}
+        self.flops: dict[str, tuple[int, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        op = func._overloadpacket
+        if op in _DENSE_TWINS:
+            executed = flop_registry[op](*args, **kwargs, out_val=out)
+            twin = _DENSE_TWINS[op]
+            dense = executed if twin is None else twin(list(args[0].shape), list(args[1].shape), list(out.shape))
+            # The factors of a product, past the bias of addmm.
+            factors = args[1:3] if op is torch.ops.aten.addmm else args[:2]
+            stores = [t.untyped_storage()._cdata for t in factors]
+            name = next((self.names[store] for store in reversed(stores) if store in self.names), "")
+            before = self.flops.get(name, (0, 0))
+            self.flops[name] = (before[0] + int(dense), before[1] + int(executed))
+        return out
+
+
+def _forward_flops(model: nn.Module, shape: Sequence[int], device: torch.device | str | None) -> _FlopRecorder:
+    """One forward pass of one sample in evaluation mode, recorded."""
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    home = next((t.device for t in state.values()), torch.device("cpu"))
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    devices = [torch.device("meta"), home] if device is None else [torch.device(device)]
+    if device is None and home.type == "meta":
+        devices.pop()
+    for attempt in devices:
+        moved = {name: t if t.device == attempt else t.to(attempt) for name, t in state.items()}
+        recorder = _FlopRecorder(moved)
+        try:
+            with _evaluation(model, home), recorder:
+                x = torch.zeros((1, *shape), dtype=dtype, device=attempt)
+                torch.func.functional_call(model, moved, (x,), tie_weights=True)
+            return recorder
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            if attempt == devices[-1]:
+                message = f"input_shape={tuple(shape)}: {type(model).__name__} does not run on one such sample: {error}"
+                raise ValueError(message) from error
+    raise AssertionError("unreachable")
+
+
+@contextmanager
+def _evaluation(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation mode; training flags and random states are afterwards as they were before."""
+    training = {module: module.training for module in model.modules()}
+    # The fused inference path of attention hides its projections in one op that no counter knows.
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    model.eval()
+    try:
+        with _kept_random_state(device):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module, flag in training.items():
+            module.training = flag
+
+
+def _kept_random_state(device: torch.device) -> Any:
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def measure_step(
+    model: nn.Module, batch_shape: Sequence[int], num_classes: int, repeats: int = 20, budget_s: float = 5.0
+) -> dict[str, float]:
+    """Time of a training step (forward, cross-entropy, backward) against the densified model's, on copies.
+
+    Sparse and dense steps alternate in one process, so that a slow phase of the machine meets both, and medians are
+    compared. ``model`` and the random state stay as they are.
+
+    Args:
+        model: a classifier, ``batch_shape -> [B, num_classes]`` (of a tuple, the first entry).
+        batch_shape: shape of the input *with* the batch dimension.
+        num_classes: size of the output.
+        repeats: pairs of steps after one of warm-up.
+        budget_s: no new pair is begun after so many seconds; one pair is always measured.
+
+    Returns:
+        ``sparse_ms`` and ``dense_ms`` (medians), ``ratio`` = dense / sparse (2.0: twice as fast as dense), ``repeats``.
+    """
+    batch_shape = tuple(batch_shape)
+    if not batch_shape or min(batch_shape) < 1:
+        raise ValueError(f"batch_shape={batch_shape}: must have a batch and only sizes of at least 1")
+    model = unwrap(model)
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    x = torch.linspace(-1, 1, math.prod(batch_shape), device=weight.device, dtype=weight.dtype).view(batch_shape)
+    target = torch.arange(batch_shape[0], device=weight.device) % num_classes
+    sparse = copy.deepcopy(model)
+
+    def step_of(network: nn.Module) -> Callable[[], None]:
+        network.train()
+        layers = [layer for _, layer in sparse_layers(network)]
+
+        def step() -> None:
+            output = network(x)
+            logits = output[0] if isinstance(output, tuple) else output
+            F.cross_entropy(logits, target).backward()
+            network.zero_grad()
+            for layer in layers:
+                layer.zero_effective_grad()
+
+        return step
+
+    with _kept_random_state(weight.device), torch.enable_grad():
+        return _interleave(step_of(sparse), step_of(densify(sparse)), repeats, budget_s, weight.device)
+
+
+def measure_layers(
+    model: nn.Module, example_input: Tensor, repeats: int = 20, budget_s: float = 5.0
+) -> list[dict[str, Any]]:
+    """Time forward and backward of every sparse layer against its dense twin, and note it in ``layer.measured_ratio``.
+
+    Each layer gets inputs of the shape, memory format and need for a gradient that it sees when the model trains on
+    ``example_input``; nothing else of ``model`` changes.
+
+    Args:
+        model: a model with sparse layers.
+        example_input: a batch that the model takes.
+        repeats, budget_s: as in :func:`measure_step`; the budget is for all layers together.
+
+    Returns:
+        One row a layer that the model reached: ``name``, ``shape``, ``input_shape``, ``sparsity``, ``backend``,
+        ``reason``, ``sparse_ms``, ``dense_ms``, ``ratio`` (dense / sparse), ``repeats``.
+    """
+    model = unwrap(model)
+    layers = dict(sparse_layers(model))
+    rows: list[dict[str, Any]] = []
+    with _kept_random_state(example_input.device), torch.enable_grad():
+        inputs = _layer_inputs(model, example_input)
+        for name, layer_input in inputs.items():
+            sparse = copy.deepcopy(layers[name])
+            x = torch.randn_like(layer_input).requires_grad_(layer_input.requires_grad)
+            share = budget_s / len(inputs)
+            times = _interleave(_layer_step(sparse, x), _layer_step(densify(sparse), x), repeats, share, x.device)
+            layers[name].measured_ratio = times["ratio"]
+            backend, reason = layers[name].backend
+            facts = {"name": name, "shape": list(sparse.weight.shape), "input_shape": list(x.shape)}
+            facts |= {"sparsity": sparse.sparsity, "backend": backend, "reason": reason}
+            rows.append(facts | times)
+    return rows
+
+
+def _layer_inputs(model: nn.Module, example_input: Tensor) -> dict[str, Tensor]:
+    """An empty tensor like the first input of every sparse layer, by name, from one training pass of a copy."""
+    network = copy.deepcopy(model).train()
+    inputs: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs.setdefault(name, torch.empty_like(args[0]).requires_grad_(args[0].requires_grad))
+
+        return hook
+
+    for name, layer in sparse_layers(network):
+        layer.register_forward_pre_hook(note(name))
+    network(example_input)
+    return inputs
+
+
+def _layer_step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
+    with torch.no_grad():
+        grad = torch.ones_like(layer(x))
+
+    def step() -> None:
+        layer(x).backward(grad)
+        layer.zero_grad()
+        x.grad = None
+        if isinstance(layer, SparseMaskedModule):
+            layer.zero_effective_grad()
+
+    return step
+
+
+def _interleave(
+    sparse: Callable[[], None], dense: Callable[[], None], repeats: int, budget_s: float, device: torch.device
+) -> dict[str, float]:
+    """Medians of two alternating functions in milliseconds. They take turns in going first, with cold caches."""
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}: must be at least 1")
+
+    def timed(function: Callable[[], None]) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return 1e3 * (time.perf_counter() - start)
+
+    deadline = time.perf_counter() + budget_s
+    sparse()
+    dense()
+    times: dict[Callable[[], None], list[float]] = {sparse: [], dense: []}
+    for i in range(repeats):
+        for function in (sparse, dense) if i % 2 else (dense, sparse):
+            times[function].append(timed(function))
+        if time.perf_counter() > deadline:
+            break
+    sparse_ms, dense_ms = statistics.median(times[sparse]), statistics.median(times[dense])
+    return {
+        "sparse_ms": sparse_ms,
+        "dense_ms": dense_ms,
+        "ratio": dense_ms / sparse_ms,
+        "repeats": len(times[sparse]),
+    }

@@ -1,0 +1,245 @@
+"""Mask patterns: from scores to a boolean mask with an exact count.
+
+A *pattern* says which weights live and die together. It cuts a weight into groups of equal standing (single weights,
+blocks, filters, input channels), so that choosing a mask is choosing ``k`` groups: those with the largest summed score,
+ties to the smaller index. Scores are importances: larger means more worth keeping, and the sign counts.
+
+Shapes: a weight is ``[N, K]`` (Linear) or ``[N, C, R, S]`` (Conv2d); scores and masks have the weight's shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from .kernels import binarize, binarize_many
+
+
+def as_fraction(value: float) -> Fraction:
+    """The decimal a user typed, exactly: ``0.9`` is 9/10 and not the nearest binary float below or above it."""
+    return Fraction(repr(float(value)))
+
+
+def check_sparsity(sparsity: float | Fraction, name: str = "sparsity") -> Fraction:
+    """``sparsity`` as a fraction, refused outside [0, 1)."""
+    if not isinstance(sparsity, (int, float, Fraction)) or isinstance(sparsity, bool) or not 0 <= sparsity < 1:
+        raise ValueError(f"{name}={sparsity!r} is not allowed; expected a number in [0, 1)")
+    return sparsity if isinstance(sparsity, Fraction) else as_fraction(sparsity)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """Base class: how a weight is cut into groups. Subclasses say how many and how scores and masks map to them."""
+
+    def num_groups(self, shape: Sequence[int]) -> int:
+        """Number of groups in a weight of ``shape``; raises ValueError where the pattern does not fit it."""
+        raise NotImplementedError
+
+    def group_scores(self, scores: Tensor) -> Tensor:
+        """Scores ``[num_groups]`` (sums over the groups) of scores shaped as the weight."""
+        raise NotImplementedError
+
+    def expand(self, groups: Tensor, shape: Sequence[int]) -> Tensor:
+        """Bool mask of ``shape`` from bool ``groups`` ``[num_groups]``."""
+        raise NotImplementedError
+
+    def mask(self, scores: Tensor, k: int) -> Tensor:
+        """Mask of the ``k`` groups with the largest scores. NaN scores raise ValueError."""
+        return self.expand(binarize(self.group_scores(scores), k), scores.shape)
+
+    def count(self, mask: Tensor) -> int:
+        """Groups of ``mask`` that are kept: those with at least one True."""
+        return int((self.group_scores(mask.float()) > 0).sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class Unstructured(Pattern):
+    """Every weight for itself."""
+
+    def num_groups(self, shape: Sequence[int]) -> int:
+        return math.prod(shape)
+
+    def group_scores(self, scores: Tensor) -> Tensor:
+        return scores.reshape(-1)
+
+    def expand(self, groups: Tensor, shape: Sequence[int]) -> Tensor:
+        return groups.reshape(tuple(shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Filter(Pattern):
+    """Whole output channels: rows of a Linear, filters of a Conv2d. Bias and norm of the channel are left alone."""
+
+    def num_groups(self, shape: Sequence[int]) -> int:
+        return shape[0]
+
+    def group_scores(self, scores: Tensor) -> Tensor:
+        return scores.flatten(1).sum(1)
+
+    def expand(self, groups: Tensor, shape: Sequence[int]) -> Tensor:
+        return groups.view(-1, *[1] * (len(shape) - 1)).expand(tuple(shape)).contiguous()
+
+
+@dataclasses.dataclass(frozen=True)
+class Channel(Pattern):
+    """Whole input channels: columns of a Linear, ``weight[:, c]`` of a Conv2d."""
+
+    def num_groups(self, shape: Sequence[int]) -> int:
+        return shape[1]
+
+    def group_scores(self, scores: Tensor) -> Tensor:
+        return scores.transpose(0, 1).flatten(1).sum(1)
+
+    def expand(self, groups: Tensor, shape: Sequence[int]) -> Tensor:
+        return groups.view(1, -1, *[1] * (len(shape) - 2)).expand(tuple(shape)).contiguous()
+
+
+@dataclasses.dataclass(frozen=True)
+class Block(Pattern):
+    """Blocks of ``bh`` output by ``bw`` input channels, separately for each kernel tap. Edge blocks may be smaller."""
+
+    bh: int
+    bw: int
+
+    def __post_init__(self) -> None:
+        for name in ("bh", "bw"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is not allowed; a block has at least one row and column"
+                )
+
+    def _grid(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        return -(-shape[0] // self.bh), -(-shape[1] // self.bw), math.prod(shape[2:])
+
+    def num_groups(self, shape: Sequence[int]) -> int:
+        return math.prod(self._grid(shape))
+
+    def group_scores(self, scores: Tensor) -> Tensor:
+        rows, cols, taps = self._grid(scores.shape)
+        padded = scores.new_zeros(rows * self.bh, cols * self.bw, taps)
+        padded[: scores.shape[0], : scores.shape[1]] = scores.reshape(*scores.shape[:2], taps)
+        return padded.view(rows, self.bh, cols, self.bw, taps).sum((1, 3)).reshape(-1)
+
+    def expand(self, groups: Tensor, shape: Sequence[int]) -> Tensor:
+        full = groups.view(self._grid(shape)).repeat_interleave(self.bh, 0).repeat_interleave(self.bw, 1)
+        return full[: shape[0], : shape[1]].reshape(tuple(shape)).contiguous()
+
+
+@dataclasses.dataclass(frozen=True)
+class NM(Pattern):
+    """At most ``n`` of every ``m`` consecutive input channels of an output (2:4 is ``NM(2, 4)``).
+
+    The count is the pattern's own: a layer's sparsity is ``1 - n/m`` whatever a distribution says, and only the choice
+    inside each run of ``m`` is learned. The number of input channels must be a multiple of ``m``.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n < self.m:
+            raise ValueError(f"NM(n={self.n}, m={self.m}) is not allowed; expected 1 <= n < m")
+
+    @property
+    def sparsity(self) -> Fraction:
+        return 1 - Fraction(self.n, self.m)
+
+    def num_groups(self, shape: Sequence[int]) -> int:
+        if shape[1] % self.m:
+            raise ValueError(
+                f"weight of shape {list(shape)} has {shape[1]} input channels, not a multiple of m={self.m}"
+            )
+        return math.prod(shape)
+
+    def group_scores(self, scores: Tensor) -> Tensor:
+        return scores.reshape(-1)
+
+    def expand(self, groups: Tensor, shape: Sequence[int]) -> Tensor:
+        return groups.reshape(tuple(shape))
+
+    def mask(self, scores: Tensor, k: int | None = None) -> Tensor:
+        self.num_groups(scores.shape)
+        if scores.isnan().any():
+            raise ValueError(f"scores has {int(scores.isnan().sum())} NaN; expected numbers that can be ranked")
+        runs = scores.movedim(1, -1).reshape(-1, self.m)
+        order = torch.sort(runs, dim=1, descending=True, stable=True).indices
+        kept = torch.zeros_like(runs, dtype=torch.bool).scatter_(1, order[:, : self.n], True)
+        lead = [scores.shape[0], *scores.shape[2:], scores.shape[1]]
+        return kept.view(lead).movedim(-1, 1).contiguous()
+
+
+_NAMES = {"unstructured": Unstructured, "filter": Filter, "channel": Channel, "block": Block, "nm": NM}
+
+
+def parse_pattern(text: str | Pattern) -> Pattern:
+    """A pattern from its spelling: ``unstructured``, ``filter``, ``channel``, ``block:64x64``, ``nm:2:4``."""
+    if isinstance(text, Pattern):
+        return text
+    name, _, rest = text.lower().partition(":")
+    try:
+        numbers = [int(part) for part in rest.replace("x", ":").split(":")] if rest else []
+        return _NAMES[name](*numbers)
+    except (KeyError, TypeError, ValueError) as error:
+        allowed = "unstructured, filter, channel, block:BHxBW, nm:N:M"
+        raise ValueError(f"pattern={text!r} is not allowed; expected one of {allowed}") from error
+
+
+def global_masks(scores: Mapping[str, Tensor], k: int, pattern: Pattern | None = None) -> dict[str, Tensor]:
+    """Masks of the ``k`` largest groups over all layers together, at least one group a layer.
+
+    A layer that the ranking would empty keeps its best group, at the cost of the weakest groups kept elsewhere, and a
+    warning says so: a network with an empty layer computes a constant.
+
+    Args:
+        scores: layer name -> scores shaped as the layer's weight.
+        k: groups kept in total; at least the number of layers.
+        pattern: unstructured if None. ``NM`` leaves nothing to choose between layers: each keeps its own count.
+
+    Raises:
+        ValueError: ``k`` below the number of layers or above the number of groups; NaN scores.
+    """
+    pattern = pattern or Unstructured()
+    if isinstance(pattern, NM):
+        return {name: pattern.mask(s) for name, s in scores.items()}
+    groups = {name: pattern.group_scores(s) for name, s in scores.items()}
+    total = sum(g.numel() for g in groups.values())
+    if not len(groups) <= k <= total:
+        raise ValueError(
+            f"k={k} is not allowed; {len(groups)} layers with {total} groups allow {len(groups)} to {total}"
+        )
+    kept = binarize_many(list(groups.values()), k)
+    empty = [name for name, mask in zip(groups, kept, strict=True) if not mask.any()]
+    if empty:
+        warnings.warn(
+            f"a global choice of {k} of {total} would empty {', '.join(empty)}; each keeps its best group", stacklevel=2
+        )
+        # The best group of every layer is safe; the rest compete for what is left.
+        best = [int(g.argmax()) for g in groups.values()]
+        rest = [g.clone() for g in groups.values()]
+        for g, i in zip(rest, best, strict=True):
+            g[i] = -math.inf
+        kept = binarize_many(rest, k - len(groups))
+        for mask, i in zip(kept, best, strict=True):
+            mask[i] = True
+    return {name: pattern.expand(mask, scores[name].shape) for name, mask in zip(groups, kept, strict=True)}
+
+
+def random_mask(shape: Sequence[int], k: int, pattern: Pattern, generator: torch.Generator | None = None) -> Tensor:
+    """Mask of exactly ``k`` groups drawn without replacement. Drawn on the CPU: the same on every device."""
+    if isinstance(pattern, NM):
+        return pattern.mask(torch.rand(tuple(shape), generator=generator, device="cpu"))
+    chosen = torch.zeros(pattern.num_groups(shape), dtype=torch.bool, device="cpu")
+    chosen[torch.randperm(chosen.numel(), generator=generator, device="cpu")[:k]] = True
+    return pattern.expand(chosen, shape)
+
+
+def iou(a: Tensor, b: Tensor) -> float:
+    """Intersection over union of two masks; 1.0 for two empty ones."""
+    union = int((a | b).sum())
+    return int((a & b).sum()) / union if union else 1.0

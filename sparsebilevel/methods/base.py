@@ -1,0 +1,453 @@
+"""What every method shares: exact counts, one place where masks change, state, and the table that ``print`` shows."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.amp.grad_scaler import OptState
+
+from ..kernels import binarize
+from ..masks import NM, Pattern, random_mask
+from ..nn import SparseMaskedModule, sparse_layers
+from ..schedules import UpdateSchedule, layer_counts
+
+logger = logging.getLogger("sparsebilevel")
+
+Storage = Literal["sparse", "dense"]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module inside DistributedDataParallel and torch.compile, so that layer names do not depend on them."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+class MaskedWeight:
+    """One weight with its mask, whichever and however many layers use it.
+
+    Layers that share a weight share its mask: a change is written to all of them, and their effective gradients add up.
+    Scores are learned once: the first of the layers holds them.
+    """
+
+    def __init__(self, name: str, layers: list[SparseMaskedModule]) -> None:
+        self.name = name
+        self.layers = layers
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.layers[0].weight
+
+    @property
+    def mask(self) -> Tensor:
+        return self.layers[0].mask
+
+    @property
+    def pattern(self) -> Pattern:
+        return self.layers[0].pattern
+
+    @property
+    def num_kept(self) -> int:
+        return self.layers[0].num_kept
+
+    @num_kept.setter
+    def num_kept(self, value: int) -> None:
+        for layer in self.layers:
+            layer.num_kept = value
+
+    @property
+    def num_groups(self) -> int:
+        return self.pattern.num_groups(self.weight.shape)
+
+    @property
+    def is_dense(self) -> bool:
+        """The target keeps every group: such a weight stays dense, and no ranking over layers counts it."""
+        return self.num_kept == self.num_groups
+
+    @property
+    def scores(self) -> Tensor:
+        scores = self.layers[0].mask_scores
+        assert scores is not None, f"{self.name} has no mask_scores"
+        return scores
+
+    def set_scores(self, scores: Tensor | None) -> None:
+        for layer in self.layers:
+            layer.set_mask_scores(scores if layer is self.layers[0] else None)
+
+    def set_mask(self, mask: Tensor) -> None:
+        for layer in self.layers:
+            layer.set_mask(mask)
+
+    def group_mask(self) -> Tensor:
+        """Bool ``[num_groups]``: which groups of the pattern are kept."""
+        return self.pattern.group_scores(self.mask.float()) > 0
+
+    def collect(self, support: Any, positions: Tensor | None = None) -> None:
+        for layer in self.layers:
+            layer.collect(support, positions)
+
+    def zero_effective_grad(self) -> None:
+        for layer in self.layers:
+            layer.zero_effective_grad()
+
+    @property
+    def effective_grad(self) -> Tensor | None:
+        """``G`` summed over the layers; zero where they took no part in the loss, None where none is collected."""
+        if self.layers[0].score_support == "none":
+            return None
+        grads = [layer.effective_grad for layer in self.layers if layer.effective_grad is not None]
+        if not grads:
+            positions = self.layers[0].support_positions
+            return torch.zeros_like(self.weight if positions is None else positions, dtype=torch.float32)
+        return grads[0] if len(grads) == 1 else torch.stack(grads).sum(0)
+
+
+@torch.no_grad()
+def change_mask(
+    masked: MaskedWeight, mask: Tensor, optimizers: Iterable[torch.optim.Optimizer], storage: Storage
+) -> None:
+    """Change mask, weight and optimizer state together; the only place where a mask changes.
+
+    A grown weight starts with fresh optimizer state, and a dropped one leaves none behind: with momentum it would go on
+    moving. With ``sparse`` storage weight and state are exactly zero wherever the mask is False, and plain optimizer
+    steps keep them so (the gradient ``mask * G`` is zero there); with ``dense`` storage a dropped weight stays stored.
+    """
+    grown, dropped = mask & ~masked.mask, masked.mask & ~mask
+    stale = (grown | ~mask) if storage == "sparse" else (grown | dropped)
+    weight = masked.weight
+    if storage == "sparse":
+        weight.masked_fill_(stale, 0)
+    for optimizer in optimizers:
+        for value in optimizer.state.get(weight, {}).values():
+            if isinstance(value, Tensor) and value.shape == weight.shape:
+                value.masked_fill_(stale, 0)
+    masked.set_mask(mask)
+
+
+def mask_hash(weights: Iterable[MaskedWeight]) -> Tensor:
+    """int64 checksum of all masks, computed where they are: the sum of splitmix64 over eight bytes and their place."""
+    total: Tensor | None = None
+    for masked in weights:
+        raw = masked.mask.reshape(-1).view(torch.uint8)
+        lanes = nn.functional.pad(raw, (0, -raw.numel() % 8)).view(torch.int64)
+        lanes = lanes + torch.arange(lanes.numel(), device=lanes.device) * -7046029254386353131
+        for factor in (-4658895280553007687, -7723592293110705685):
+            lanes = (lanes ^ (lanes >> 31)) * factor
+        value = (lanes ^ (lanes >> 31)).sum()
+        total = value if total is None else total.to(value.device) * 1_000_003 + value
+    assert total is not None
+    return total
+
+
+class Sparsifier:
+    """Base class of all methods. The user's loop stays as it is; ``step`` is called after ``optimizer.step``.
+
+    ::
+
+        sb.sparsify(model, sparsity=0.9)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        sparsifier = sb.RigL(model, optimizer, update_freq=100, update_end=25_000)
+        for x, y in loader:
+            loss = F.cross_entropy(model(x), y)
+            optimizer.zero_grad(); loss.backward(); optimizer.step()
+            sparsifier.step()
+
+    Subclasses override :meth:`learn` (every step), :meth:`propose_masks` (at topology changes) and
+    :meth:`prepare_collection` (which effective gradients the next backward must give).
+
+    Args:
+        model: has been through :func:`sparsebilevel.sparsify`; may be wrapped in DDP or compiled.
+        optimizer: the user's, or several of them, or None; its state follows the masks. Never wrapped.
+        sparsity: None takes over the target given to ``sparsify``; another one changes it, with a message.
+        distribution: of a ``sparsity`` given here (None is ``uniform``), see
+            :func:`~sparsebilevel.schedules.layer_counts`.
+        update_freq: optimizer steps between topology changes; 0 = never.
+        update_start, update_end: changes happen at steps ``update_start <= t < update_end``.
+        seed: of this method's own random draws (equal on all ranks).
+
+    Raises:
+        ValueError: a model without sparse layers, or arguments outside what they allow.
+    """
+
+    storage: Storage = "sparse"
+    # The mask may change at every step: too often for a history, so that metrics compare it with the first one.
+    continuous = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
+        *,
+        sparsity: float | Mapping[str, float] | None = None,
+        distribution: str | None = None,
+        update_freq: int = 0,
+        update_start: int = 1,
+        update_end: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model = unwrap(model)
+        if optimizer is None:
+            self.optimizers: list[torch.optim.Optimizer] = []
+        else:
+            self.optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        self.weights = self._find_weights()
+        self.schedule = UpdateSchedule(update_freq, update_start, update_end)
+        self.step_count = 0
+        self.history: list[dict[str, float]] = []
+        self.generator = torch.Generator().manual_seed(seed)
+        self._metrics: dict[str, float] = {}
+        if sparsity is not None:
+            self._retarget(sparsity, distribution or "uniform")
+        elif distribution is not None:
+            raise ValueError(f"distribution={distribution!r} belongs to a sparsity, and none was given with it")
+        self._agree_on_masks()
+        with torch.no_grad():
+            self.initialize()
+        self.first_masks = self._copy_masks() if self.continuous else {}
+        self.prepare_collection()
+
+    def _find_weights(self) -> dict[str, MaskedWeight]:
+        by_weight: dict[int, MaskedWeight] = {}
+        for name, layer in sparse_layers(self.model):
+            by_weight.setdefault(id(layer.weight), MaskedWeight(name, [])).layers.append(layer)
+        if not by_weight:
+            raise ValueError("model has no sparse layers; call sparsebilevel.sparsify(model, sparsity=...) first")
+        return {masked.name: masked for masked in by_weight.values()}
+
+    def _retarget(self, sparsity: float | Mapping[str, float], distribution: str) -> None:
+        shapes = {name: tuple(w.weight.shape) for name, w in self.weights.items()}
+        patterns = {w.pattern for w in self.weights.values()}
+        if len(patterns) > 1:
+            raise ValueError(
+                f"sparsity={sparsity} must be given to sparsify: the layers have different patterns {patterns}"
+            )
+        counts = layer_counts(shapes, sparsity, distribution, patterns.pop())
+        changed = {name: k for name, k in counts.items() if k != self.weights[name].num_kept}
+        if changed:
+            logger.warning(
+                "%s changes the target of %d layers to sparsity=%s", type(self).__name__, len(changed), sparsity
+            )
+        for name, k in changed.items():
+            self.weights[name].num_kept = k
+
+    # -- what subclasses override -------------------------------------------------------------------------------------
+
+    def initialize(self) -> None:
+        """Bring masks, weights and scores into the state in which the method starts. Runs once, in the constructor."""
+        for masked in self.weights.values():
+            mask = self._resized(masked)
+            self._change(masked, mask)
+
+    def learn(self, grads: dict[str, Tensor]) -> None:
+        """Use the effective gradients of one optimizer step (summed over accumulation, averaged over ranks)."""
+
+    def propose_masks(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        """New masks, by name, at a topology change; names left out keep theirs."""
+        return {}
+
+    def prepare_collection(self) -> None:
+        """Ask the layers for the effective gradients that the next step needs. By default none."""
+        for masked in self.weights.values():
+            masked.collect("none")
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, scaler: torch.amp.GradScaler | None = None) -> bool:
+        """Call once after every ``optimizer.step()`` (and, with a GradScaler, before ``scaler.update()``).
+
+        Returns:
+            True if the topology changed.
+
+        Raises:
+            RuntimeError: ``scaler`` has not stepped an optimizer since its last update.
+        """
+        grads = self._take_grads(scaler)
+        if grads is None:
+            return False  # the scaler skipped the optimizer's step, so there is none to count
+        self.step_count += 1
+        self.learn(grads)
+        changed = self.schedule.is_due(self.step_count)
+        if changed:
+            self.change_topology(grads)
+        self.prepare_collection()
+        return changed
+
+    @torch.no_grad()
+    def change_topology(self, grads: dict[str, Tensor] | None = None) -> None:
+        """Adopt the method's proposed masks now, and record how much changed and how long it took."""
+        start = self._now()
+        before = self._copy_masks()
+        self.set_masks(self.propose_masks(grads or {}))
+        seconds = self._now() - start
+        grown = sum(int((w.mask & ~before[n]).sum()) for n, w in self.weights.items())
+        record = {"step": self.step_count, "iou": self._iou(before), "grown": grown, "seconds": seconds}
+        self.history.append(record)
+
+    def _copy_masks(self) -> dict[str, Tensor]:
+        return {name: masked.mask.clone() for name, masked in self.weights.items()}
+
+    def _iou(self, masks: Mapping[str, Tensor]) -> float:
+        """Intersection over union of the masks as they are with others, over all layers together."""
+        shared = sum(int((masks[n] & w.mask).sum()) for n, w in self.weights.items())
+        return shared / max(sum(int((masks[n] | w.mask).sum()) for n, w in self.weights.items()), 1)
+
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Change masks, weights and optimizer state together, and check that all ranks agree."""
+        for name, mask in masks.items():
+            self._change(self.weights[name], mask)
+        if _world_size() > 1 and not self._ranks_agree():
+            raise RuntimeError(f"ranks disagree on the masks after step {self.step_count}; were their gradients equal?")
+
+    def _change(self, masked: MaskedWeight, mask: Tensor) -> None:
+        change_mask(masked, mask.to(masked.mask.device), self.optimizers, self.storage)
+
+    def _resized(self, masked: MaskedWeight) -> Tensor:
+        """The current mask with exactly ``num_kept`` groups: random ones go or come where the target moved."""
+        active, pattern = masked.group_mask().cpu(), masked.pattern
+        if int(active.sum()) == masked.num_kept:
+            return masked.mask
+        if isinstance(pattern, NM):
+            return random_mask(masked.weight.shape, masked.num_kept, pattern, self.generator)
+        # Kept groups before all others.
+        preference = torch.rand(active.numel(), generator=self.generator, device="cpu") + active
+        return pattern.expand(binarize(preference, masked.num_kept), masked.weight.shape)
+
+    def _take_grads(self, scaler: torch.amp.GradScaler | None) -> dict[str, Tensor] | None:
+        """Effective gradients by name, unscaled and averaged over ranks; None for a step that the scaler skipped."""
+        grads = {name: g for name, masked in self.weights.items() if (g := masked.effective_grad) is not None}
+        if _world_size() > 1 and grads:
+            flat = torch.cat([g.reshape(-1) for g in grads.values()])
+            dist.all_reduce(flat)
+            flat /= _world_size()
+            parts = flat.split([g.numel() for g in grads.values()])
+            grads = {name: part.view_as(g) for (name, g), part in zip(grads.items(), parts, strict=True)}
+        if scaler is not None and scaler.is_enabled():
+            if self._scaler_skipped(scaler) or not all(bool(g.isfinite().all()) for g in grads.values()):
+                for masked in self.weights.values():
+                    masked.zero_effective_grad()
+                return None
+            grads = {name: g / scaler.get_scale() for name, g in grads.items()}
+        return grads
+
+    def _scaler_skipped(self, scaler: torch.amp.GradScaler) -> bool:
+        # Frozen parameters give the scaler nothing to do.
+        training = [o for o in self.optimizers if any(p.requires_grad for g in o.param_groups for p in g["params"])]
+        states = [scaler._per_optimizer_states[id(optimizer)] for optimizer in training]
+        if states and all(state["stage"] is not OptState.STEPPED for state in states):
+            raise RuntimeError(
+                "the scale of these gradients is not known; call scaler.step(optimizer), "
+                "sparsifier.step(scaler) and scaler.update() in this order"
+            )
+        return any(bool(found) for state in states for found in state["found_inf_per_device"].values())
+
+    # -- ranks --------------------------------------------------------------------------------------------------------
+
+    def _ranks_agree(self) -> bool:
+        mine = mask_hash(self.weights.values())
+        low, high = mine.clone(), mine.clone()
+        dist.all_reduce(low, dist.ReduceOp.MIN)
+        dist.all_reduce(high, dist.ReduceOp.MAX)
+        return bool(low == high)
+
+    def _agree_on_masks(self) -> None:
+        """At the start rank 0's masks hold everywhere: DDP has not broadcast them."""
+        if _world_size() > 1 and not self._ranks_agree():
+            logger.warning("ranks start with different masks; those of rank 0 are taken")
+            for masked in self.weights.values():
+                mask = masked.mask.to(torch.uint8)
+                dist.broadcast(mask, 0)
+                masked.set_mask(mask.bool())
+
+    def _now(self) -> float:
+        if next(iter(self.weights.values())).weight.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    # -- what a user reads and saves ----------------------------------------------------------------------------------
+
+    @property
+    def sparsity(self) -> float:
+        """Realised fraction of zeros over all sparse layers (a tied weight counts once)."""
+        total = sum(w.mask.numel() for w in self.weights.values())
+        return 1 - sum(int(w.mask.sum()) for w in self.weights.values()) / total
+
+    def metrics(self) -> dict[str, float]:
+        """Figures for a log: sparsity, topology changes so far, and what the method adds of its own."""
+        out = {"sparsity": self.sparsity, "topology_changes": float(len(self.history))}
+        if self.history:
+            out["mask_iou"] = self.history[-1]["iou"]
+            out["topology_seconds"] = sum(record["seconds"] for record in self.history)
+        if self.first_masks:
+            out["mask_iou_start"] = self._iou(self.first_masks)
+        return out | self._metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but masks and scores, which the model's own ``state_dict`` holds. Loads with ``weights_only``."""
+        return {
+            "method": type(self).__name__,
+            "step_count": self.step_count,
+            "num_kept": {name: masked.num_kept for name, masked in self.weights.items()},
+            "history": [dict(record) for record in self.history],
+            "generator": self.generator.get_state(),
+            "first_masks": dict(self.first_masks),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state_dict()``. Load the model's state first.
+
+        Raises:
+            ValueError: a state of another method, or of a model with other layers.
+        """
+        if state.get("method") != type(self).__name__:
+            raise ValueError(f"state is of method {state.get('method')!r}; expected {type(self).__name__!r}")
+        if set(state["num_kept"]) != set(self.weights):
+            odd = sorted(set(state["num_kept"]) ^ set(self.weights))
+            raise ValueError(f"state belongs to a model with other layers; they differ in {odd[:5]}")
+        self.step_count = state["step_count"]
+        self.history = [dict(record) for record in state["history"]]
+        self.generator.set_state(state["generator"])
+        self.first_masks = self._on_devices(state["first_masks"])
+        for name, kept in state["num_kept"].items():
+            self.weights[name].num_kept = kept
+        self.prepare_collection()
+
+    def _on_devices(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of tensors by weight name, each on its weight's device: a state may have been loaded elsewhere."""
+        return {name: t.to(self.weights[name].weight.device, copy=True) for name, t in tensors.items()}
+
+    def __str__(self) -> str:
+        rows = [("layer", "shape", "sparsity", "pattern", "time vs dense", "backend")]
+        for name, masked in self.weights.items():
+            layer = masked.layers[0]
+            ratio = "not measured" if layer.measured_ratio is None else f"{layer.measured_ratio:.2f}x"
+            backend, reason = layer.backend
+            shape = "x".join(map(str, masked.weight.shape))
+            row = (name, shape, f"{layer.sparsity:.4f}", type(masked.pattern).__name__, ratio, f"{backend}: {reason}")
+            rows.append(row)
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+        lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
+        title = f"{type(self).__name__}: sparsity {self.sparsity:.4f} over {len(self.weights)} weights, "
+        title += f"step {self.step_count}, {len(self.history)} topology changes"
+        return "\n".join([title, *lines])
+
+
+def check_non_negative(argument: str, value: float) -> float:
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"{argument}={value!r} is not allowed; expected a finite number >= 0")
+    return value
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

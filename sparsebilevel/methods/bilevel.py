@@ -1,0 +1,595 @@
+"""Masks learned by bi-level optimization: BiP (prune a trained network) and BiDST (train sparse from scratch).
+
+Upper level: choose the mask; lower level: train theta under it with the ridge ``(gamma/2)||theta||^2``. With ``c`` the
+(relaxed) mask, ``z = c * theta`` and ``G = dloss/dz``, the implicit function theorem without the loss's Hessian gives
+``dtheta*/dc = -(1/gamma) diag(G)`` and the hypergradient
+
+    dl/dc = theta * G  -  (1/gamma) * c * G * G            (direct term, implicit term)
+
+(Zhang et al. 2022, BiP; Ji et al. 2024, BiDST, eqs. 5-9; the printed eq. 9 lost the factor ``c * G``). It is formed
+once a step, from the effective gradient, after accumulation, unscaling and all-reduce: it is not linear in ``G``.
+
+Two properties decide how well this works with mini-batches, and set the defaults here:
+
+* The two factors of ``G * G`` belong to different levels: one says how the lower level's solution moves, the other how
+  the upper level's loss takes it. Taken from one batch their product is ``mean(G)^2`` plus the variance of the
+  mini-batch gradient, which drowns it. With ``lower_gradient="mean"`` the lower level's factor is a running mean over
+  *earlier* batches, and the noise of the two is independent.
+* Summed along training, the direct term is the movement of the weight: a gradient step changes ``theta^2 / 2`` by
+  ``-lr * theta * G``, and with momentum by ``-lr / (1 - momentum) * theta * G`` in the mean. With that step size a
+  score that starts at ``theta^2 / 2`` stays there, and the implicit term is a credit on what a weight will be worth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..masks import as_fraction
+from .base import MaskedWeight, Sparsifier, Storage, check_non_negative
+from .pruning import Scope, rewind, top_masks
+
+FORMULAS = ("derived", "printed", "code", "curvature", "none")
+
+
+def hypergradient(
+    weight: Tensor,
+    c: Tensor,
+    grad: Tensor,
+    *,
+    formula: str,
+    scale: float,
+    lower_grad: Tensor | None = None,
+    curvature: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(direct, implicit)`` terms of ``dloss/dc``; their sum is the hypergradient.
+
+    Args:
+        weight: theta, any shape.
+        c: mask or relaxed mask of the same shape, values in [0, 1].
+        grad: effective gradient ``G`` of the same shape.
+        formula: of the implicit term:
+            ``derived``: ``-scale * c * G_lower * G`` (BiP as published; BiDST as derived);
+            ``printed``: ``-scale * G`` (BiDST eq. 9 as printed; the sign of G carries no importance);
+            ``code``: ``-scale * (theta * G)^2`` (what BiP's released code computes);
+            ``curvature``: keeps a diagonal ``h`` of the Hessian, which mends the size of the term:
+            ``-c * G * (G_lower + c * h * theta) / (gamma + c^2 * h)`` with ``gamma = 1 / scale``;
+            ``none``: 0.
+        scale: ``1 / gamma``, a setting of its own: the theory couples it inversely to the ridge of the lower level.
+        lower_grad: ``G_lower``, the lower level's estimate of ``G``; None is ``grad`` itself, as the papers have it.
+        curvature: ``h``, of the same shape, for ``curvature``.
+    """
+    lower_grad = grad if lower_grad is None else lower_grad
+    direct = weight * grad
+    if formula == "none" or scale == 0:
+        return direct, torch.zeros_like(direct)
+    if formula == "derived":
+        return direct, -scale * c * lower_grad * grad
+    if formula == "printed":
+        return direct, -scale * grad
+    if formula == "code":
+        return direct, -scale * direct.square()
+    if formula == "curvature":
+        assert curvature is not None
+        return direct, -grad * c * (lower_grad + c * curvature * weight) / (1 / scale + c * c * curvature)
+    raise ValueError(f"formula={formula!r} is not known; allowed: {', '.join(FORMULAS)}")
+
+
+class _RunningMean:
+    """Exponential means of one quantity, by layer, corrected for their start at zero (as in Adam)."""
+
+    def __init__(self, name: str, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"{name}={decay!r} is not allowed; expected a number in [0, 1)")
+        self.decay = decay
+        self.sums: dict[str, Tensor] = {}
+        self.steps: dict[str, int] = {}
+
+    def read(self, name: str, like: Tensor) -> Tensor:
+        """The mean so far, zero before the first update."""
+        if name not in self.sums:
+            return torch.zeros_like(like)
+        return self.sums[name] / (1 - self.decay ** self.steps[name])
+
+    def update(self, name: str, value: Tensor) -> None:
+        self.sums.setdefault(name, torch.zeros_like(value)).lerp_(value, 1 - self.decay)
+        self.steps[name] = self.steps.get(name, 0) + 1
+
+    def move(self, name: str, old: Tensor, new: Tensor, numel: int, fill: Callable[[Tensor], Tensor]) -> None:
+        """Follow a change of positions; new ones start at ``fill(sums)``."""
+        if name in self.sums:
+            dense = fill(self.sums[name]).repeat(numel)
+            dense[old] = self.sums[name]
+            self.sums[name] = dense[new]
+
+    def clear(self) -> None:
+        self.sums.clear()
+        self.steps.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": dict(self.sums), "steps": dict(self.steps)}
+
+    def load_state_dict(self, sums: dict[str, Tensor], steps: dict[str, int]) -> None:
+        self.sums, self.steps = sums, dict(steps)
+
+
+class _TermSizes:
+    """Mean absolute direct and implicit terms since they were last read: the first thing to look at when tuning."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.direct: Tensor | float = 0.0
+        self.implicit: Tensor | float = 0.0
+        self.count = 0
+
+    def add(self, direct: Tensor, implicit: Tensor) -> None:
+        self.direct = self.direct + direct.abs().sum()
+        self.implicit = self.implicit + implicit.abs().sum()
+        self.count += direct.numel()
+
+    def read(self) -> dict[str, float]:
+        if not self.count:
+            return {}
+        sizes = {"direct": float(self.direct) / self.count, "implicit": float(self.implicit) / self.count}
+        self.reset()
+        return sizes
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"direct": self.direct, "implicit": self.implicit, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.direct, self.implicit, self.count = state["direct"], state["implicit"], state["count"]
+
+
+class _BiLevel(Sparsifier):
+    """What BiP and BiDST share: the settings of the hypergradient and the running means it needs."""
+
+    IMPLICIT: Mapping[str, str]
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any,
+        *,
+        implicit: str,
+        implicit_scale: float,
+        lower_gradient: str,
+        gradient_decay: float,
+        curvature_decay: float,
+        score_lr: float | None,
+        **kwargs: Any,
+    ) -> None:
+        if score_lr is None and optimizer is None:
+            raise ValueError("score_lr=None takes the optimizer's learning rate, but no optimizer was given")
+        self.formula = _choose("implicit", implicit, self.IMPLICIT)
+        self.implicit_scale = check_non_negative("implicit_scale", implicit_scale)
+        self.lower_gradient = _choose("lower_gradient", lower_gradient, {"mean": "mean", "batch": "batch"})
+        self.score_lr = None if score_lr is None else check_non_negative("score_lr", score_lr)
+        self._mean_grad = _RunningMean("gradient_decay", gradient_decay)
+        self._curvature = _RunningMean("curvature_decay", curvature_decay)
+        self._sizes = _TermSizes()
+        super().__init__(model, optimizer, **kwargs)
+
+    def _hypergradient(self, name: str, weight: Tensor, c: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        lower = curvature = None
+        if self.lower_gradient == "mean" and self.formula in ("derived", "curvature"):  # the others do not use it
+            lower = self._mean_grad.read(name, grad)
+            self._mean_grad.update(name, grad)
+        if self.formula == "curvature":
+            self._curvature.update(name, grad.square())
+            curvature = self._curvature.read(name, grad)
+        return hypergradient(
+            weight, c, grad, formula=self.formula, scale=self.implicit_scale, lower_grad=lower, curvature=curvature
+        )
+
+    def current_score_lr(self, name: str) -> float:
+        """Step size of the scores of a layer: as given, or the one at which the direct term follows ``theta^2 / 2``."""
+        if self.score_lr is not None:
+            return self.score_lr
+        weight = self.weights[name].weight
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                if any(p is weight for p in group["params"]):
+                    return float(group["lr"]) / (1 - float(group.get("momentum", 0)))
+        raise ValueError(f"score_lr=None takes the optimizer's learning rate, but no optimizer holds {name!r}")
+
+    def metrics(self) -> dict[str, float]:
+        return super().metrics() | self._sizes.read()
+
+    def state_dict(self) -> dict[str, Any]:
+        means = {"mean_grad": self._mean_grad.state_dict(), "curvature": self._curvature.state_dict()}
+        return super().state_dict() | means | {"sizes": self._sizes.state_dict()}
+
+    def load_state_dict(self, state: Any) -> None:
+        super().load_state_dict(state)
+        for key, mean in (("mean_grad", self._mean_grad), ("curvature", self._curvature)):
+            mean.load_state_dict(self._on_devices(state[key]["sums"]), state[key]["steps"])
+        self._sizes.load_state_dict(state["sizes"])
+
+
+class BiP(_BiLevel):
+    """Bi-level pruning of a trained network (Zhang et al., NeurIPS 2022).
+
+    Alternate N ordinary optimizer steps on the weights (lower level, mask fixed) with one :meth:`upper_step` on a batch
+    of its own: a gradient step on the scores and a projection to the exact count. Weights are stored dense, so that a
+    dropped one can return. ::
+
+        sb.sparsify(model, sparsity=0.9, init="dense")       # a trained model
+        bip = sb.BiP(model, optimizer)
+        for (x, y), (xu, yu) in zip(lower_loader, upper_loader):
+            bip.upper_step(lambda: F.cross_entropy(model(xu), yu))
+            optimizer.zero_grad(); F.cross_entropy(model(x), y).backward(); optimizer.step()
+            bip.step()
+        bip.finish()                                          # zeros are stored; fine-tune on if you like
+
+    Whichever way the scores start, the first mask is one-shot magnitude pruning (of groups by the sum of their scores).
+
+    Args:
+        initial_scores: ``energy`` (``theta^2 / 2``, the scale on which the direct term moves) or ``magnitude``
+            (``|theta|``, as published).
+        implicit: ``paper`` (``-scale * m * G_lower * G``), ``code`` (``-scale * (theta * G)^2``, the released code),
+            ``curvature`` or ``none``.
+        implicit_scale: ``1 / gamma`` of the hypergradient. Separate from the optimizer's weight decay: in the theory
+            the two are reciprocal, in the released code both are 1e-4.
+        lower_gradient: ``mean`` (a running mean over the batches of earlier upper steps) or ``batch`` (the upper batch
+            itself, as published).
+        score_lr: step size beta of the scores (assign it to follow a schedule; 0.1 as published); None is
+            ``lr / (1 - momentum)`` of the weight's parameter group, at which a score follows ``theta^2 / 2`` if one
+            lower step goes with an upper step.
+        score_momentum: of the SGD on the scores.
+        scope: ``global`` (one ranking over all layers; the default for unstructured masks) or ``layer`` (equal ratios;
+            the default for filter and channel masks).
+        gradient_decay, curvature_decay: of the running means of ``G`` and ``G^2``.
+        ...: as :class:`~sparsebilevel.methods.base.Sparsifier`.
+    """
+
+    storage: Storage = "dense"
+    continuous = True
+    IMPLICIT = {"paper": "derived", "code": "code", "curvature": "curvature", "none": "none"}
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any = None,
+        *,
+        initial_scores: str = "energy",
+        implicit: str = "paper",
+        implicit_scale: float = 1.0,
+        lower_gradient: str = "mean",
+        score_lr: float | None = None,
+        score_momentum: float = 0.0,
+        scope: Scope | None = None,
+        gradient_decay: float = 0.9,
+        curvature_decay: float = 0.99,
+        **kwargs: Any,
+    ) -> None:
+        self.initial_scores = _choose("initial_scores", initial_scores, {"energy": "energy", "magnitude": "magnitude"})
+        self.score_momentum = check_non_negative("score_momentum", score_momentum)
+        if scope not in ("global", "layer", None):
+            raise ValueError(f"scope={scope!r} is not known; allowed: global, layer, None")
+        self._scope = scope
+        self.finished = False
+        self.upper_steps = 0
+        self._velocity: dict[str, Tensor] = {}
+        super().__init__(
+            model,
+            optimizer,
+            implicit=implicit,
+            implicit_scale=implicit_scale,
+            lower_gradient=lower_gradient,
+            gradient_decay=gradient_decay,
+            curvature_decay=curvature_decay,
+            score_lr=score_lr,
+            **kwargs,
+        )
+
+    @property
+    def scope(self) -> Scope:
+        """How masks are projected: over all layers together or layer by layer."""
+        if self._scope is not None:
+            return self._scope
+        unstructured = all(m.num_groups == m.weight.numel() for m in self.weights.values())
+        return "global" if unstructured else "layer"
+
+    def initialize(self) -> None:
+        for masked in self.weights.values():
+            weight = masked.weight.detach().float()
+            masked.set_scores(weight.square() / 2 if self.initial_scores == "energy" else weight.abs())
+        self.set_masks(self.propose_masks({}))
+
+    def propose_masks(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.finished:
+            return {}
+        return top_masks(self, {name: masked.scores for name, masked in self.weights.items()}, self.scope)
+
+    def upper_step(self, closure: Callable[[], Tensor], scaler: torch.amp.GradScaler | None = None) -> Tensor:
+        """One step of the upper level; costs one forward and one backward pass.
+
+        Gradients that the parameters already hold are put back afterwards, and no parameter is changed.
+
+        Args:
+            closure: computes the loss of an upper batch (or of several); ``upper_step`` calls backward.
+            scaler: the loop's GradScaler, if any.
+
+        Returns:
+            The loss, detached.
+        """
+        if self.finished:
+            raise RuntimeError("upper_step after finish(): the mask is fixed")
+        parameters = list(self.model.parameters())
+        # With gradient_as_bucket_view DDP computes into the memory of the gradients that are there.
+        shared = dist.is_available() and dist.is_initialized()
+        kept = [p.grad.clone() if shared and p.grad is not None else p.grad for p in parameters]
+        for masked in self.weights.values():
+            masked.collect("all")
+        try:
+            for p in parameters:
+                p.grad = None
+            with torch.enable_grad():
+                loss = closure()
+                (loss if scaler is None else scaler.scale(loss)).backward()
+            with torch.no_grad():
+                grads = self._take_grads(None)
+                assert grads is not None
+                if scaler is not None and scaler.is_enabled():
+                    grads = {name: g / scaler.get_scale() for name, g in grads.items()}
+                if scaler is None or all(bool(g.isfinite().all()) for g in grads.values()):
+                    self._update_scores(grads)
+                    self.set_masks(self.propose_masks(grads))
+                    self.upper_steps += 1
+        finally:
+            for p, grad in zip(parameters, kept, strict=True):
+                p.grad = grad
+            for masked in self.weights.values():
+                masked.collect("none")
+        return loss.detach()
+
+    def _update_scores(self, grads: dict[str, Tensor]) -> None:
+        for name, grad in grads.items():
+            masked = self.weights[name]
+            direct, implicit = self._hypergradient(name, masked.weight, masked.mask, grad)
+            self._sizes.add(direct, implicit)
+            velocity = direct.add_(implicit)
+            if self.score_momentum:
+                past = self._velocity.setdefault(name, torch.zeros_like(direct))
+                velocity = past.mul_(self.score_momentum).add_(velocity)
+            masked.scores.sub_(velocity, alpha=self.current_score_lr(name))
+
+    @torch.no_grad()
+    def finish(self, rewind_to: dict[str, Tensor] | None = None) -> None:
+        """Keep the mask for good: zeros are stored and the scores go. Training may continue as fine-tuning.
+
+        Args:
+            rewind_to: a model state (as IMP's rewinding uses) to which surviving weights go back. BiP does not need it.
+        """
+        self.finished, self.storage = True, "sparse"
+        self._velocity.clear()
+        self._mean_grad.clear()
+        self._curvature.clear()
+        for masked in self.weights.values():
+            masked.set_scores(None)
+            self._change(masked, masked.mask.clone())
+        if rewind_to is not None:
+            rewind(self, rewind_to)
+
+    def metrics(self) -> dict[str, float]:
+        return super().metrics() | {"upper_steps": float(self.upper_steps)}
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"finished": self.finished, "upper_steps": self.upper_steps, "velocity": dict(self._velocity)}
+        return super().state_dict() | own
+
+    def load_state_dict(self, state: Any) -> None:
+        if state.get("finished") and not self.finished:
+            self.finish()
+        super().load_state_dict(state)
+        self.upper_steps = state["upper_steps"]
+        self._velocity = self._on_devices(state["velocity"])
+
+
+class BiDST(_BiLevel):
+    """Bi-level dynamic sparse training (Ji et al., ICML 2024), with the corrections listed below.
+
+    Every learnable position holds a score ``u``; the relaxed mask is ``psi = sigmoid(u / tau)``. Learnable are the
+    active positions A and a random extra *search space* E, where weight and weight gradient are zero but the mask
+    learns. The scores take a hypergradient step after every optimizer step, from the same backward pass; the topology
+    changes only every ``update_freq`` steps, to the largest scores over A and E, layer by layer.
+
+    Where the paper leaves a choice or cannot be followed to the letter:
+
+    * the ridge of the lower level is ``||theta||^2`` (with ``||psi * theta||^2``, as printed, the exact hypergradient
+      is 0);
+    * ``implicit="derived"`` restores the factor that the printed eq. 9 lost; ``paper`` is the printed form;
+    * ``psi = sigmoid(u / tau)`` is bounded (plain scores in E stay at zero for ever or overflow);
+    * the forward pass uses the *current* binary mask between topology changes;
+    * the score of a weight is worth what the direct term would have made of it, had it grown from zero: it starts
+      ``psi' * theta^2 / 2`` above ``initial_score``, which is the score of a weight that is zero. So E starts there, a
+      weight that grows keeps the credit that it earned in E, and a weight that is dropped goes back to
+      ``initial_score`` (less ``margin``) with its value;
+    * at a change, what leaves A enters E, and the rest of E is drawn anew;
+    * the implicit term moves E only (``implicit_on="search"``): in A the lower level does solve for theta, so that the
+      response of theta to its mask is already in the movement that the direct term sums.
+
+    ``mask_scores`` holds ``u``, and minus infinity outside A and E.
+
+    Args:
+        search_space: size of E as a fraction of all entries of a layer, in [0, 1).
+        implicit: ``derived``, ``paper``, ``curvature`` or ``none``.
+        implicit_scale: ``1 / lambda`` of the hypergradient; a setting of its own beside the optimizer's weight decay.
+            The paper's 1e4 belongs to ``lower_gradient="batch"``.
+        implicit_on: ``search`` (positions in E) or ``all`` (A too, as published).
+        lower_gradient: ``mean`` (a running mean over earlier batches) or ``batch`` (this one, as published).
+        score_lr: step size of the scores; None is ``lr / (1 - momentum)`` of the weight's parameter group.
+        gumbel: add logistic noise (a difference of two Gumbels) to ``u`` in psi; the hard mask is not affected.
+        tau: temperature of the relaxation; with ``tau_end`` it goes linearly there until ``update_end``.
+        initial_score, margin: the score of a weight that is zero, and how far below it E starts.
+        gradient_decay, curvature_decay: of the running means of ``G`` and ``G^2``.
+        ...: as :class:`~sparsebilevel.methods.base.Sparsifier`.
+    """
+
+    IMPLICIT = {"derived": "derived", "paper": "printed", "curvature": "curvature", "none": "none"}
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any = None,
+        *,
+        search_space: float = 0.05,
+        implicit: str = "derived",
+        implicit_scale: float = 10.0,
+        implicit_on: str = "search",
+        lower_gradient: str = "mean",
+        score_lr: float | None = None,
+        gumbel: bool = False,
+        tau: float = 1.0,
+        tau_end: float | None = None,
+        initial_score: float = 0.0,
+        margin: float = 0.0,
+        gradient_decay: float = 0.9,
+        curvature_decay: float = 0.99,
+        **kwargs: Any,
+    ) -> None:
+        if not 0 <= search_space < 1:
+            raise ValueError(f"search_space={search_space!r} is not allowed; expected a number in [0, 1)")
+        if not all(0 < value < math.inf for value in (tau, tau if tau_end is None else tau_end)):
+            raise ValueError(f"tau={tau!r}, tau_end={tau_end!r} are not allowed; temperatures are positive")
+        if not math.isfinite(initial_score):
+            raise ValueError(f"initial_score={initial_score!r} is not allowed; expected a finite number")
+        self.search_space = search_space
+        self.implicit_on = _choose("implicit_on", implicit_on, {"search": "search", "all": "all"})
+        self.gumbel, self.tau, self.tau_end = gumbel, tau, tau_end
+        self.initial_score, self.margin = initial_score, check_non_negative("margin", margin)
+        super().__init__(
+            model,
+            optimizer,
+            implicit=implicit,
+            implicit_scale=implicit_scale,
+            lower_gradient=lower_gradient,
+            gradient_decay=gradient_decay,
+            curvature_decay=curvature_decay,
+            score_lr=score_lr,
+            **kwargs,
+        )
+
+    # -- search space -------------------------------------------------------------------------------------------------
+
+    def initialize(self) -> None:
+        super().initialize()
+        for masked in self.weights.values():
+            scores = torch.full(masked.mask.shape, -math.inf, device=masked.mask.device)  # row-major, as positions are
+            psi = (1 + math.tanh(self.initial_score / self.tau / 2)) / 2  # the sigmoid, without overflow
+            worth = psi * (1 - psi) / self.tau * masked.weight.float().square() / 2
+            scores[masked.mask] = self.initial_score + worth[masked.mask]
+            self._fill_search_space(masked, scores)
+            masked.set_scores(scores)
+            self._collect_search_space(masked)
+
+    def _fill_search_space(self, masked: MaskedWeight, scores: Tensor) -> None:
+        """Draw random groups into E until it has its exact size; ``scores`` is -inf outside A and E."""
+        pattern, shape = masked.pattern, masked.weight.shape
+        outside = (pattern.group_scores((scores > -math.inf).float()).cpu() == 0).nonzero().squeeze(1)
+        inside = masked.num_groups - outside.numel() - int(masked.group_mask().sum())
+        missing = round(masked.num_groups * as_fraction(self.search_space)) - inside
+        order = torch.randperm(outside.numel(), generator=self.generator, device="cpu")
+        drawn = torch.zeros(masked.num_groups, dtype=torch.bool, device="cpu")
+        drawn[outside[order[: max(missing, 0)]]] = True
+        scores[pattern.expand(drawn, shape).to(scores.device)] = self.initial_score - self.margin
+
+    def learning_mask(self, masked: MaskedWeight) -> Tensor:
+        """Positions whose score learns: active or in the search space (bool, of the weight's shape)."""
+        return masked.scores > -math.inf
+
+    def prepare_collection(self) -> None:
+        for masked in self.weights.values():  # which positions to collect changes with the masks only
+            masked.zero_effective_grad()
+
+    # -- the upper level ----------------------------------------------------------------------------------------------
+
+    def current_tau(self) -> float:
+        """Temperature at the current step."""
+        end = self.schedule.end
+        if self.tau_end is None or not end:
+            return self.tau
+        return self.tau + (self.tau_end - self.tau) * min(1.0, self.step_count / end)
+
+    def learn(self, grads: dict[str, Tensor]) -> None:
+        tau = self.current_tau()
+        for name, grad in grads.items():
+            masked = self.weights[name]
+            positions = masked.layers[0].support_positions
+            assert positions is not None
+            weight, active = masked.weight.reshape(-1)[positions], masked.mask.reshape(-1)[positions]
+            scores = masked.scores.reshape(-1)
+            u = scores[positions]
+            psi = torch.sigmoid((u + self._noise(u) if self.gumbel else u) / tau)
+            direct, implicit = self._hypergradient(name, weight, psi, grad)
+            if self.implicit_on == "search":
+                implicit.masked_fill_(active, 0)
+            self._sizes.add(direct, implicit)
+            u = u - self.current_score_lr(name) * (direct + implicit) * psi * (1 - psi) / tau
+            scores[positions] = u.to(scores.dtype)
+            if not masked.scores.is_contiguous():  # the model went to channels_last meanwhile, and reshape copied
+                masked.scores.copy_(scores.view(masked.scores.shape))
+
+    def _noise(self, like: Tensor) -> Tensor:
+        return torch.rand(like.shape, generator=self.generator, device="cpu").to(like.device).logit_(1e-6)
+
+    def propose_masks(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        masks = {}
+        for name, masked in self.weights.items():
+            if not masked.is_dense:
+                masks[name] = masked.pattern.mask(self._mean_scores(masked), masked.num_kept)
+        return masks
+
+    def _mean_scores(self, masked: MaskedWeight) -> Tensor:
+        """Scores whose sum over a group is the mean: blocks at the edges may be smaller than the others."""
+        pattern, scores = masked.pattern, masked.scores
+        return scores / pattern.expand(pattern.group_scores(torch.ones_like(scores)), scores.shape)
+
+    @torch.no_grad()
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Change the masks, and renew the search space around them."""
+        before = {name: self.weights[name].mask.clone() for name in masks}
+        super().set_masks(masks)
+        for name in masks:
+            masked = self.weights[name]
+            self._renew_search_space(masked, left=before[name] & ~masked.mask)
+
+    def _renew_search_space(self, masked: MaskedWeight, left: Tensor) -> None:
+        old = masked.layers[0].support_positions
+        old = None if old is None else old.clone()  # collect() writes over it
+        masked.scores.masked_fill_(masked.mask & ~self.learning_mask(masked), self.initial_score)  # from outside of E
+        masked.scores.masked_fill_(~masked.mask, -math.inf)
+        masked.scores.masked_fill_(left, self.initial_score - self.margin)
+        self._fill_search_space(masked, masked.scores)
+        self._collect_search_space(masked)
+        new = masked.layers[0].support_positions
+        if old is not None and new is not None:
+            numel = masked.scores.numel()
+            self._mean_grad.move(masked.name, old, new, numel, fill=lambda sums: sums.new_zeros(()))
+            # A zero curvature would make the steps of what is new huge; the layer's mean is a better guess.
+            self._curvature.move(masked.name, old, new, numel, fill=torch.mean)
+
+    def _collect_search_space(self, masked: MaskedWeight) -> None:
+        if masked.is_dense:
+            masked.collect("none")
+        else:
+            masked.collect("search", self.learning_mask(masked).reshape(-1).nonzero().squeeze(1))
+
+    def load_state_dict(self, state: Any) -> None:
+        super().load_state_dict(state)
+        for masked in self.weights.values():
+            self._collect_search_space(masked)
+
+
+def _choose(argument: str, value: str, allowed: Mapping[str, str]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{argument}={value!r} is not known; allowed: {', '.join(allowed)}")
+    return allowed[value]

@@ -1,0 +1,98 @@
+"""Dynamic sparse training by rule: Static, SET and RigL. Weights are stored sparse, counts are fixed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import binarize
+from ..masks import NM
+from ..schedules import cosine_drop_fraction
+from .base import MaskedWeight, Sparsifier
+
+
+class Static(Sparsifier):
+    """A fixed mask for the whole of training: the random control every method must beat."""
+
+
+class SET(Sparsifier):
+    """Sparse evolutionary training (Mocanu et al. 2018), with RigL's schedule: drop the smallest, grow at random.
+
+    At a change each layer drops the fraction ``f_t`` of its active groups with the smallest ``|theta|`` and grows as
+    many among all others. A dropped group may be grown back at once, and is then untouched: value and momentum stay.
+
+    Args:
+        drop_fraction: initial ``f_0``; decays with a cosine to 0 at ``update_end`` (constant if that is None).
+        ...: as :class:`~sparsebilevel.methods.base.Sparsifier`; ``update_freq`` defaults to 100 steps.
+    """
+
+    def __init__(self, model: Any, optimizer: Any = None, *, drop_fraction: float = 0.3, **kwargs: Any) -> None:
+        if not 0 <= drop_fraction <= 1:
+            raise ValueError(f"drop_fraction={drop_fraction!r} is not allowed; expected a number in [0, 1]")
+        self.drop_fraction = drop_fraction
+        kwargs.setdefault("update_freq", 100)
+        super().__init__(model, optimizer, **kwargs)
+        if any(isinstance(masked.pattern, NM) for masked in self.weights.values()):
+            raise ValueError(
+                f"pattern NM is not allowed with {type(self).__name__}: its groups cannot be exchanged freely"
+            )
+
+    def current_drop_fraction(self) -> float:
+        """``f_t`` at the current step (Evci et al. 2020, eq. 1)."""
+        if self.schedule.end is None:
+            return self.drop_fraction
+        return cosine_drop_fraction(self.step_count, self.schedule.end, self.drop_fraction)
+
+    def grow_scores(self, masked: MaskedWeight, grads: dict[str, Tensor]) -> Tensor:
+        """Scores ``[num_groups]`` by which dropped and inactive groups compete to be grown. Here random."""
+        return torch.rand(masked.num_groups, generator=self.generator, device="cpu").to(masked.weight.device)
+
+    def propose_masks(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        fraction = self.current_drop_fraction()
+        masks = {}
+        for name, masked in self.weights.items():
+            active = masked.group_mask()
+            changes = min(int(fraction * masked.num_kept), masked.num_groups - masked.num_kept)
+            if not changes:
+                continue
+            magnitude = masked.pattern.group_scores(masked.weight.abs())
+            kept = binarize(magnitude.masked_fill(~active, -math.inf), masked.num_kept - changes)
+            grown = binarize(self.grow_scores(masked, grads).masked_fill(kept, -math.inf), changes)
+            masks[name] = masked.pattern.expand(kept | grown, masked.weight.shape)
+        return masks
+
+
+class RigL(SET):
+    """RigL (Evci et al. 2020): SET, but growing where the dense gradient is largest.
+
+    The dense gradient is computed at the steps of a change and at no other.
+
+    Args:
+        paper: at a step of a change the mask update *replaces* the optimizer's step, as in the paper and the authors'
+            code (so it needs the optimizer); by default the step is taken first, as RigL's PyTorch ports do.
+        ...: as :class:`SET`.
+    """
+
+    def __init__(self, model: Any, optimizer: Any = None, *, paper: bool = False, **kwargs: Any) -> None:
+        self.paper = paper
+        super().__init__(model, optimizer, **kwargs)
+        if paper and not self.optimizers:
+            raise ValueError("paper=True replaces steps of the optimizer, but no optimizer was given")
+        for opt in self.optimizers if paper else []:
+            opt.register_step_pre_hook(self._withhold_gradients)
+
+    def grow_scores(self, masked: MaskedWeight, grads: dict[str, Tensor]) -> Tensor:
+        return masked.pattern.group_scores(grads[masked.name].abs())
+
+    def prepare_collection(self) -> None:
+        due = self.schedule.is_due(self.step_count + 1)
+        for masked in self.weights.values():
+            masked.collect("all" if due else "none")
+
+    def _withhold_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        # Parameters without a gradient are left alone by every optimizer: no decay, no momentum, no step.
+        if self.schedule.is_due(self.step_count + 1):
+            optimizer.zero_grad(set_to_none=True)

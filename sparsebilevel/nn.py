@@ -1,0 +1,536 @@
+"""Layers with a mask, and the conversion of whole models: ``sparsify`` and ``densify``.
+
+A sparse layer is the dense layer plus a mask. It keeps the class interface (``isinstance(layer, nn.Linear)`` holds),
+the Parameters themselves (an optimizer made before still holds them) and the state-dict keys; it adds ``mask`` (bool,
+True = kept) and, while scores are learned, ``mask_scores`` (float32). Converting swaps the class of the module in
+place, so hooks, references and shared modules survive.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .kernels import choose_backend, make_grad_sink, masked_conv2d, masked_linear
+from .kernels.reference import effective_weight
+from .masks import Pattern, Unstructured, global_masks, parse_pattern, random_mask
+from .schedules import layer_counts
+
+Support = Literal["none", "active", "search", "all"]
+_SUPPORTS = ("none", "active", "search", "all")
+
+torch.fx.wrap("masked_linear")  # symbolic tracing keeps the ops whole
+torch.fx.wrap("masked_conv2d")
+
+
+class SparseMaskedModule(nn.Module):
+    """What :class:`SparseMaskedLinear` and :class:`SparseMaskedConv2d` share: the mask and the gradient it needs.
+
+    Attributes:
+        weight: the stored weight theta. Where the mask is False the forward does not see it.
+        mask: bool buffer of the weight's shape.
+        mask_scores: float32 buffer of the weight's shape, or a Parameter if the user made it one, or None.
+        pattern: which weights live and die together.
+        num_kept: groups of the pattern that the target sparsity keeps.
+    """
+
+    _dense_class: type[nn.Module]
+    _op: str
+    weight: nn.Parameter
+    mask: Tensor
+    mask_scores: Tensor | None
+    pattern: Pattern
+    num_kept: int
+
+    def _add_mask(self, mask: Tensor, pattern: Pattern, num_kept: int) -> None:
+        self.pattern = pattern
+        self.num_kept = num_kept
+        self.register_buffer("mask", mask)
+        self.register_buffer("mask_scores", None)
+        self.measured_ratio: float | None = None
+        self.collect("none")
+
+    def reset_mask(self, generator: torch.Generator | None = None) -> None:
+        """Draw a random mask with the layer's exact count; on the meta device there is nothing to draw."""
+        if not self.mask.is_meta:
+            self.set_mask(random_mask(self.weight.shape, self.num_kept, self.pattern, generator))
+
+    def reset_parameters(self) -> None:
+        """Initialise weight and bias as the dense class does, and draw a new random mask."""
+        super().reset_parameters()  # type: ignore[misc]
+        if "mask" in self._buffers:
+            self.reset_mask()
+
+    @torch.no_grad()
+    def set_mask(self, mask: Tensor) -> None:
+        """Copy ``mask`` (bool, of the weight's shape) into the buffer, in place: compiled graphs stay valid."""
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask has dtype {mask.dtype}; expected torch.bool (True = kept)")
+        if mask.shape != self.weight.shape:
+            raise ValueError(f"mask has shape {list(mask.shape)}; expected {list(self.weight.shape)}, the weight's")
+        self.mask.copy_(mask)
+
+    def set_mask_scores(self, scores: Tensor | None) -> None:
+        """Install scores (or remove them); kept in float32 whatever the weight's dtype is."""
+        if scores is not None and scores.shape != self.weight.shape:
+            raise ValueError(
+                f"mask_scores has shape {list(scores.shape)}; expected {list(self.weight.shape)}, the weight's"
+            )
+        if scores is not None and not isinstance(scores, nn.Parameter):
+            scores = scores.detach().to(device=self.weight.device, dtype=torch.float32)
+        del self.mask_scores
+        if isinstance(scores, nn.Parameter):
+            self.mask_scores = scores
+        else:
+            self.register_buffer("mask_scores", scores)
+
+    # -- the effective gradient G -------------------------------------------------------------------------------------
+
+    def collect(self, support: Support, positions: Tensor | None = None) -> None:
+        """Ask backward for ``G = dloss/d(mask * weight)`` on a support, and drop what was collected so far.
+
+        Args:
+            support: ``none``; ``all`` (dense); ``active`` (where the mask is True now); ``search`` (at ``positions``).
+            positions: int64 ``[capacity]`` flat positions, row-major, for ``search``; negative entries are padding.
+                They are copied. A buffer of the same length is reused, so that a compiled model is not compiled again
+                at a change of topology.
+        """
+        if support not in _SUPPORTS:
+            raise ValueError(f"support={support!r} is not known; allowed: {', '.join(_SUPPORTS)}")
+        if (positions is not None) != (support == "search"):
+            raise ValueError(f"positions must be given for support='search' and for no other, got support={support!r}")
+        if positions is not None:
+            _check_positions(positions, self.weight.numel())
+        if support == "active":
+            positions = self.mask.reshape(-1).nonzero().squeeze(1)
+        old = self.__dict__.get("_positions")
+        if positions is not None and old is not None and old.shape == positions.shape:
+            positions = old.copy_(positions)
+        elif positions is not None:
+            positions = positions.to(self.weight.device, copy=True)
+        self.score_support = support
+        self._positions = positions
+        sink = self.__dict__.get("_grad_sink")
+        shape = None if support == "none" else (positions if positions is not None else self.weight).shape
+        if sink is None or shape != sink.shape:
+            sink = None if shape is None else make_grad_sink(self.weight, positions)
+        self._grad_sink = sink
+        self.zero_effective_grad()
+
+    @property
+    def effective_grad(self) -> Tensor | None:
+        """``G`` summed since last zeroed: dense, or ``[capacity]`` at ``support_positions``. None before backward."""
+        return None if self._grad_sink is None else self._grad_sink.grad
+
+    @property
+    def support_positions(self) -> Tensor | None:
+        """Flat positions ``[capacity]`` of ``effective_grad``; None where it is dense."""
+        return self._positions
+
+    def zero_effective_grad(self) -> None:
+        """Forget the collected ``G``."""
+        if self._grad_sink is not None:
+            self._grad_sink.grad = None
+
+    # -- what a reader sees -------------------------------------------------------------------------------------------
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in the mask as it is now."""
+        return 0.0 if self.mask.is_meta or not self.mask.numel() else 1.0 - self.mask.sum().item() / self.mask.numel()
+
+    @property
+    def backend(self) -> tuple[str, str]:
+        """Kernel that this layer takes, and why."""
+        return choose_backend(
+            self._op, tuple(self.weight.shape), self.weight.dtype, self.weight.device, 1 - self.sparsity
+        )
+
+    def effective_weight(self) -> Tensor:
+        """``mask * weight``, differentiable in weight."""
+        return effective_weight(self.weight, self.mask)
+
+    def extra_repr(self) -> str:
+        name, reason = self.backend
+        return (
+            f"{super().extra_repr()}, sparsity={self.sparsity:.4f}, pattern={self.pattern}, backend={name} ({reason})"
+        )
+
+    # -- conversion ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_dense(cls, dense: nn.Module, sparsity: float = 0.0, pattern: Pattern | str = "unstructured") -> Any:
+        """A sparse layer that shares the Parameters of ``dense``, with a random mask of the exact count."""
+        if type(dense) is not cls._dense_class:
+            raise TypeError(f"dense is a {type(dense).__name__}; expected exactly a {cls._dense_class.__name__}")
+        layer = _shallow_copy(dense)
+        layer.__class__ = cls
+        return _attach_random_mask(layer, sparsity, parse_pattern(pattern))
+
+    def to_dense(self) -> nn.Module:
+        """A dense layer of the original class with a new weight ``mask * weight``; other Parameters are shared."""
+        return _convert_to_dense(_shallow_copy(self))
+
+    # -- what nn.Module must not do to masks --------------------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        scores = self._buffers.get("mask_scores")
+        super()._apply(fn, recurse)
+        cast = self._buffers.get("mask_scores")
+        if scores is not None and cast is not None and cast.dtype != scores.dtype:
+            # .half() and friends: a sum of many small steps must not lose its low bits.
+            self.mask_scores = torch.empty_like(cast, dtype=scores.dtype).copy_(scores)
+        self._refit_collection()
+        return self
+
+    def _refit_collection(self) -> None:
+        """Follow the weight to another device or dtype, with what has been collected."""
+        if self._positions is not None:
+            self._positions = self._positions.to(self.weight.device)
+        if self._grad_sink is not None:
+            grad = self._grad_sink.grad
+            self._grad_sink = make_grad_sink(self.weight, self._positions)
+            self._grad_sink.grad = None if grad is None else grad.to(self._grad_sink)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # A dense checkpoint has no masks: the ones at hand stay. Scores come and go with the method that learns them.
+        state_dict = dict(state_dict)
+        if not self.mask.is_meta:
+            state_dict.setdefault(prefix + "mask", self.mask)
+        if prefix + "mask_scores" in state_dict and self.mask_scores is None:
+            self.set_mask_scores(torch.zeros_like(self.weight, dtype=torch.float32))
+        elif prefix + "mask_scores" not in state_dict and self.mask_scores is not None:
+            state_dict[prefix + "mask_scores"] = self.mask_scores
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._refit_collection()  # assign=True may have put a weight of another device or dtype in place
+
+    def _sink_arguments(self) -> dict[str, Any]:
+        scores = self.mask_scores if isinstance(self.mask_scores, nn.Parameter) else None
+        return {"mask_scores": scores, "grad_sink": self._grad_sink, "positions": self._positions}
+
+
+class SparseMaskedLinear(SparseMaskedModule, nn.Linear):  # type: ignore[misc]
+    """``nn.Linear`` with a mask: ``y = x (mask * weight)^T + bias``.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as ``nn.Linear``.
+        sparsity: fraction of groups of ``pattern`` that the random initial mask drops, in [0, 1).
+        pattern: a :class:`~sparsebilevel.masks.Pattern` or its spelling.
+    """
+
+    _dense_class = nn.Linear
+    _op = "masked_linear"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        sparsity: float = 0.0,
+        pattern: Pattern | str = "unstructured",
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
+        _attach_random_mask(self, sparsity, parse_pattern(pattern))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        return masked_linear(input, self.weight, self.mask, self.bias, **self._sink_arguments())
+
+
+class SparseMaskedConv2d(SparseMaskedModule, nn.Conv2d):  # type: ignore[misc]
+    """``nn.Conv2d`` with a mask.
+
+    Args:
+        in_channels ... dtype: as ``nn.Conv2d``, in the same order.
+        sparsity: fraction of groups of ``pattern`` that the random initial mask drops, in [0, 1).
+        pattern: a :class:`~sparsebilevel.masks.Pattern` or its spelling.
+    """
+
+    _dense_class = nn.Conv2d
+    _op = "masked_conv2d"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        sparsity: float = 0.0,
+        pattern: Pattern | str = "unstructured",
+    ) -> None:
+        geometry = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        nn.Conv2d.__init__(self, *geometry, device=device, dtype=dtype)
+        _attach_random_mask(self, sparsity, parse_pattern(pattern))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[B, C, H, W]`` or ``[C, H, W]``; any memory format."""
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+        geometry = (self.stride, padding, self.dilation, self.groups)
+        return masked_conv2d(input, self.weight, self.mask, self.bias, *geometry, **self._sink_arguments())
+
+
+_SPARSE_CLASSES: dict[type[nn.Module], type[SparseMaskedModule]] = {
+    nn.Linear: SparseMaskedLinear,
+    nn.Conv2d: SparseMaskedConv2d,
+}
+
+
+def _check_positions(positions: Tensor, numel: int) -> None:
+    if positions.dtype != torch.int64 or positions.dim() != 1:
+        raise ValueError(f"positions is {positions.dtype} of shape {list(positions.shape)}; expected int64 [capacity]")
+    if positions.numel() and int(positions.max()) >= numel:
+        raise ValueError(f"positions has {int(positions.max())}; expected less than {numel}, the weight's size")
+
+
+def _attach_random_mask(layer: Any, sparsity: float, pattern: Pattern) -> Any:
+    kept = layer_counts({"weight": layer.weight.shape}, sparsity, "uniform", pattern)["weight"]
+    layer._add_mask(torch.ones_like(layer.weight, dtype=torch.bool), pattern, kept)
+    layer.reset_mask()
+    return layer
+
+
+@torch.no_grad()
+def _convert_to_dense(layer: Any) -> nn.Module:
+    weight = nn.Parameter(layer.effective_weight(), requires_grad=layer.weight.requires_grad)
+    for name in ("mask", "mask_scores"):
+        layer._buffers.pop(name, None)
+        layer._parameters.pop(name, None)
+        layer._non_persistent_buffers_set.discard(name)
+    for name in ("pattern", "num_kept", "measured_ratio", "score_support", "_positions", "_grad_sink"):
+        layer.__dict__.pop(name, None)
+    layer.__class__ = layer._dense_class
+    layer.weight = weight
+    return layer
+
+
+def _shallow_copy(module: Any) -> Any:
+    """A module of the same class with dictionaries of its own, holding the same Parameters and buffers."""
+    clone = module.__class__.__new__(module.__class__)
+    clone.__dict__ = {k: copy.copy(v) if isinstance(v, (dict, set)) else v for k, v in module.__dict__.items()}
+    return clone
+
+
+# -- whole models -----------------------------------------------------------------------------------------------------
+
+Selector = str | type | nn.Module
+
+
+def sparse_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """``(name, layer)`` of every sparse layer, in model order; a module that occurs twice is given once."""
+    for name, module in model.named_modules():
+        if isinstance(module, SparseMaskedModule):
+            yield name, module
+
+
+def _select(model: nn.Module, argument: str, selectors: Selector | Collection[Selector]) -> set[int]:
+    """Ids of the modules that ``selectors`` pick, and of all modules inside them."""
+    chosen: set[int] = set()
+    for selector in [selectors] if isinstance(selectors, Selector) else selectors:
+        optional = isinstance(selector, type)  # a rule may find nothing, a name must exist
+        if isinstance(selector, str):
+            named = model.named_modules(remove_duplicate=False)
+            found = [module for name, module in named if fnmatch.fnmatchcase(name, selector)]
+            optional = any(c in selector for c in "*?[")
+        elif isinstance(selector, type):
+            found = [module for module in model.modules() if isinstance(module, selector)]
+        else:
+            found = [module for module in model.modules() if module is selector]
+        if not found and not optional:
+            names = [name for name, _ in model.named_modules() if name]
+            raise ValueError(f"{argument} has {selector!r}, which no module matches; names are {names[:20]}")
+        chosen |= {id(module) for root in found for module in root.modules()}
+    return chosen
+
+
+def _reasons_to_stay_dense(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Layers whose weight is not theirs alone, and why."""
+    chosen = {id(m) for m in layers.values()}
+    foreign = {id(p) for m in model.modules() if id(m) not in chosen for p in m._parameters.values() if p is not None}
+    reasons = {}
+    for name, layer in layers.items():
+        if layer._parameters.get("weight") is None:
+            reasons[name] = "its weight is computed (weight_norm, spectral_norm, prune)"
+        elif id(layer.weight) in foreign:
+            reasons[name] = "another module shares its weight"
+    return reasons
+
+
+def sparsify(
+    model: nn.Module,
+    sparsity: float | Mapping[str, float] = 0.9,
+    distribution: str = "uniform",
+    pattern: Pattern | str = "unstructured",
+    *,
+    include: Selector | Collection[Selector] | None = None,
+    exclude: Selector | Collection[Selector] = (),
+    dense_first: bool = False,
+    init: Literal["random", "magnitude", "dense"] = "random",
+    seed: int | None = None,
+) -> nn.Module:
+    """Give every ``nn.Linear`` and ``nn.Conv2d`` of ``model`` a mask, in place.
+
+    Weights are not changed: what the mask hides is still stored, until a method says otherwise. Subclasses of the two
+    layer types are left alone (their forward is their own), and so is, with a warning, a layer whose weight another
+    module shares or weight_norm and the like compute.
+
+    Args:
+        model: any module; Parameters, hooks and module identities are kept. A bare ``nn.Linear`` works too.
+        sparsity: target fraction of zeros, in [0, 1), or one value a layer by name.
+        distribution: ``uniform``, ``er``, ``erk`` or ``global``, see :func:`~sparsebilevel.schedules.layer_counts`.
+        pattern: which weights live and die together, see :mod:`sparsebilevel.masks`.
+        include: convert only these modules and what is inside them: names, glob patterns of names, types or modules.
+        exclude: leave these as they are; same forms. Wins over ``include``.
+        dense_first: convert the first layer but keep all its weights, as the literature does with ``uniform``.
+        init: initial masks: ``random``, ``magnitude`` (largest weights; over the whole model if ``distribution`` is
+            ``global``) or ``dense`` (all ones; a method prunes later).
+        seed: of the random masks; None takes torch's global generator. Masks do not depend on the device.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: nothing to convert; sparsity outside [0, 1); unknown distribution, pattern, init or module names; a
+            weight that the pattern does not fit; a model that is sparse already.
+    """
+    pattern = parse_pattern(pattern)
+    if init not in ("random", "magnitude", "dense"):
+        raise ValueError(f"init={init!r} is not known; allowed: random, magnitude, dense")
+    if any(True for _ in sparse_layers(model)):
+        raise ValueError("model has sparse layers already; call densify first, or pass the new target to a method")
+    included = None if include is None else _select(model, "include", include)
+    excluded = _select(model, "exclude", exclude)
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in _SPARSE_CLASSES
+        and (included is None or id(module) in included)
+        and id(module) not in excluded
+    }
+    for name, reason in _reasons_to_stay_dense(model, layers).items():
+        warnings.warn(f"{name!r} stays dense: {reason}", stacklevel=2)
+        del layers[name]
+    if not layers:
+        raise ValueError(f"model has no nn.Linear or nn.Conv2d to convert (include={include!r}, exclude={exclude!r})")
+
+    owners: dict[int, str] = {}  # a weight used by several layers has one mask: that of the first of them
+    for name, module in layers.items():
+        owners.setdefault(id(module.weight), name)
+    weights: dict[str, Tensor] = {name: layers[name].weight for name in owners.values()}
+    dense = next(iter(weights)) if dense_first else None
+    shapes = {name: tuple(w.shape) for name, w in weights.items()}
+    counts = layer_counts(shapes, sparsity, distribution, pattern, () if dense is None else (dense,))
+    masks = _initial_masks(weights, counts, pattern, init, distribution == "global", dense, seed)
+    for module in layers.values():
+        owner = owners[id(module.weight)]
+        module.__class__ = _SPARSE_CLASSES[type(module)]
+        if owner == dense:
+            module._add_mask(masks[owner].clone(), Unstructured(), module.weight.numel())
+        else:
+            module._add_mask(masks[owner].clone(), pattern, counts[owner])
+    model._ddp_params_and_buffers_to_ignore = _LeftToMethods(model)  # type: ignore[assignment]
+    _close_fast_paths(model)
+    return model
+
+
+@torch.no_grad()
+def _initial_masks(
+    weights: Mapping[str, Tensor],
+    counts: dict[str, int],
+    pattern: Pattern,
+    init: str,
+    rank_globally: bool,
+    dense: str | None,
+    seed: int | None,
+) -> dict[str, Tensor]:
+    """Masks by name, on their weights' devices. Ranking over the whole model settles ``counts`` anew."""
+    masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
+    free = {name: w for name, w in weights.items() if name != dense and not w.is_meta}
+    if init == "random":
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        drawn = {n: random_mask(w.shape, counts[n], pattern, generator) for n, w in free.items()}
+    elif init == "dense":
+        drawn = {}
+    elif rank_globally and free:
+        drawn = global_masks({n: w.abs() for n, w in free.items()}, sum(counts[n] for n in free), pattern)
+        counts.update({n: pattern.count(mask) for n, mask in drawn.items()})
+    else:
+        drawn = {n: pattern.mask(w.abs(), counts[n]) for n, w in free.items()}
+    return masks | {name: mask.to(weights[name].device) for name, mask in drawn.items()}
+
+
+class _LeftToMethods:
+    """Names of tensors that DDP must not broadcast at every forward; it reads them when it wraps the model.
+
+    Masks and scores change rarely and equally on every rank, and methods compare the masks' hashes when they do. Scores
+    that the user made a Parameter are DDP's to reduce.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.others = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.others
+        for name, layer in sparse_layers(self.model):
+            for tensor in ("mask", "mask_scores"):
+                if tensor not in layer._parameters:
+                    yield f"{name}.{tensor}".lstrip(".")
+
+
+# In inference these read ``linear1.weight`` past its forward, unless the attribute named here is false.
+_FAST_PATHS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
+
+
+def _close_fast_paths(model: nn.Module) -> None:
+    for module in model.modules():
+        for cls, switch in _FAST_PATHS.items():
+            if isinstance(module, cls) and any(True for _ in sparse_layers(module)):
+                module.__dict__["_open_fast_path"] = getattr(module, switch)
+                setattr(module, switch, False)
+
+
+def _open_fast_paths(model: nn.Module) -> None:
+    for module in model.modules():
+        for cls, switch in _FAST_PATHS.items():
+            if isinstance(module, cls) and "_open_fast_path" in module.__dict__:
+                setattr(module, switch, module.__dict__.pop("_open_fast_path"))
+
+
+def densify(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """A dense model: the original classes and state-dict keys, zeros in place of what the masks hide.
+
+    Args:
+        model: a model with sparse layers (without any it is returned as it is, or copied).
+        inplace: convert ``model`` itself. Its sparse weights become new Parameters, so that optimizers made before no
+            longer hold them. By default a deep copy is converted and training can go on.
+    """
+    model = model if inplace else copy.deepcopy(model)
+    layers = [layer for _, layer in sparse_layers(model)]
+    keys = [id(layer.weight) for layer in layers]
+    dense_weights: dict[int, nn.Parameter] = {}
+    for key, layer in zip(keys, layers, strict=True):
+        _convert_to_dense(layer)
+        layer.weight = dense_weights.setdefault(key, layer.weight)  # tied weights stay tied
+    _open_fast_paths(model)
+    return model

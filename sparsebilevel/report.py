@@ -1,0 +1,349 @@
+"""Reports from run folders: a page with pictures, and a table for the terminal.
+
+What is shown follows Blalock et al. 2020 (arXiv 2003.03033): compression ratio *and* theoretical speed-up with their
+conventions, realised beside nominal sparsity, accuracy and its change against the dense network, mean and standard
+deviation over seeds. The accuracy of the last epoch is the main figure, that of the epoch chosen on validation data
+stands beside it, and the test set never chooses.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import json
+import math
+import os
+import statistics
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .training.config import METHOD_OPTIONS, RUN_FIELDS
+
+__all__ = ["Group", "Run", "group_runs", "make_report", "print_table", "read_run", "read_runs"]
+
+CONVENTIONS = (
+    "Sparsity is the fraction of zeros in the sparse layers: as asked for, and as counted in the trained masks. "
+    "Compression is all parameters / non-zero parameters, biases and normalization included. "
+    "Speed-up is theoretical: forward FLOPs of convolutions and linear layers, dense / (dense times density of each "
+    "layer), two FLOPs a multiply-add. "
+    "Step is measured: time of a training step of the dense network / of the sparse one (above 1: faster than dense). "
+    'Accuracy is top-1 on the test set after the last epoch; "selected" is the test accuracy at the epoch that '
+    "validation chose, where there was validation data. "
+    "Figures after ± are standard deviations over seeds (n - 1)."
+)
+# Beside RUN_FIELDS: repetitions of one experiment may differ in these.
+_REPETITION_FIELDS = {*RUN_FIELDS, "seed", "init_from", "eval_freq", "checkpoint_freq", "versions", "resolved"}
+# Of these a comparison of methods is made; all other fields should be equal in its rows.
+_OWN_FIELDS = _REPETITION_FIELDS.union({"method", "sparsity"}, *METHOD_OPTIONS.values())
+_SPARSE_FIELDS = ("distribution", "pattern", "dense_first", "exclude")
+
+
+@dataclasses.dataclass
+class Run:
+    """What a run folder holds. ``result`` is None while a run is incomplete."""
+
+    path: Path
+    config: dict[str, Any]
+    epochs: list[dict[str, Any]]
+    topology: list[dict[str, Any]]
+    layers: list[dict[str, Any]]
+    result: dict[str, Any] | None
+
+    @property
+    def is_dense(self) -> bool:
+        return self.config["method"] == "dense"
+
+
+@dataclasses.dataclass
+class Group:
+    """Runs whose configurations differ in the seed alone; ``label`` tells them from the others in a report."""
+
+    runs: list[Run]
+    label: str = ""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.runs[0].config
+
+    @property
+    def subject(self) -> tuple[str, str]:
+        """What was trained: (data set, architecture). Only groups of one subject are compared."""
+        return self.config["data"], self.config["arch"]
+
+    @property
+    def is_dense(self) -> bool:
+        return self.runs[0].is_dense
+
+    def values(self, *path: str) -> list[float]:
+        """A figure of every complete run, such as ``values("costs", "compression")``; without those that lack it."""
+        found = []
+        for run in self.runs:
+            value: Any = run.result
+            for key in path:
+                value = value.get(key) if isinstance(value, dict) else None
+            if isinstance(value, (int, float)):
+                found.append(float(value))
+        return found
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read_run(path: str | os.PathLike[str]) -> Run:
+    """Read the folder of a run, complete or not. A damaged line at the end of the log is left out, with a warning.
+
+    Raises:
+        FileNotFoundError: no such folder, or no run in it.
+        ValueError: a damaged config or a log that is damaged before its end.
+    """
+    path = Path(path)
+    for name in ("config.json", "log.jsonl"):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path} is not the folder of a run: it has no {name}")
+    try:
+        config = json.loads((path / "config.json").read_text())
+        names = {name: config[name] for name in ("method", "arch", "data")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / 'config.json'} is damaged: {type(error).__name__}: {error}") from error
+    rows: dict[str, list[dict[str, Any]]] = {"epoch": [], "topology": [], "layers": [], "result": []}
+    lines = (path / "log.jsonl").read_text(errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.setdefault(row["type"], []).append(row)
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                raise ValueError(f"line {number} of {path / 'log.jsonl'} is damaged: {line[:80]!r}") from None
+            warnings.warn(f"the last line of {path / 'log.jsonl'} is damaged and left out", stacklevel=2)
+    layers = rows["layers"][-1]["layers"] if rows["layers"] else []
+    result = rows["result"][-1] if rows["result"] else None
+    return Run(path, config | names, rows["epoch"], rows["topology"], layers, result)
+
+
+def read_runs(run_dirs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Run]:
+    """Read several run folders; a folder that is none stands for all runs directly in it.
+
+    Raises:
+        FileNotFoundError: a folder holds no run, and none of its own folders does.
+        ValueError: no folder given, or damaged files.
+    """
+    folders = [Path(run_dirs)] if isinstance(run_dirs, (str, os.PathLike)) else [Path(p) for p in run_dirs]
+    if not folders:
+        raise ValueError("run_dirs is empty; give at least one folder of a run")
+    found: dict[Path, Run] = {}
+    for folder in folders:
+        inner = [] if (folder / "config.json").exists() else sorted(p.parent for p in folder.glob("*/config.json"))
+        if not folder.is_dir() or (not inner and not (folder / "config.json").exists()):
+            raise FileNotFoundError(
+                f"{folder} holds no run; expected config.json and log.jsonl in it, or in its folders"
+            )
+        for path in inner or [folder]:
+            found.setdefault(path.resolve(), read_run(path))
+    return list(found.values())
+
+
+def group_runs(runs: Iterable[Run]) -> list[Group]:
+    """Put runs that differ in the seed alone together: dense first, then in order of method and sparsity."""
+    groups: dict[str, Group] = {}
+    for run in runs:
+        fields = {k: v for k, v in run.config.items() if k not in _REPETITION_FIELDS}
+        # Seeds may start from dense networks of their own.
+        key = json.dumps([fields, bool(run.config.get("init_from"))], sort_keys=True, default=str)
+        groups.setdefault(key, Group([])).runs.append(run)
+    ordered = sorted(
+        groups.values(),
+        key=lambda g: (g.subject, not g.is_dense, g.config["method"], g.config.get("sparsity", 0)),
+    )
+    for group in ordered:
+        rivals = [g for g in ordered if g.subject == group.subject and g.config["method"] == group.config["method"]]
+        varied = [
+            name
+            for name in group.config
+            if name not in {*_REPETITION_FIELDS, "sparsity"} and len({str(g.config.get(name)) for g in rivals}) > 1
+        ]
+        details = ", ".join(f"{name}={group.config[name]}" for name in varied)
+        group.label = group.config["method"] + (f" ({details})" if details else "")
+    return ordered
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+_COLUMNS = (
+    *("method", "seeds", "sparsity asked", "realised", "compression", "speed-up", "size MB", "accuracy %", "change"),
+    *("selected %", "topology changes", "step", "time"),
+)
+
+
+def _figure(values: Sequence[float], form: str = "{:.2f}", scale: float = 1.0) -> str:
+    """Mean and, of several values, standard deviation."""
+    if not values:
+        return "-"
+    text = form.format(scale * statistics.fmean(values))
+    return f"{text} ± {form.format(scale * statistics.stdev(values))}" if len(values) > 1 else text
+
+
+def _mean(values: Sequence[float], form: str) -> str:
+    return form.format(statistics.fmean(values)) if values else "-"
+
+
+def _duration(seconds: Sequence[float]) -> str:
+    if not seconds:
+        return "-"
+    mean = statistics.fmean(seconds)
+    if mean < 120:
+        return f"{mean:.1f} s"
+    return f"{mean / 60:.1f} min" if mean < 7200 else f"{mean / 3600:.1f} h"
+
+
+def _row(group: Group, dense: Group | None) -> list[str]:
+    accuracy = group.values("test_acc")
+    baseline = dense.values("test_acc") if dense is not None else []
+    change = "-"
+    if accuracy and baseline and not group.is_dense:
+        change = f"{100 * (statistics.fmean(accuracy) - statistics.fmean(baseline)):+.2f}"
+    complete = sum(run.result is not None for run in group.runs)
+    return [
+        group.label,
+        str(complete) if complete == len(group.runs) else f"{complete} of {len(group.runs)}",
+        "-" if group.is_dense else f"{group.config.get('sparsity', 0):g}",
+        "-" if group.is_dense else _mean(group.values("costs", "sparsity") or group.values("sparsity"), "{:.4f}"),
+        _mean(group.values("costs", "compression"), "{:.2f}x"),
+        _mean(group.values("costs", "speedup"), "{:.2f}x"),
+        _mean([size / 1e6 for size in group.values("costs", "size_bytes")], "{:.3f}"),
+        _figure(accuracy, scale=100),
+        change,
+        _figure(group.values("test_acc_selected"), scale=100),
+        _mean(group.values("topology_changes"), "{:g}"),
+        _mean(group.values("time_step_ratio"), "{:.2f}x"),
+        _duration(group.values("time_total_s")),
+    ]
+
+
+def _sections(groups: list[Group]) -> list[tuple[str, list[Group], list[list[str]]]]:
+    """One (title, groups, rows) a subject."""
+    out = []
+    for subject in dict.fromkeys(group.subject for group in groups):
+        members = [group for group in groups if group.subject == subject]
+        dense = next((g for g in members if g.is_dense and g.values("test_acc")), None)
+        out.append((f"{subject[1]} on {subject[0]}", members, [_row(group, dense) for group in members]))
+    return out
+
+
+def _notes(groups: list[Group]) -> list[str]:
+    """What a reader of the tables must know beside the figures."""
+    notes = []
+    for subject in dict.fromkeys(group.subject for group in groups):
+        members = [group for group in groups if group.subject == subject]
+        if not any(g.is_dense and g.values("test_acc") for g in members):
+            notes.append(f"{subject[1]} on {subject[0]}: no complete dense run is among these, so no change is given.")
+        names = dict.fromkeys(name for group in members for name in group.config if name not in _OWN_FIELDS)
+        if odd := [name for name in names if _differs(name, members)]:
+            notes.append(f"{subject[1]} on {subject[0]}: beside method and sparsity, rows differ in {', '.join(odd)}.")
+    for run in (run for group in groups for run in group.runs if run.result is None):
+        done = f"after epoch {run.epochs[-1]['epoch']}" if run.epochs else "before its first epoch ended"
+        notes.append(f"{run.path} is incomplete ({done}) and not part of the figures.")
+    return notes
+
+
+def _differs(name: str, groups: list[Group]) -> bool:
+    compared = [g for g in groups if not (g.is_dense and name in _SPARSE_FIELDS)]
+    return len({str(g.config.get(name)) for g in compared}) > 1
+
+
+def print_table(run_dirs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> str:
+    """The table of :func:`make_report` as text for a terminal; columns that nobody fills are left out."""
+    groups = group_runs(read_runs(run_dirs))
+    lines = []
+    for title, _, rows in _sections(groups):
+        filled = [i for i in range(len(_COLUMNS)) if any(row[i] != "-" for row in rows)]
+        cells = [[row[i] for i in filled] for row in [list(_COLUMNS), *rows]]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines.append(title)
+        for row in cells:
+            pairs = enumerate(zip(row, widths, strict=True))
+            lines.append("  " + "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in pairs).rstrip())
+        lines.append("")
+    return "\n".join([*lines, *_notes(groups)]).rstrip()
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1120px; margin: 2em auto; padding: 0 1em }
+h1 { font-size: 1.6em } h2 { font-size: 1.25em; margin-top: 2em; border-bottom: 1px solid #ccc }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px }
+th, td { padding: .3em .7em; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap }
+th { border-bottom: 2px solid #888; vertical-align: bottom; white-space: normal }
+th:first-child, td:first-child { text-align: left } td:nth-child(8) { font-weight: 600 }
+figure { margin: 1.5em 0 } img { max-width: 100%; height: auto } figcaption, .small { color: #555; font-size: 13px }
+"""
+
+
+def make_report(
+    run_dirs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], output: str | os.PathLike[str]
+) -> Path:
+    """Write a page with tables and pictures. It is one file; the pictures lie beside it as PNG files too.
+
+    Args:
+        run_dirs: folders of runs, or folders that hold such folders. Runs that differ in the seed alone are averaged;
+            incomplete ones are drawn and listed, and do not count.
+        output: an .html file, or a folder in which ``report.html`` is written. Folders are made.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FileNotFoundError, ValueError: a folder without a run, or damaged files in it.
+        ImportError: matplotlib is missing; ``pip install 'sparsebilevel[report]'``.
+    """
+    from ._plots import draw
+
+    groups = group_runs(read_runs(run_dirs))
+    output = Path(output)
+    page = output if output.suffix in (".html", ".htm") else output / "report.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    sections = _sections(groups)
+    parts = []
+    for number, (title, members, rows) in enumerate(sections):
+        stem = page.stem if len(sections) == 1 else f"{page.stem}_{number + 1}"
+        figures = []
+        for name, caption, picture in draw(members):
+            (page.parent / f"{stem}_{name}.png").write_bytes(picture)
+            figures.append(_figure_html(name, caption, picture))
+        parts.append(f"<h2>{html.escape(title)}</h2>\n{_table_html(rows)}\n" + "\n".join(figures))
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in _notes(groups))
+    runs = "".join(f"<li>{html.escape(_describe(run))}</li>" for group in groups for run in group.runs)
+    page.write_text(
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Sparse training report</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>\n'
+        f"<h1>Sparse training report</h1>\n" + "\n".join(parts) + f"\n<h2>How to read the figures</h2>\n"
+        f"<p>{html.escape(CONVENTIONS)}</p>\n<ul>{notes}</ul>\n"
+        f'<h2>Runs</h2>\n<ul class="small">{runs}</ul>\n</body></html>\n',
+        encoding="utf-8",
+    )
+    return page
+
+
+def _figure_html(name: str, caption: str, picture: bytes) -> str:
+    data = base64.b64encode(picture).decode()
+    image = f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def _table_html(rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _describe(run: Run) -> str:
+    """Folder, seed, versions and last figures of a run."""
+    versions = ", ".join(f"{name} {version}" for name, version in run.config.get("versions", {}).items())
+    accuracy = (run.result or {}).get("test_acc")
+    figures = "incomplete" if accuracy is None or math.isnan(accuracy) else f"{100 * accuracy:.2f} %"
+    return f"{run.path}: {run.config['method']}, seed {run.config.get('seed', '?')}, {figures}" + (
+        f" ({versions})" if versions else ""
+    )

@@ -1,0 +1,156 @@
+"""How many weights each layer keeps (distributions), and when topologies change (schedules).
+
+Every distribution ends in exact integer counts. ``erk`` reproduces the densities of Evci et al. 2020 (RigL, appendix);
+``er`` is the Erdos-Renyi rule of Mocanu et al. 2018.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping, Sequence
+from fractions import Fraction
+
+from .masks import NM, Pattern, Unstructured, check_sparsity
+
+DISTRIBUTIONS = ("uniform", "er", "erk", "global")
+
+
+def exact_count(total: int, sparsity: float | Fraction) -> int:
+    """How many of ``total`` stay: the nearest integer to ``total * (1 - sparsity)``, in exact arithmetic."""
+    return round(total * (1 - check_sparsity(sparsity)))
+
+
+def erdos_renyi_densities(
+    shapes: Mapping[str, Sequence[int]], sparsity: float | Fraction, *, kernel: bool = True
+) -> tuple[dict[str, Fraction], float]:
+    """Exact layer densities ``min(1, eps * raw)`` that keep ``(1 - sparsity)`` of all weights together, and ``eps``.
+
+    ``raw`` is (sum of sizes) / (product of sizes) over all dimensions (``kernel=True``, ERK) or over the first two only
+    (ER). Layers that would exceed density 1 are made dense, all of those attaining the maximum at once, and ``eps`` is
+    solved again for the rest (Evci et al. 2020).
+    """
+    density = 1 - check_sparsity(sparsity)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    raw = {}
+    for name, shape in shapes.items():
+        dims = shape if kernel else shape[:2]
+        raw[name] = Fraction(sum(dims), math.prod(dims))
+    dense: set[str] = set()
+    while True:
+        free = [name for name in shapes if name not in dense]
+        if not free:
+            return dict.fromkeys(shapes, Fraction(1)), math.inf
+        budget = density * sum(sizes[n] for n in free) - (1 - density) * sum(sizes[n] for n in dense)
+        eps = budget / sum(raw[n] * sizes[n] for n in free)
+        largest = max(raw[n] for n in free)
+        if eps * largest <= 1:
+            return {n: Fraction(1) if n in dense else eps * raw[n] for n in shapes}, float(eps)
+        dense |= {n for n in free if raw[n] == largest}
+
+
+def layer_counts(
+    shapes: Mapping[str, Sequence[int]],
+    sparsity: float | Mapping[str, float],
+    distribution: str = "uniform",
+    pattern: Pattern | None = None,
+    dense_layers: Collection[str] = (),
+) -> dict[str, int]:
+    """Groups of the pattern that each layer keeps.
+
+    Args:
+        shapes: layer name -> weight shape, in model order.
+        sparsity: target over all layers, or one value a layer (then ``distribution`` has nothing to share out).
+        distribution: ``uniform`` (every layer the same, no re-balancing for dense ones), ``er``, ``erk``, or ``global``
+            (one ranking over all layers: the counts returned are only a starting point, their sum is exact).
+        pattern: unstructured if None. ``NM`` fixes its own counts, whatever the target.
+        dense_layers: layers kept dense, e.g. the first one, as the literature does with ``uniform``. They stand outside
+            the target: the others are not made sparser for their sake.
+
+    Returns:
+        layer name -> number of groups kept, each at least 1. With ``er``, ``erk`` and ``global`` the fractions are
+        rounded so that the sum is exact.
+
+    Raises:
+        ValueError: unknown distribution, layer names that do not exist, sparsity outside [0, 1) or too high to leave
+            each layer one group.
+    """
+    pattern = pattern or Unstructured()
+    groups = {name: pattern.num_groups(shape) for name, shape in shapes.items()}
+    _check_names("dense_layers", dense_layers, groups)
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(f"distribution={distribution!r} is not known; allowed: {', '.join(DISTRIBUTIONS)}")
+    if isinstance(sparsity, Mapping):
+        _check_names("sparsity", sparsity, groups)
+        missing = [n for n in groups if n not in sparsity and n not in dense_layers]
+        if missing:
+            raise ValueError(
+                f"sparsity names no value for {missing[:5]}; give one for each of the {len(groups)} layers"
+            )
+        densities = {n: 1 - check_sparsity(value, f"sparsity[{n!r}]") for n, value in sparsity.items()}
+    else:
+        densities = dict.fromkeys(groups, 1 - check_sparsity(sparsity))
+    if isinstance(pattern, NM):
+        densities = dict.fromkeys(groups, 1 - pattern.sparsity)
+    if distribution == "uniform" or isinstance(sparsity, Mapping) or isinstance(pattern, NM):
+        return {n: g if n in dense_layers else max(1, round(g * densities[n])) for n, g in groups.items()}
+    if distribution != "global":
+        free = {n: shapes[n] for n in shapes if n not in dense_layers}
+        densities, _ = erdos_renyi_densities(free, sparsity, kernel=distribution == "erk")
+    wanted = {n: Fraction(g) if n in dense_layers else g * densities[n] for n, g in groups.items()}
+    return _round_to_total(wanted, groups, round(sum(wanted.values())))
+
+
+def _check_names(argument: str, names: Collection[str], known: Mapping[str, int]) -> None:
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise ValueError(f"{argument} names unknown layers {unknown[:5]}; the layers are {list(known)[:20]}")
+
+
+def _round_to_total(wanted: Mapping[str, Fraction], limits: Mapping[str, int], total: int) -> dict[str, int]:
+    """Largest-remainder rounding to a sum of exactly ``total``, each count between 1 and its limit."""
+    counts = {n: min(limits[n], max(1, math.floor(w))) for n, w in wanted.items()}
+    by_need = sorted(wanted, key=lambda n: counts[n] - wanted[n])  # the most under-served first; sort is stable
+    while (short := total - sum(counts.values())) != 0:
+        step = 1 if short > 0 else -1
+        candidates = [n for n in (by_need if step > 0 else reversed(by_need)) if 1 <= counts[n] + step <= limits[n]]
+        if not candidates:
+            raise ValueError(
+                f"sparsity is too high: it leaves {total} groups to {len(counts)} layers, which need one each"
+            )
+        for n in candidates[: abs(short)]:
+            counts[n] += step
+    return counts
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateSchedule:
+    """When topologies change: at steps ``t`` with ``t % freq == 0`` and ``start <= t < end``.
+
+    A change at the very last step would leave no step to train what has grown, hence the open end.
+
+    Attributes:
+        freq: optimizer steps between changes; 0 = never.
+        start: first step at which a change may happen (step counts start at 1).
+        end: first step at which none may happen any more; None = never ends.
+    """
+
+    freq: int = 0
+    start: int = 1
+    end: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.freq < 0 or int(self.freq) != self.freq:
+            raise ValueError(f"update_freq={self.freq!r} is not allowed; expected a whole number of steps, 0 = never")
+        if self.end is not None and self.end < self.start:
+            raise ValueError(f"update_end={self.end} is not allowed; it is before update_start={self.start}")
+
+    def is_due(self, step: int) -> bool:
+        if not self.freq or step % self.freq or step < self.start:
+            return False
+        return self.end is None or step < self.end
+
+
+def cosine_drop_fraction(step: int, end: int, initial: float) -> float:
+    """``initial / 2 * (1 + cos(pi * step / end))``, 0 from ``end`` on (Evci et al. 2020, eq. 1)."""
+    return 0.0 if step >= end else initial / 2 * (1 + math.cos(math.pi * step / end))

@@ -1,0 +1,39 @@
+"""Data, model and optimizer of a training run, from its `Config`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data import Data, load_data
+from ..models import create_model
+from .config import Config
+from .runtime import Ranks
+
+
+def make_data(c: Config, ranks: Ranks) -> Data:
+    """The loaders of this rank, on its device."""
+    names = ("batch_size", "eval_batch_size", "augment", "validation", "seed", "channels_last", "image_size")
+    options: dict[str, Any] = {name: getattr(c, name) for name in (*names, "num_classes", "num_samples")}
+    place: dict[str, Any] = {"device": ranks.device, "rank": ranks.rank, "world_size": ranks.world}
+    return load_data(c.data, c.data_path, num_workers=c.workers, **place, **options)
+
+
+def make_model(c: Config, data: Data, device: torch.device) -> nn.Module:
+    """The dense network, with random weights from torch's global generator."""
+    features = math.prod(data.input_shape) if c.arch == "mlp" else data.input_shape[0]
+    model: Any = create_model(c.arch, data.num_classes, features).to(device)
+    return model.to(memory_format=torch.channels_last) if c.channels_last else model
+
+
+def make_optimizer(c: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD or AdamW with two groups: weights, and the biases and normalization layers ("norm")."""
+    small = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "norm": False}]
+    groups += [{"params": small, "norm": True}] if small else []
+    if c.opt == "adamw":
+        return torch.optim.AdamW(groups, lr=c.lr, weight_decay=c.weight_decay)
+    return torch.optim.SGD(groups, c.lr, momentum=c.momentum, weight_decay=c.weight_decay, nesterov=c.nesterov)

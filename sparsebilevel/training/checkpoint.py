@@ -1,0 +1,146 @@
+"""Checkpoints: written atomically, read with ``weights_only=True``, checked before anything is changed.
+
+A checkpoint is a dictionary; "model" holds the state dict (masks included), "ema" the averaged one or None, and the
+rest is what a training run needs to continue, see `sparsebilevel.training.loop`. Bare state dicts are read as well.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import sparse_layers
+
+MASK_KEYS = ("mask", "mask_scores")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file."""
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write ``state`` so that ``path`` holds, at every moment, either the old content or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as atomically as a checkpoint."""
+    temporary = path.with_name(f".{path.name}.new")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU. A bare state dict comes back as ``{"model": ...}``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: truncated, damaged, or something else than a checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    if damage := _find_damage(path):
+        raise CheckpointError(f"checkpoint {path} cannot be read: {damage}. Restore a copy, or start a new run")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError, ... for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"checkpoint {path} cannot be read: it is damaged or no checkpoint ({reason})") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"checkpoint {path} holds a {type(state).__name__}; expected a dictionary")
+    if "model" not in state:
+        state = {"model": state.get("state_dict", state)}
+    if not all(isinstance(value, Tensor) for value in state["model"].values()):
+        raise CheckpointError(f"checkpoint {path} has no state dict under 'model' or 'state_dict'")
+    return state
+
+
+def _find_damage(path: Path) -> str:
+    """What is wrong with the file as an archive; empty if nothing. torch itself does not compare the checksums."""
+    if path.stat().st_size == 0:
+        return "it is empty"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except zipfile.BadZipFile:
+        with path.open("rb") as file:
+            is_archive = file.read(2) == b"PK"
+        return "it is truncated" if is_archive else ""
+    return f"it is damaged (the checksum of {broken} is wrong)" if broken else ""
+
+
+def check_architecture(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raise CheckpointError, naming the keys, if ``state`` is of another model; masks may be there or not."""
+    ours = {k: tuple(v.shape) for k, v in model.state_dict().items() if not _is_mask(k)}
+    theirs = {k: tuple(v.shape) for k, v in state.items() if not _is_mask(k)}
+    odd = {
+        "missing": sorted(ours.keys() - theirs.keys()),
+        "unexpected": sorted(theirs.keys() - ours.keys()),
+        "of another shape": [
+            f"{k} {list(theirs[k])} instead of {list(ours[k])}" for k in ours if k in theirs and ours[k] != theirs[k]
+        ],
+    }
+    found = [
+        f"{len(keys)} {what}: {', '.join(keys[:5] + ['...'] * (len(keys) > 5))}" for what, keys in odd.items() if keys
+    ]
+    if found:
+        raise CheckpointError(f"checkpoint {path} is of another architecture: {'; '.join(found)}")
+
+
+def _is_mask(key: str) -> bool:
+    return key.rpartition(".")[2] in MASK_KEYS
+
+
+def initial_weights(path: str | Path) -> dict[str, Tensor]:
+    """State of a checkpoint to start from: averaged weights if there are any, zeros where its masks hide a weight."""
+    checkpoint = load_checkpoint(path)
+    state: dict[str, Tensor] = dict(checkpoint.get("ema") or checkpoint["model"])
+    for key in [k for k in state if k.rpartition(".")[2] == "mask"]:
+        weight = key.removesuffix("mask") + "weight"
+        if weight in state:
+            state[weight] = state[weight] * state[key]
+    return state
+
+
+def load_dense(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Load parameters and buffers, but no masks."""
+    check_architecture(model, state, path)
+    model.load_state_dict({k: v for k, v in state.items() if not _is_mask(k)}, strict=True)
+
+
+def load_masks(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Take over the masks of ``state`` where it has any for the sparse layers of ``model``."""
+    for name, layer in sparse_layers(model):
+        mask = state.get(f"{name}.mask".lstrip("."))
+        if mask is not None and mask.shape == layer.mask.shape:
+            layer.set_mask(mask.to(layer.mask.device))

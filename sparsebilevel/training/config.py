@@ -1,0 +1,331 @@
+"""Settings of a training run: one dataclass whose fields are the flags of the command line.
+
+Where a moment or an interval is meant, ``"100"`` is optimizer steps, ``"8ep"`` is epochs, and ``"0.75"`` is a fraction
+of the phase in which the method works (`parse_steps`).
+
+This module does not import torch, so that the command line can print its help at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+METHOD_NAMES = ("dense", "static", "set", "rigl", "bidst", "omp", "imp", "hydra", "bip")
+
+_SCHEDULE = ("update_freq", "update_start", "update_end")
+# What each method can be told. Most go to its constructor; those in LOOP_OPTIONS are the training loop's own.
+METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
+    "dense": (),
+    "static": (),
+    "set": (*_SCHEDULE, "drop_fraction"),
+    "rigl": (*_SCHEDULE, "drop_fraction", "rigl_paper"),
+    "bidst": (
+        *_SCHEDULE,
+        *("search_space", "implicit", "implicit_scale", "score_lr", "score_lr_scheduler", "gumbel", "tau", "tau_end"),
+        *("implicit_on", "lower_gradient", "gradient_decay", "initial_score", "margin", "curvature_decay"),
+    ),
+    "omp": ("scope",),
+    "imp": ("levels", "rate", "rewind_step"),
+    "hydra": ("score_lr", "score_lr_scheduler", "score_momentum", "score_weight_decay", "scope"),
+    "bip": (
+        *("implicit", "implicit_scale", "score_lr", "score_lr_scheduler", "score_momentum", "scope", "curvature_decay"),
+        *("initial_scores", "lower_gradient", "gradient_decay"),
+        *("lower_steps", "upper_split", "upper_batch_size", "rewind"),
+    ),
+}
+LOOP_OPTIONS = ("score_lr_scheduler", "lower_steps", "upper_split", "upper_batch_size", "rewind")
+# Defaults of the loop where they differ from the constructors' (which know neither epochs nor the length of a run).
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "set": {"update_freq": "100", "update_end": "0.75"},
+    "rigl": {"update_freq": "100", "update_end": "0.75"},
+    "bidst": {"update_freq": "8ep", "update_end": "1.0", "score_lr_scheduler": "constant"},
+    "hydra": {"score_lr_scheduler": "cosine"},
+    "bip": {"score_lr_scheduler": "step", "lower_steps": 1, "upper_split": "same", "rewind": "none"},
+}
+# Methods that work in a phase "prune" of their own, with a fixed mask to fine-tune under afterwards.
+TWO_PHASE_METHODS = ("hydra", "bip")
+# Fields that say where and how to run, not what to compute: they may differ when a run is resumed.
+RUN_FIELDS = (
+    *("output_dir", "resume", "overwrite", "quiet", "print_freq", "tensorboard", "data_path", "workers", "threads"),
+    *("device", "max_steps", "measure", "eval_batch_size"),
+)
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None, flag: str | None = None) -> Any:
+    """A field of `Config` with what the command line shows of it."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "flag": flag})
+
+
+@dataclasses.dataclass
+class Config:
+    """Everything a run depends on. ``None`` means the default of the method, the data set or the phase before."""
+
+    # -- what is trained
+    method: str = option("bidst", "how the mask is found; dense trains without one", METHOD_NAMES)
+    arch: str = option("digits_cnn", "model: one of this package's, or any torchvision classification model")
+    data: str = option("digits", "data set: digits, mnist, cifar10, cifar100, imagefolder or fake")
+    data_path: str = option(".data", "where the data set's files lie")
+    image_size: int | None = option(None, "height and width of the images (imagefolder and fake)")
+    num_classes: int | None = option(None, "classes (fake)")
+    num_samples: int | None = option(None, "training samples (fake)")
+    validation: float = option(0, "part of the training set held out to select by: a fraction (0.1) or a count (500)")
+    augment: bool | None = option(None, "shift and flip the training images; default depends on the data set")
+    # -- sparsity
+    sparsity: float = option(0.9, "fraction of zeros in the sparse layers, in [0, 1)")
+    distribution: str = option("uniform", "how layers share it", ("uniform", "er", "erk", "global"))
+    pattern: str = option(
+        "unstructured", "weights that live together: unstructured, filter, channel, block:BHxBW, nm:N:M"
+    )
+    dense_first: bool = option(False, "keep the first layer dense")
+    exclude: tuple[str, ...] = option((), "layers to leave dense: names or glob patterns")
+    # -- training
+    epochs: int = option(30, "epochs with the method (of each cycle with imp)")
+    pretrain_epochs: int = option(0, "dense epochs before the method starts (the first cycle of imp)")
+    finetune_epochs: int = option(0, "epochs under the final mask (hydra, bip)")
+    init_from: str | None = option(None, "start from the weights in this checkpoint instead of pretraining")
+    batch_size: int = option(64, "training samples of one process in one pass")
+    eval_batch_size: int | None = option(None, "samples in a batch of validation and test; default: batch size")
+    accumulate: int = option(1, "passes whose gradients make one optimizer step")
+    opt: str = option("sgd", "optimizer", ("sgd", "adamw"))
+    lr: float = option(0.1, "learning rate")
+    momentum: float = option(0.9, "momentum of SGD")
+    nesterov: bool = option(False, "Nesterov momentum")
+    weight_decay: float = option(5e-4, "weight decay")
+    norm_weight_decay: float | None = option(None, "weight decay of biases and normalization layers; default: the same")
+    lr_scheduler: str = option("cosine", "course of the learning rate", ("cosine", "step", "constant"))
+    lr_warmup_epochs: float = option(0, "epochs of linear warm-up at the start of each phase")
+    lr_min: float = option(0.0, "learning rate at which the cosine ends")
+    lr_milestones: str = option("0.5,0.75", "where the step schedule falls: epochs (80ep,120ep) or fractions")
+    lr_gamma: float = option(0.1, "factor by which it falls")
+    pretrain_lr: float | None = option(None, "learning rate of pretraining; default: lr")
+    pretrain_weight_decay: float | None = option(None, "weight decay of pretraining; default: weight decay")
+    finetune_lr: float | None = option(None, "learning rate of fine-tuning; default: lr")
+    finetune_weight_decay: float | None = option(None, "weight decay of fine-tuning; default: weight decay")
+    label_smoothing: float = option(0.0, "label smoothing, in [0, 1)")
+    clip_grad_norm: float | None = option(None, "largest gradient norm")
+    model_ema: bool = option(False, "keep averaged weights and evaluate those")
+    model_ema_decay: float = option(0.999, "decay of the average for one optimizer step")
+    # -- options of methods; None is the method's default, and a method that has no such option refuses it
+    update_freq: str | None = option(
+        None, "interval of mask changes: 100 (steps), 8ep (epochs), 0.05 (of the run); 0 = never"
+    )
+    update_start: str | None = option(None, "when they may start; same forms")
+    update_end: str | None = option(None, "when they end; same forms")
+    drop_fraction: float | None = option(None, "fraction of the active weights exchanged at first (set, rigl)")
+    rigl_paper: bool | None = option(None, "a topology change replaces the optimizer step, as in RigL's own code")
+    search_space: float | None = option(None, "extra positions that learn, of all (bidst); default by sparsity")
+    implicit: str | None = option(None, "implicit gradient: derived (bidst), paper, code (bip), curvature or none")
+    implicit_scale: float | None = option(None, "1/gamma (bip) or 1/lambda (bidst) of the implicit gradient")
+    implicit_on: str | None = option(None, "where it acts (bidst)", ("search", "all"))
+    lower_gradient: str | None = option(
+        None, "its lower-level factor: a running mean, or this batch's", ("mean", "batch")
+    )
+    gradient_decay: float | None = option(None, "of the running mean behind lower_gradient=mean")
+    score_lr: float | None = option(None, "step size of the mask scores")
+    score_lr_scheduler: str | None = option(None, "its course", ("cosine", "step", "constant"))
+    score_momentum: float | None = option(None, "momentum of the mask scores (hydra, bip)")
+    score_weight_decay: float | None = option(None, "weight decay of the mask scores (hydra)")
+    gumbel: bool | None = option(None, "noise in the relaxed mask (bidst)")
+    tau: float | None = option(None, "temperature of the relaxed mask (bidst)")
+    tau_end: float | None = option(None, "temperature at update_end (bidst)")
+    initial_scores: str | None = option(None, "scores at the start (bip)", ("energy", "magnitude"))
+    initial_score: float | None = option(None, "score of active weights at the start (bidst)")
+    margin: float | None = option(None, "how far below it the search space starts (bidst)")
+    curvature_decay: float | None = option(None, "of the running mean behind implicit=curvature")
+    scope: str | None = option(None, "one ranking over all layers, or one a layer", ("global", "layer"))
+    levels: int | None = option(None, "prunings of imp")
+    rate: float | None = option(None, "part of the remaining weights that imp prunes a level; default by sparsity")
+    rewind_step: str | None = option(None, "moment of the first cycle to which imp goes back; 0 = initial weights")
+    lower_steps: int | None = option(None, "optimizer steps for one step on the mask (bip)")
+    upper_split: str | None = option(None, "data of the upper level (bip): same, or a part held out for it")
+    upper_batch_size: int | None = option(None, "batch size of the upper level (bip)")
+    rewind: str | None = option(
+        None, "set weights that survive back to this point (bip)", ("none", "init", "pretrained")
+    )
+    # -- machine
+    device: str = option("auto", "cpu, cuda, cuda:1 or auto")
+    amp: str = option("none", "automatic mixed precision", ("none", "bf16", "fp16"))
+    channels_last: bool = option(False, "memory format of images and weights")
+    compile: bool = option(False, "torch.compile the model")
+    seed: int = option(0, "of weights, masks, orders and augmentation")
+    deterministic: bool = option(False, "refuse operations that are not repeatable (CUDA)")
+    threads: int | None = option(None, "CPU threads of one process; default: torch's")
+    workers: int = option(4, "processes that read images (imagefolder)")
+    # -- run
+    output_dir: str = option("runs/train", "folder of the run")
+    resume: bool = option(False, "continue the run in this folder, if there is one")
+    overwrite: bool = option(False, "replace the run in this folder")
+    eval_freq: int = option(1, "epochs between evaluations (the last epoch is always evaluated)")
+    checkpoint_freq: int = option(1, "epochs between checkpoints (the last is always written)")
+    max_steps: int | None = option(None, "end after this many optimizer steps")
+    measure: bool = option(True, "measure the time of a training step against the dense network at the end")
+    tensorboard: bool = option(False, "write TensorBoard logs too")
+    print_freq: int = option(100, "steps between lines where there is no progress bar")
+    quiet: bool = option(False, "print nothing but errors")
+
+    def validate(self) -> None:
+        """Raise ValueError at the first value that is not allowed; needs neither data nor model."""
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata["choices"]
+            if choices and value is not None and value not in choices:
+                raise ValueError(f"{field.name}={value!r} is not known; allowed: {', '.join(choices)}")
+        self._validate_numbers()
+        self._validate_method()
+        if not (isinstance(self.sparsity, (int, float)) and 0 <= self.sparsity < 1):
+            raise ValueError(f"sparsity={self.sparsity!r} is not allowed; expected a number in [0, 1)")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other")
+
+    def _validate_numbers(self) -> None:
+        at_least = dict.fromkeys(
+            ("batch_size", "accumulate", "eval_freq", "checkpoint_freq", "print_freq", "epochs")
+            + ("eval_batch_size", "max_steps", "threads", "upper_batch_size", "lower_steps"),
+            1,
+        )
+        at_least |= dict.fromkeys(("pretrain_epochs", "finetune_epochs", "seed", "workers"), 0)
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ValueError(f"{name}={value!r} is not allowed; expected a whole number, at least {least}")
+        for name in ("lr", "momentum", "weight_decay", "lr_min", "lr_warmup_epochs", "pretrain_lr", "finetune_lr"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}={value!r} is not allowed; expected a finite number >= 0")
+        for name in ("label_smoothing", "model_ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; expected a number in [0, 1)")
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise ValueError(f"clip_grad_norm={self.clip_grad_norm!r} is not allowed; expected a positive number")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov=True needs momentum > 0")
+        for text in self.lr_milestones.split(","):
+            parse_steps("lr_milestones", text, 1, 1)
+
+    def _validate_method(self) -> None:
+        every = sorted({name for names in METHOD_OPTIONS.values() for name in names})
+        for name in every:
+            if getattr(self, name) is not None and name not in METHOD_OPTIONS[self.method]:
+                takers = ", ".join(m for m, names in METHOD_OPTIONS.items() if name in names)
+                value = getattr(self, name)
+                raise ValueError(f"{name}={value!r}: method {self.method} has no such option ({takers})")
+        if self.finetune_epochs and self.method not in TWO_PHASE_METHODS:
+            allowed = " and ".join(TWO_PHASE_METHODS)
+            raise ValueError(f"finetune_epochs={self.finetune_epochs}: only {allowed} fine-tune; give more epochs")
+        if self.pretrain_epochs and self.method == "dense":
+            raise ValueError(f"pretrain_epochs={self.pretrain_epochs}: method dense has nothing to pretrain for")
+        if self.pretrain_epochs and self.init_from:
+            raise ValueError(f"init_from={self.init_from!r} replaces pretraining; drop pretrain_epochs")
+        if self.rewind not in (None, "none") and not self.finetune_epochs:
+            raise ValueError(f"rewind={self.rewind!r} needs finetune_epochs: rewound weights must be trained again")
+        if self.method == "hydra" and self.amp == "fp16":
+            raise ValueError("amp='fp16' is not allowed with hydra, whose weights have no gradients to scale; use bf16")
+
+    # -- what a method gets -------------------------------------------------------------------------------------------
+
+    def resolve(self, name: str) -> Any:
+        """An option of the method as given, else as the loop's or the literature's default; None: the constructor's."""
+        value = getattr(self, name)
+        if value is not None:
+            return value
+        if name == "search_space" and self.method == "bidst":
+            return default_search_space(self.arch, self.sparsity)
+        return METHOD_DEFAULTS.get(self.method, {}).get(name)
+
+    def method_arguments(self, steps_per_epoch: int, total_steps: int) -> dict[str, Any]:
+        """Keyword arguments of the method's constructor; moments and intervals in steps."""
+        arguments = {}
+        for name in METHOD_OPTIONS[self.method]:
+            value = self.resolve(name)
+            if name in LOOP_OPTIONS or value is None:
+                continue
+            if name in (*_SCHEDULE, "rewind_step"):
+                value = parse_steps(name, value, steps_per_epoch, total_steps)
+            arguments["paper" if name == "rigl_paper" else name] = value
+        return arguments
+
+    def differences(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Fields that change what is computed and differ from ``other``, a config as it was written to a file."""
+        mine = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {k: (other.get(k), v) for k, v in mine.items() if k not in RUN_FIELDS and other.get(k) != v}
+
+
+def default_search_space(arch: str, sparsity: float) -> float:
+    """BiDST's search space by sparsity, as its appendix has it: .05, .03, .02 at 90, 95, 98 % (MobileNet-v2: more)."""
+    small, medium, large = (0.04, 0.05, 0.08) if arch.startswith("mobilenet") else (0.02, 0.03, 0.05)
+    return large if sparsity <= 0.9 else medium if sparsity <= 0.95 else small
+
+
+def parse_steps(name: str, text: str | int | float, steps_per_epoch: int, total_steps: int) -> int:
+    """Optimizer steps from ``"100"`` (steps), ``"8ep"`` (epochs) or ``"0.75"`` (fraction of ``total_steps``)."""
+    text = str(text).strip()
+    try:
+        if text.endswith("ep"):
+            steps = float(text[:-2]) * steps_per_epoch
+        else:
+            steps = int(text) if text.isdigit() else float(text) * total_steps
+            if not text.isdigit() and not 0 <= float(text) <= 1:
+                raise ValueError
+        if not (math.isfinite(steps) and steps >= 0):
+            raise ValueError
+    except ValueError:
+        allowed = "steps (100), epochs (8ep) or a fraction of the run between 0.0 and 1.0"
+        raise ValueError(f"{name}={text!r} is not allowed; expected {allowed}") from None
+    nonzero = steps > 0
+    return max(round(steps), int(nonzero))
+
+
+def parse_amount(text: str | float) -> float:
+    """A count (``"500"``) or a fraction (``"0.1"``)."""
+    return int(text) if str(text).strip().isdigit() else float(text)
+
+
+def field_types() -> dict[str, tuple[type, bool]]:
+    """``field -> (type, may be None)`` of `Config`; ``tuple`` stands for a tuple of strings."""
+    out = {}
+    for name, hint in typing.get_type_hints(Config).items():
+        optional = isinstance(hint, types.UnionType)
+        if optional:
+            hint = next(a for a in typing.get_args(hint) if a is not type(None))
+        out[name] = (tuple if typing.get_origin(hint) is tuple else hint, optional)
+    return out
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Fields from a JSON file: written by hand, or the config.json of a run.
+
+    Raises:
+        ValueError: no JSON object, or unknown fields.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected an object with the fields of a run")
+    content = {k: v for k, v in content.items() if k not in ("versions", "resolved")}
+    return check_fields(content, str(path))
+
+
+def check_fields(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """``values`` with lists made tuples; raises ValueError for unknown names and wrong types."""
+    known = field_types()
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"{where} has unknown fields {', '.join(unknown)}; allowed: {', '.join(known)}")
+    out = {}
+    for name, value in values.items():
+        kind, optional = known[name]
+        value = tuple(value) if kind is tuple and isinstance(value, list) else value
+        accepted: tuple[type, ...] = (int, float) if kind is float else (kind,)
+        fits = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+        if not fits and not (value is None and optional):
+            raise ValueError(f"{where}: {name}={value!r} is not allowed; expected {kind.__name__}")
+        out[name] = value
+    return out

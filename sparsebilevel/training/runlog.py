@@ -1,0 +1,212 @@
+"""What a run writes: its folder, log.jsonl, TensorBoard, and the progress that a person sees."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..nn import sparse_layers
+from .checkpoint import write_text
+from .config import Config
+
+FILES = ("config.json", "log.jsonl", "checkpoint.pth", "best.pth")
+
+
+class RunFolder:
+    """The folder of a run. Nothing in it is touched before `open`, which a failed start never reaches."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.path = Path(config.output_dir)
+        self.log, self.checkpoint, self.best = (self.path / name for name in FILES[1:])
+        self._board: Any = None
+
+    def check(self) -> None:
+        """Refuse a folder that cannot be written to, or that holds something and is neither resumed nor overwritten.
+
+        Raises:
+            OSError: the folder is not writable.
+            ValueError: it is not empty, or holds a run of another configuration.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.path).close()
+        except OSError as error:
+            raise OSError(f"output_dir={str(self.path)!r} is not writable: {error.strerror or error}") from None
+        if self.config.resume:
+            self._check_same_config()
+        elif not self.config.overwrite and any(self.path.iterdir()):
+            raise ValueError(
+                f"output_dir={str(self.path)!r} is not empty; give resume to continue its run, overwrite to replace "
+                "it, or another folder"
+            )
+
+    def _check_same_config(self) -> None:
+        written = self.path / "config.json"
+        if not written.exists():
+            if self.checkpoint.exists():
+                raise ValueError(f"{written} is missing, so that the run in {self.path} cannot be resumed")
+            return
+        odd = self.config.differences(json.loads(written.read_text()))
+        if odd:
+            listed = "; ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in odd.items())
+            raise ValueError(f"resume: the run in {self.path} has another configuration ({listed})")
+
+    def check_nothing_lost(self) -> None:
+        """Before a resumed run without a checkpoint starts afresh: refuse if its log says that there was one."""
+        rows = read_log(self.path) if self.log.exists() else []
+        epochs = sum(row["type"] == "epoch" for row in rows)
+        if epochs > self.config.checkpoint_freq:
+            raise ValueError(
+                f"resume: {self.checkpoint} is missing, but the log holds {epochs} epochs; restore it, or give "
+                "overwrite to start again"
+            )
+
+    def open(self, resolved: dict[str, Any], log_bytes: int | None = None, step: int = 0) -> None:
+        """Start writing (None), or continue: what the log holds beyond ``log_bytes`` is done again, and cut off."""
+        if log_bytes is None:
+            for name in FILES:
+                (self.path / name).unlink(missing_ok=True)
+        config = dataclasses.asdict(self.config) | {"versions": _versions(), "resolved": resolved}
+        write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+        self.log.touch()
+        os.truncate(self.log, min(log_bytes or 0, self.log.stat().st_size))
+        if self.config.tensorboard:
+            self._board = _summary_writer(self.path, step)
+
+    def log_bytes(self) -> int:
+        """Length of the log now."""
+        return self.log.stat().st_size
+
+    def write(self, kind: str, row: dict[str, Any]) -> dict[str, Any]:
+        """Append a line of type ``kind``."""
+        row = {"type": kind, **row}
+        with self.log.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._board is not None and kind == "epoch":
+            for name, value in row.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self._board.add_scalar(name, value, row["step"])
+            self._board.flush()
+        return row
+
+    def result(self) -> dict[str, Any] | None:
+        """The result row, if the log ends with one: then the run is complete."""
+        rows = read_log(self.path) if self.log.exists() else []
+        return rows[-1] if rows and rows[-1]["type"] == "result" else None
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def read_log(run: str | Path) -> list[dict[str, Any]]:
+    """All rows of a run's log; a last line cut short by a crash is left out."""
+    rows = []
+    for line in (Path(run) / "log.jsonl").read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def check_tensorboard() -> None:
+    """Raise ImportError, saying what to install, if TensorBoard is not there."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise ImportError("tensorboard=True needs TensorBoard: pip install 'sparsebilevel[log]'") from error
+
+
+def _summary_writer(path: Path, step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(path), purge_step=step + 1)
+
+
+def _versions() -> dict[str, str]:
+    import torch
+
+    from .. import __version__
+
+    return {"sparsebilevel": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+class Progress:
+    """A tqdm bar over all steps of the run, or without tqdm a line every ``print_freq`` steps; both with an ETA."""
+
+    def __init__(self, config: Config, total: int, done: int) -> None:
+        self.quiet = config.quiet
+        self.every, self.total, self.done, self.first = config.print_freq, total, done, done
+        self.start = time.perf_counter()
+        self.bar: Any = None
+        if not self.quiet:
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                return
+            # Where no terminal rewrites the line, every refresh is a line of its own.
+            interval = 0.1 if sys.stderr.isatty() else 10.0
+            options = {"desc": config.method, "unit": "step", "mininterval": interval, "dynamic_ncols": True}
+            self.bar = tqdm(total=total, initial=done, **options)
+
+    def step(self, epoch: int) -> None:
+        self.done += 1
+        if self.bar is not None:
+            self.bar.update()
+        elif not self.quiet and self.done % self.every == 0:
+            pace = (time.perf_counter() - self.start) / (self.done - self.first)
+            eta = _clock(pace * (self.total - self.done))
+            self.print(f"epoch {epoch}  step {self.done}/{self.total}  {1 / pace:.1f} steps/s  ETA {eta}")
+
+    def print(self, text: str) -> None:
+        if self.quiet:
+            return
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def rename_times(values: dict[str, Any]) -> dict[str, Any]:
+    """Names of times as the log has them: all that does not repeat in a second run begins with ``time_``."""
+    names = {"seconds": "time_s", "topology_seconds": "time_topology_s"}
+    return {names.get(name, name): value for name, value in values.items()}
+
+
+def describe_epoch(row: dict[str, Any], epochs: int) -> str:
+    """The line that a person sees after an epoch."""
+    parts = [f"epoch {row['epoch']:3}/{epochs} {row['phase']:8}", f"loss {row['train_loss']:.4f}"]
+    accuracies = [name for name in ("train_acc", "val_acc", "test_acc") if name in row]
+    parts += [f"{name.removesuffix('_acc')} {100 * row[name]:.2f} %" for name in accuracies]
+    return "  ".join([*parts, f"sparsity {row['sparsity']:.4f}", f"{row['time_images_per_s']:.0f} images/s"])
+
+
+def layer_rows(model: nn.Module) -> list[dict[str, Any]]:
+    """Size and density of every sparse layer."""
+    rows = []
+    for name, layer in sparse_layers(model):
+        kept, total = int(layer.mask.sum()), layer.mask.numel()
+        shape = list(layer.weight.shape)
+        rows.append({"name": name, "shape": shape, "total": total, "nonzero": kept, "density": kept / total})
+    return rows

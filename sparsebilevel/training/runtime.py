@@ -1,0 +1,182 @@
+"""What a training run needs of its surroundings: ranks, signals, and averaged weights."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..nn import sparse_layers
+
+
+class Interrupted(Exception):
+    """A signal ended the run after a checkpoint was written; ``exit_code`` is the customary 128 + signal."""
+
+    def __init__(self, signum: int, folder: Path, step: int) -> None:
+        name = signal.Signals(signum).name
+        super().__init__(f"{name}: stopped after step {step}; a checkpoint is in {folder}, --resume continues")
+        self.exit_code = 128 + signum
+
+
+class StopSignals:
+    """Turns SIGTERM and SIGINT into a flag that the loop looks at after each step. A second signal acts at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._before: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        return self.signal != 0
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                self._before[signum] = signal.signal(signum, self._note)
+        return self
+
+    def _note(self, signum: int, frame: Any) -> None:
+        self.signal = signum
+        signal.signal(signum, self._before[signum])
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run, and the few things they tell each other."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over all ranks; ``values`` stays as it is."""
+        values = values.clone()
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+        return flag if self.world == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in order."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def share_statistics(self, model: nn.Module) -> None:
+        """Rank 0's statistics of normalization layers for all: each rank has updated them with batches of its own."""
+        for name, buffer in model.named_buffers():
+            if self.world > 1 and buffer.is_floating_point() and not name.endswith("mask_scores"):
+                dist.broadcast(buffer, 0)
+
+    def barrier(self) -> None:
+        """Wait for the others."""
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def process_group(device: str) -> Iterator[Ranks]:
+    """The processes that torchrun started (nccl on CUDA, gloo else), or this one alone."""
+    chosen = choose_device(device)
+    owns = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
+    if owns and chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if owns:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        joined = dist.is_available() and dist.is_initialized()
+        yield Ranks(chosen, dist.get_rank(), dist.get_world_size()) if joined else Ranks(chosen)
+    finally:
+        if owns:
+            dist.destroy_process_group()
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device={name!r} is not known; allowed: auto, cpu, cuda, cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={name!r} is not allowed; expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name!r}: this torch finds no CUDA device")
+    return device
+
+
+class EMA:
+    """Averaged weights under the current masks, in a copy of the model that can be evaluated.
+
+    ``torch.optim.swa_utils`` would average the masks as well (or, told not to, leave the statistics of normalization
+    layers out). Parameters and floating buffers are averaged here; masks and counters are copied. The decay starts low,
+    ``(1 + t) / (10 + t)``, so that the initial weights are soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, storage: str = "sparse") -> None:
+        self.decay, self.storage, self.steps = decay, storage, 0
+        self.module = copy.deepcopy(model).requires_grad_(False)
+        for _, layer in sparse_layers(self.module):
+            layer.collect("none")
+            layer.set_mask_scores(None)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take one step towards ``model``."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        theirs = dict(model.named_parameters()) | dict(model.named_buffers())
+        for name, mine in (*self.module.named_parameters(), *self.module.named_buffers()):
+            if mine.is_floating_point():
+                mine.lerp_(theirs[name].to(mine.dtype), 1 - decay)
+            else:
+                mine.copy_(theirs[name])
+        # Where a weight that grows starts at zero, its average does so too.
+        for _, layer in sparse_layers(self.module) if self.storage == "sparse" else ():
+            layer.weight.masked_fill_(~layer.mask, 0)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """State dict of the averaged model, and the count of steps."""
+        return {**self.module.state_dict(), "ema_steps": torch.tensor(self.steps)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from ``state_dict()``."""
+        self.steps = int(state["ema_steps"])
+        self.module.load_state_dict({name: value for name, value in state.items() if name != "ema_steps"})
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """State of torch's global generators."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_rng_state(device: torch.device, state: dict[str, Tensor]) -> None:
+    """Continue from `rng_state`."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,245 @@
+"""The command line: flags are the fields of `Config`, bad input is one line, and every command does its work."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+import sparsebilevel
+from sparsebilevel import cli
+from sparsebilevel.cli import ablate
+from sparsebilevel.training.config import Config, check_fields, field_types
+from sparsebilevel.training.presets import PRESETS
+from sparsebilevel.training.runlog import read_log
+
+TINY = ["--epochs", "1", "--batch-size", "256", "--no-measure", "--quiet"]
+
+
+def config_of(*arguments):
+    return cli.config_from(cli.make_parser().parse_args(["train", *arguments]))
+
+
+def refused(capsys, *arguments):
+    """The one line with which the command refuses ``arguments``."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(list(map(str, arguments)))
+    output = capsys.readouterr()
+    assert (stopped.value.code, output.out) == (2, "")
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    return output.err
+
+
+# -- configuration ----------------------------------------------------------------------------------------------------
+
+
+def test_version_and_help(capsys):
+    for flag, text in (("--version", f"sparsebilevel {sparsebilevel.__version__}"), ("--help", "COMMAND")):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([flag])
+        assert stopped.value.code == 0
+        assert text in capsys.readouterr().out
+    cli.main([])
+    assert "train" in capsys.readouterr().out
+
+
+def test_every_field_is_a_flag():
+    assert config_of() == Config()
+    examples = {int: "3", float: "0.25", str: "text", bool: None, tuple: "a b"}
+    for field in dataclasses.fields(Config):
+        kind, _ = field_types()[field.name]
+        value = (field.metadata["choices"] or [None])[-1] or examples[kind]
+        arguments = ["--" + field.name.replace("_", "-"), *([] if value is None else value.split())]
+        expected = {bool: True, tuple: ("a", "b")}.get(kind) or kind(value)
+        assert getattr(config_of(*arguments), field.name) == expected, field.name
+    assert all(field.metadata["help"] for field in dataclasses.fields(Config))
+
+
+def test_torchvision_names_and_numbers():
+    config = config_of("--model", "resnet20", "-b", "8", "--wd", "1e-4", "-j", "2", "--validation", "500")
+    assert (config.arch, config.batch_size, config.weight_decay, config.workers) == ("resnet20", 8, 1e-4, 2)
+    assert config.validation == 500
+    assert isinstance(config.validation, int)
+    assert config_of("--validation", "0.1").validation == 0.1
+    assert config_of("--finetune-lr", "none").finetune_lr is None
+    assert config_of("--rewind", "none").rewind == "none"
+
+
+def test_flags_win_over_file_over_preset(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"lr": 0.5, "epochs": 7, "exclude": ["fc"], "versions": {}}))
+    config = config_of("--preset", "bidst-resnet32x2-cifar10", "--config", str(file), "--epochs", "3")
+    assert (config.batch_size, config.lr, config.epochs, config.exclude) == (64, 0.5, 3, ("fc",))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name):
+    config = config_of("--preset", name)
+    config.validate()
+    check_fields(PRESETS[name], name)
+    if config.method != "dense":
+        config.method_arguments(steps_per_epoch=100, total_steps=100 * config.epochs)
+    if config.data.startswith(("cifar", "digits")):
+        model = sparsebilevel.models.create_model(config.arch, 10)
+        sparsebilevel.sparsify(model, 0.9, exclude=config.exclude)
+        left = [name for name, m in model.named_modules() if type(m).__name__ in ("Conv2d", "Linear")]
+        assert bool(left) == bool(config.exclude)
+
+
+def test_a_run_can_be_repeated_from_its_config(tmp_path):
+    cli.main(["train", "--method", "rigl", "--update-freq", "2", *TINY, "--output-dir", str(tmp_path / "a")])
+    file = str(tmp_path / "a" / "config.json")
+    cli.main(["train", "--config", file, "--output-dir", str(tmp_path / "b")])
+    a, b = (read_log(tmp_path / name)[-1]["test_acc"] for name in "ab")
+    assert a == b
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fly"], "invalid choice: 'fly'"),
+        (["train", "--methd", "bidst"], "unrecognized arguments: --methd"),
+        (["train", "--batch-size", "many"], "argument --batch-size/-b: invalid int value: 'many'"),
+        (["train", "--batch-size", "0"], "batch_size=0 is not allowed"),
+        (["train", "--sparsity", "1"], "sparsity=1.0 is not allowed; expected a number in [0, 1)"),
+        (["train", "--method", "magic"], "invalid choice: 'magic'"),
+        (["train", "--preset", "magic"], "preset='magic' is not known; allowed: bidst-resnet32x2-cifar10"),
+        (["train", "--config", "nowhere.json"], "nowhere.json"),
+        (["train", "--method", "static", "--tau", "1"], "method static has no such option"),
+        (["report", "nowhere"], "nowhere is no run folder"),
+        (["export", "nowhere", "-o", "x"], "nowhere"),
+        (["bench", "resnet20000"], "unknown model 'resnet20000'"),
+        (["bench", "digits_cnn", "-b", "0"], "batch_size=0 is not allowed"),
+        (["ablate", "--method", "rigl"], "method='rigl' has no usual ablation"),
+        (["ablate", "--grid", "colour=red"], "grid='colour=red' is not allowed"),
+        (["ablate", "--grid", "tau=warm"], "tau takes values of type float"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, *arguments)
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "holds a list; expected an object"),
+        ('{"colour": 1}', "has unknown fields colour"),
+        ('{"epochs": "three"}', "epochs='three' is not allowed; expected int"),
+        ('{"epochs": null}', "epochs=None is not allowed"),
+        ('{"epochs": true}', "epochs=True is not allowed"),
+    ],
+)
+def test_bad_config_file(content, message, capsys, tmp_path):
+    (tmp_path / "c.json").write_text(content)
+    assert message in refused(capsys, "train", "--config", tmp_path / "c.json", "--output-dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bugs_are_not_hidden(monkeypatch):
+    monkeypatch.setattr(cli, "config_from", lambda args: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train"])
+
+
+def test_traceback_on_request():
+    with pytest.raises(ValueError, match="batch_size=0"):
+        cli.main(["--traceback", "train", "--batch-size", "0"])
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_train_prints_progress_and_a_table(tmp_path, capsys):
+    flags = ["--method", "bidst", "--update-freq", "2", "--epochs", "1", "--batch-size", "256"]
+    cli.main(["train", *flags, "--output-dir", str(tmp_path)])
+    output = capsys.readouterr().out
+    for text in ("epoch   1/1", "test accuracy", "compression ratio", "FLOPs, theoretical", "topology changes"):
+        assert text in output
+    assert "x, " in output.partition("time of a training step")[2]  # against dense, in words
+
+
+def test_python_m(tmp_path):
+    command = [sys.executable, "-m", "sparsebilevel", "train", "--batch-size", "0", "--output-dir", str(tmp_path / "x")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].startswith("error: batch_size=0 is not allowed")
+
+
+def test_demo(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for _ in range(2):  # a second demo replaces the first
+        cli.main(["demo", "--epochs", "2", "--output-dir", str(tmp_path)])
+    output = capsys.readouterr().out
+    for text in ("test accuracy", "same network dense", "realised sparsity", "compression ratio", "FLOPs, executed"):
+        assert text in output
+    assert "topology changes" in output
+    assert (tmp_path / "report.html").exists()
+    assert read_log(tmp_path / "bidst")[-1]["topology_changes"] == 19
+
+
+@pytest.mark.slow
+def test_demo_is_within_a_point_of_dense(tmp_path):
+    cli.main(["demo", "--output-dir", str(tmp_path)])
+    dense, sparse = (read_log(tmp_path / name)[-1] for name in ("dense", "bidst"))
+    assert sparse["sparsity"] == pytest.approx(0.9, abs=1e-4)
+    assert sparse["test_acc"] >= dense["test_acc"] - 0.01
+
+
+def test_ablate(tmp_path, capsys):
+    flags = ["--method", "bip", *TINY, "--output-dir", str(tmp_path)]
+    cli.main(["ablate", *flags, "--seeds", "0", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == [
+        "default",
+        *("implicit_scale=0", "implicit_scale=1", "implicit_scale=2000"),
+    ]
+    assert all("+-" in line for line in lines[2:])
+    assert len(list(tmp_path.glob("*/log.jsonl"))) == 8
+    cli.main(["ablate", *flags, "--grid", "implicit_scale=0", "--resume"])  # nothing is trained again
+    again = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in again[2:]] == ["default", "implicit_scale=0"]
+
+
+def test_usual_ablations():
+    grid = ablate.usual_grid(Config(method="bidst"))
+    assert {0.01, 0.1} <= set(grid["search_space"])
+    assert {1e1, 1e7} <= set(grid["implicit_scale"])  # lambda from 1e-1 to 1e-7
+    assert ablate.parse_grid(["gumbel=true,false", "update-freq=8ep"]) == {
+        "gumbel": [True, False],
+        "update_freq": ["8ep"],
+    }
+
+
+def test_report_and_export(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    cli.main(["train", "--method", "static", *TINY, "--output-dir", str(tmp_path / "runs" / "a")])
+    cli.main(["report", str(tmp_path / "runs"), "-o", str(tmp_path / "page.html")])
+    assert (tmp_path / "page.html").exists()
+    cli.main(["export", str(tmp_path / "runs" / "a"), "-o", str(tmp_path / "dense.pth")])
+    assert (tmp_path / "dense.pth").exists()
+    assert "written" in capsys.readouterr().out
+
+
+def test_bench(tmp_path, capsys):
+    cli.main(["train", "--method", "static", *TINY, "--output-dir", str(tmp_path)])
+    for model in ("digits_cnn", str(tmp_path)):
+        cli.main(["bench", model, "-b", "4"])
+        output = capsys.readouterr().out
+        assert "Static: sparsity 0.9000 over 5 weights" in output
+        assert "not measured" not in output
+        assert "training step, batch 4" in output
+
+
+def test_config_and_presets(capsys):
+    cli.main(["config"])
+    assert "C++ extension" in capsys.readouterr().out
+    cli.main(["presets"])
+    assert "bidst-resnet50-imagenet" in capsys.readouterr().out

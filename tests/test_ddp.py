@@ -1,0 +1,93 @@
+"""Sparse models under DistributedDataParallel: two processes over gloo."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+
+import sparsebilevel as sb
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo"
+    ),
+]
+
+
+def build():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    sb.sparsify(model, 0.5, seed=0)
+    model[0].set_mask_scores(torch.zeros(8, 5))
+    model[2].set_mask_scores(nn.Parameter(torch.zeros(3, 8)))
+    for layer in (model[0], model[2]):
+        layer.collect("all")
+    return model
+
+
+def batch(rank):
+    return torch.randn(6, 5, generator=torch.Generator().manual_seed(rank))
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = build()
+    ddp = DistributedDataParallel(model)
+    model[1].running_mean.fill_(rank)
+    model[0].mask_scores.fill_(rank)
+    ddp(batch(rank)).square().sum().backward()
+    result = {
+        "mask": model[0].mask,
+        "scores": model[0].mask_scores,
+        "running_mean": model[1].running_mean,
+        "weight.grad": model[0].weight.grad,
+        "scores.grad": model[2].mask_scores.grad,
+        "effective_grad": model[0].effective_grad,
+    }
+    torch.save(result, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    alone = []
+    for rank in range(2):
+        model = build()
+        model(batch(rank)).square().sum().backward()
+        alone.append(model)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)], alone
+
+
+def test_masks_are_equal_and_gradients_are_averaged(results):
+    (first, second), alone = results
+    assert torch.equal(first["mask"], second["mask"])
+    for key, tensor in [("weight.grad", lambda m: m[0].weight.grad), ("scores.grad", lambda m: m[2].mask_scores.grad)]:
+        mean = (tensor(alone[0]) + tensor(alone[1])) / 2
+        assert_close(first[key], mean)
+        assert_close(second[key], mean)
+    assert not first["weight.grad"][~first["mask"]].any()
+
+
+def test_score_buffers_are_not_broadcast_and_others_are(results):
+    (first, second), _ = results
+    assert first["scores"].eq(0).all()
+    assert second["scores"].eq(1).all()
+    assert_close(second["running_mean"], 0.1 * batch_mean(1))
+    assert not torch.equal(first["running_mean"], second["running_mean"])
+
+
+def batch_mean(rank):
+    return build()[0](batch(rank)).mean(0).detach()
+
+
+def test_effective_gradients_stay_local(results):
+    ranks, alone = results
+    for result, model in zip(ranks, alone, strict=True):
+        assert_close(result["effective_grad"], model[0].effective_grad)

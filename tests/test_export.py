@@ -1,0 +1,306 @@
+"""Export: what is written loads elsewhere and computes the same; slicing is exact."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sparsebilevel as sb
+from sparsebilevel.export import export_model, load_sliced, slice_model, to_semi_structured
+from sparsebilevel.models import create_model
+
+
+def params(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def trained(model, x):
+    """Normalisation and biases away from their initial values, as after training."""
+    for p in model.parameters():
+        if p.dim() == 1:
+            nn.init.normal_(p, 0.1, 0.3)
+    model.train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(x + torch.randn_like(x))
+    return model.eval()
+
+
+def sliced(model, x):
+    """The sliced model, after a check that it computes the same and that ``model`` is as it was."""
+    before = copy.deepcopy(model.state_dict())
+    small = slice_model(model, x)
+    y = torch.randn_like(x)
+    torch.testing.assert_close(small(y), model.eval()(y), rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(True for _ in sb.sparse_layers(small))
+    return small
+
+
+@pytest.mark.parametrize("arch", ["digits_cnn", "resnet20", "resnet20_b", "vgg19_bn_cifar", "mobilenet_v2_cifar"])
+@pytest.mark.parametrize("pattern", ["filter", "channel"])
+def test_sliced_network_is_the_same_function(arch, pattern):
+    x = torch.randn(2, 1, 8, 8) if arch == "digits_cnn" else torch.randn(2, 3, 32, 32)
+    model = sb.sparsify(create_model(arch), 0.5, pattern=pattern, seed=0)
+    trained(model, x)
+    small = sliced(model, x)
+    assert params(small) < params(model)
+    x = x[:1]
+    torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-4)  # the batch size is not fixed
+
+
+def masked(layer, rows=(), columns=()):
+    mask = torch.ones_like(layer.mask)
+    mask[list(rows)] = False
+    mask[:, list(columns)] = False
+    layer.set_mask(mask)
+
+
+def test_unread_input_channels_take_producer_and_norm_with_them():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
+    sb.sparsify(model, 0.5, init="dense")
+    masked(model[3], columns=(1, 5))
+    small = sliced(trained(model, torch.randn(4, 3, 8, 8)), torch.randn(4, 3, 8, 8))
+    assert small[0].weight.shape == (6, 3, 3, 3)
+    assert small[1].num_features == small[1].running_mean.numel() == 6
+    assert small[3].weight.shape == (4, 6, 3, 3)
+
+
+@pytest.mark.parametrize(("padding", "mode", "expected"), [(0, "zeros", 6), (1, "zeros", 8), (1, "reflect", 6)])
+def test_constant_of_a_removed_filter_is_folded_only_where_that_is_exact(padding, mode, expected):
+    """BN makes another number of the zero; a zero-padded convolution does not see it at the border."""
+    conv = nn.Conv2d(8, 4, 3, padding=padding, padding_mode=mode, bias=False)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), conv)
+    sb.sparsify(model, 0.5, init="dense")
+    masked(model[0], rows=(0, 7))
+    x = torch.randn(4, 3, 8, 8)
+    trained(model, x)
+    with torch.no_grad():
+        model[1].bias.fill_(1.0)
+        model[1].running_mean.fill_(0.0)
+        model[0].bias.fill_(0.2)
+    small = sliced(model, x)
+    assert small[0].out_channels == expected
+    assert (small[3].bias is not None) == (expected == 6)
+
+
+def test_constant_that_relu_makes_zero_needs_no_folding():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1, bias=False))
+    sb.sparsify(model, 0.5, init="dense")
+    masked(model[0], rows=(0, 7))
+    with torch.no_grad():
+        model[0].bias.zero_()
+        model[1].bias.fill_(-1.0)
+    small = sliced(model.eval(), torch.randn(4, 3, 8, 8))
+    assert small[0].out_channels == 6
+    assert small[3].bias is None
+
+
+def test_flattened_features_and_chains_of_linear_layers():
+    model = nn.Sequential(
+        *(
+            nn.Conv2d(1, 6, 3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(6 * 9, 16),
+            nn.GELU(),
+            nn.Linear(16, 3),
+        )
+    )
+    sb.sparsify(model, 0.5, init="dense")
+    masked(model[0], rows=(2,))  # constant, folded into the linear layer
+    masked(model[6], columns=range(4, 16))  # rows 4 to 15 of the linear layer are not read
+    masked(model[4], columns=range(9))  # nor is, by those that stay, channel 0
+    small = sliced(model, torch.randn(2, 1, 8, 8))
+    assert [m.weight.shape[0] for m in (small[0], small[4], small[6])] == [4, 4, 3]
+    assert small[4].in_features == 4 * 9
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.a = nn.Conv2d(8, 8, 1)
+        self.b = nn.Conv2d(8, 8, 1)
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = x + self.b(F.relu(self.a(x)))
+        return self.head(x).mean([2, 3])
+
+
+def test_both_sides_of_an_addition_lose_the_same_channels():
+    model = sb.sparsify(Residual(), 0.5, init="dense")
+    masked(model.a, columns=(3, 4), rows=(0,))
+    masked(model.head, columns=(4, 5))
+    small = sliced(model, torch.randn(2, 3, 4, 4))
+    # Channel 4 alone is read by neither; a's dead filter is a constant that b's bias takes.
+    assert [m.weight.shape[:2] for m in (small.stem, small.a, small.b, small.head)] == [(7, 3), (7, 7), (7, 7), (2, 7)]
+
+
+class Shared(nn.Module):
+    """Everything that must be left alone: a layer used twice, concatenation, a grouped convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice = nn.Conv2d(4, 4, 1)
+        self.grouped = nn.Conv2d(8, 8, 1, groups=2)
+        self.last = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        y = self.twice(self.twice(x))
+        return self.last(self.grouped(torch.cat([x, y], 1)))
+
+
+def test_what_cannot_be_followed_stays():
+    model = sb.sparsify(Shared(), 0.5, pattern="filter", seed=1)
+    small = sliced(model, torch.randn(2, 4, 3, 3))
+    assert params(small) == params(model)
+
+
+def test_a_layer_keeps_one_channel():
+    model = sb.sparsify(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), 0.5, init="dense")
+    masked(model[2], columns=range(4))
+    assert sliced(model, torch.randn(2, 4))[0].out_features == 1
+
+
+def test_untraceable_model_is_refused():
+    class Branching(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ValueError, match=r"Branching cannot be traced by torch\.fx"):
+        slice_model(Branching(), torch.zeros(1, 2))
+
+
+def test_code_that_depends_on_a_width_is_found_out():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.b(self.a(x)).sum() * self.a.out_features
+
+    model = sb.sparsify(Fixed(), 0.5, init="dense")
+    masked(model.b, columns=(0,))
+    with pytest.raises(RuntimeError, match="does not compute the same"):
+        slice_model(model, torch.randn(2, 4))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run of the embedded data, as far as export reads it."""
+
+    def write(arch="digits_cnn", sparsity=0.75, pattern="unstructured", data="digits", classes=10, **extra):
+        shape = {"digits": (1, 8, 8), "fake": (3, 32, 32)}[data]
+        model = create_model(arch, classes, 64 if arch == "mlp" else shape[0])
+        sb.sparsify(model, sparsity, pattern=pattern, seed=0)
+        trained(model, torch.randn(4, *shape))
+        config = {"arch": arch, "data": data, "method": "static", "pattern": pattern}
+        torch.save({"model": model.state_dict(), "config": config} | extra, tmp_path / "checkpoint.pth")
+        return tmp_path, model
+
+    return write
+
+
+def test_dense_export_loads_into_the_original_model(run, tmp_path):
+    folder, model = run()
+    path = export_model(folder, tmp_path / "dense.pth", "dense")
+    dense = create_model("digits_cnn")
+    dense.load_state_dict(torch.load(path, weights_only=True))
+    x = torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(dense.eval()(x), model(x))
+    assert not list(tmp_path.glob(".export*"))
+
+
+def test_averaged_weights_are_exported(run, tmp_path):
+    folder, model = run()
+    checkpoint = torch.load(folder / "checkpoint.pth", weights_only=True)
+    checkpoint["ema"] = {k: v + 1 if v.is_floating_point() else v for k, v in checkpoint["model"].items()}
+    torch.save(checkpoint, folder / "best.pth")
+    found = torch.load(export_model(folder / "best.pth", tmp_path / "ema.pth"), weights_only=True)
+    *_, last = found.values()
+    torch.testing.assert_close(last, list(model.parameters())[-1] + 1)
+
+
+def test_safetensors_export(run, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    folder, model = run("mlp")
+    found = safetensors.load_file(export_model(folder, tmp_path / "model.safetensors", "safetensors"))
+    expected = sb.densify(model).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[k], expected[k]) for k in found)
+
+
+@pytest.mark.slow
+def test_onnx_export_computes_the_same(run, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    folder, model = run()
+    path = export_model(folder, tmp_path / "model.onnx", "onnx")
+    onnx.checker.check_model(str(path), full_check=True)
+    x = torch.randn(5, 1, 8, 8)
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (found,) = session.run(["logits"], {"input": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arch", "data"), [("digits_cnn", "digits"), ("mlp", "digits"), ("mobilenet_v2_cifar", "fake")]
+)
+def test_sliced_export_is_smaller_and_comes_back(run, tmp_path, arch, data):
+    folder, model = run(arch, 0.5, "channel" if arch != "mlp" else "filter", data, classes=7)
+    small = load_sliced(export_model(folder, tmp_path / "small.pth", "sliced"))
+    assert params(small) < params(model)
+    x = torch.randn(3, *((1, 8, 8) if data == "digits" else (3, 32, 32)))
+    torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_two_of_four_says_what_it_needs(run, tmp_path):
+    folder, _ = run("mlp")
+    with pytest.raises(ValueError, match="pattern nm:2:4"):
+        export_model(folder, tmp_path / "x.pth", "2:4")
+    folder, _ = run("mlp", pattern="nm:2:4")
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match=r"compute capability 8\.0 or later; there is none"):
+            export_model(folder, tmp_path / "x.pth", "2:4")
+    assert not (tmp_path / "x.pth").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_two_of_four_computes_the_same():
+    model = sb.sparsify(create_model("mlp", 64, 128), 0.5, pattern="nm:2:4").cuda()
+    packed = to_semi_structured(model)
+    x = torch.randn(64, 128, device="cuda")
+    torch.testing.assert_close(packed(x.half()).float(), model(x), rtol=1e-2, atol=1e-2)
+
+
+def test_what_cannot_be_exported_is_refused_and_nothing_is_lost(run, tmp_path):
+    folder, _ = run()
+    target = tmp_path / "out.pth"
+    target.write_text("old")
+    with pytest.raises(ValueError, match="format='tflite' is not known; allowed: dense"):
+        export_model(folder, target, "tflite")
+    with pytest.raises(FileNotFoundError, match=r"nowhere"):
+        export_model(tmp_path / "nowhere", target)
+    with pytest.raises(ValueError, match="existing folder"):
+        export_model(folder, tmp_path)
+    with pytest.raises(ValueError, match="is the source itself"):
+        export_model(folder, folder / "checkpoint.pth")
+    checkpoint = torch.load(folder / "checkpoint.pth", weights_only=True)
+    torch.save(checkpoint["model"], tmp_path / "bare.pth")
+    with pytest.raises(ValueError, match=r"bare\.pth has no 'config'"):
+        export_model(tmp_path / "bare.pth", target)
+    checkpoint["config"]["arch"] = "resnet20"
+    torch.save(checkpoint, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth is of another architecture"):
+        export_model(tmp_path / "other.pth", target)
+    with pytest.raises(ValueError, match=r"out\.pth cannot be read"):
+        load_sliced(target)
+    assert target.read_text() == "old"

@@ -1,0 +1,654 @@
+"""The training loop: every method runs, a run repeats itself, is resumed to the same bits, and refuses bad input."""
+
+import dataclasses
+import inspect
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import sparsebilevel as sb
+from sparsebilevel.training import checkpoint as ckpt
+from sparsebilevel.training.config import LOOP_OPTIONS, METHOD_NAMES, METHOD_OPTIONS, default_search_space, parse_steps
+from sparsebilevel.training.loop import Config, TrainingError, train
+from sparsebilevel.training.plan import Phase, learning_rate, make_plan, score_lr_factor
+from sparsebilevel.training.runlog import Progress, read_log
+from sparsebilevel.training.runtime import EMA, Interrupted
+
+# Two epochs of five steps on real data: an eighth of a second.
+TINY = {"epochs": 2, "batch_size": 256, "measure": False, "quiet": True, "validation": 0.1, "seed": 3}
+METHOD_ARGUMENTS = {
+    "dense": {},
+    "static": {"distribution": "erk"},
+    "set": {"update_freq": "2"},
+    "rigl": {"update_freq": "2", "rigl_paper": True},
+    "bidst": {"update_freq": "2"},
+    "omp": {"pretrain_epochs": 1},
+    "imp": {"levels": 2, "epochs": 1, "rewind_step": "2"},
+    "hydra": {"pretrain_epochs": 1, "finetune_epochs": 1},
+    "bip": {"pretrain_epochs": 1, "finetune_epochs": 1, "upper_split": "0.3", "lower_steps": 2, "rewind": "pretrained"},
+}
+
+
+def make_config(folder, **changes):
+    return Config(**{**TINY, "output_dir": str(folder), **changes})
+
+
+def timeless(run):
+    """The log without what may differ between two equal runs."""
+    rows = read_log(run)
+    return [{k: v for k, v in row.items() if not k.startswith("time_")} for row in rows]
+
+
+def assert_same(a, b):
+    """Two nested values with equal tensors, bit for bit."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def assert_same_run(a, b):
+    assert timeless(a) == timeless(b)
+    one, two = (torch.load(run / "checkpoint.pth", weights_only=True) for run in (a, b))
+    for key in ("model", "ema", "optimizer", "rng", "epoch", "step"):
+        assert_same(one[key], two[key])
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """``stop_after(n)``: SIGTERM reaches the process during step ``n`` of the run; None: no more signals."""
+    wanted = []
+    step = Progress.step
+
+    def step_and_signal(self, epoch):
+        step(self, epoch)
+        if self.done in wanted:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Progress, "step", step_and_signal)
+    return lambda n: wanted.__setitem__(slice(None), [] if n is None else [n])
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_every_method(method, tmp_path):
+    result = train(make_config(tmp_path, method=method, **METHOD_ARGUMENTS[method]))
+    rows = read_log(tmp_path)
+    assert rows[-1] == result
+    assert [row["type"] for row in rows[-2:]] == ["layers", "result"]
+    epochs = [row for row in rows if row["type"] == "epoch"]
+    assert [row["epoch"] for row in epochs] == list(range(1, len(epochs) + 1))
+    assert {"train_loss", "val_acc", "test_acc", "sparsity", "time_epoch_s"} <= epochs[-1].keys()
+
+    assert result["sparsity"] == pytest.approx(0.0 if method == "dense" else 0.9, abs=1e-4)
+    assert result["costs"]["params_total"] == 65_834
+    assert sum(row["total"] for row in rows[-2]["layers"]) == (0 if method == "dense" else 65_440)
+    topology = [row for row in rows if row["type"] == "topology"]
+    assert len(topology) == result["topology_changes"]
+    assert (len(topology) > 0) == (method in ("set", "rigl", "bidst", "imp"))
+    state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert not any(key.endswith("mask_scores") for key in state["model"]) or method == "bidst"
+    for key, mask in state["model"].items():
+        if key.endswith(".mask"):
+            assert not state["model"][key.replace("mask", "weight")][~mask].any()
+
+
+def test_equal_runs_have_equal_logs(tmp_path):
+    for name in "ab":
+        train(make_config(tmp_path / name, method="bidst", update_freq="2", model_ema=True))
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["versions"]["torch"] == torch.__version__
+    assert config["resolved"]["search_space"] == 0.05
+
+
+def test_selection_is_by_validation_alone(tmp_path):
+    result = train(make_config(tmp_path, method="dense", epochs=4))
+    epochs = [row for row in read_log(tmp_path) if row["type"] == "epoch"]
+    best = max(epochs, key=lambda row: (row["val_acc"], -row["epoch"]))
+    assert (result["selected_epoch"], result["test_acc_selected"]) == (best["epoch"], best["test_acc"])
+    assert result["test_acc"] == epochs[-1]["test_acc"]
+    kept = torch.load(tmp_path / "best.pth", weights_only=True)
+    assert {"model", "ema", "config"} == kept.keys()
+
+
+def test_without_validation_nothing_is_selected(tmp_path):
+    result = train(make_config(tmp_path, method="dense", epochs=1, validation=0))
+    assert result["test_acc_selected"] is None
+    assert not (tmp_path / "best.pth").exists()
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_with_all_the_rest(amp, tmp_path):
+    changes = {"amp": amp, "accumulate": 2, "clip_grad_norm": 1.0, "channels_last": True, "label_smoothing": 0.1}
+    changes |= {"opt": "adamw", "lr": 1e-2, "norm_weight_decay": 0.0, "lr_warmup_epochs": 1, "batch_size": 128}
+    result = train(make_config(tmp_path, method="bidst", update_freq="2", **changes))
+    assert result["sparsity"] == pytest.approx(0.9, abs=1e-4)
+    losses = [row["train_loss"] for row in read_log(tmp_path) if row["type"] == "epoch"]
+    assert losses[1] < losses[0] - 0.05
+
+
+def test_bip_with_fp16(tmp_path):
+    result = train(make_config(tmp_path, method="bip", amp="fp16", max_steps=3))
+    assert read_log(tmp_path)[0]["upper_steps"] > 0
+    assert result["sparsity"] == pytest.approx(0.9, abs=1e-4)
+
+
+def test_starting_from_a_dense_network(tmp_path):
+    dense = tmp_path / "dense"
+    train(make_config(dense, method="dense", epochs=6, validation=0))
+    source = str(dense / "checkpoint.pth")
+    for method in ("omp", "hydra", "bip", "imp"):
+        arguments = {"imp": {"levels": 1}, "omp": {"lr": 0.0}}.get(method, {})
+        folder = tmp_path / method
+        train(make_config(folder, method=method, init_from=source, epochs=1, validation=0, **arguments))
+        assert (folder / "checkpoint.pth").exists()
+    weights = {n: w for n, w in torch.load(source, weights_only=True)["model"].items() if n.endswith("weight")}
+    pruned = torch.load(tmp_path / "omp" / "checkpoint.pth", weights_only=True)["model"]
+    for name in ("3.weight", "14.weight"):
+        kept = pruned[name.replace("weight", "mask")]
+        torch.testing.assert_close(pruned[name], weights[name] * kept, rtol=0, atol=0)
+
+
+def test_imp_from_a_dense_network_rewinds_to_the_initial_weights(tmp_path):
+    dense = tmp_path / "dense"
+    train(make_config(dense, method="dense", epochs=3))
+    source = str(dense / "checkpoint.pth")
+    train(make_config(tmp_path / "imp", method="imp", levels=1, init_from=source, epochs=1, lr=0.0))
+    torch.manual_seed(TINY["seed"])
+    initial = sb.models.create_model("digits_cnn", 10, 1).state_dict()["3.weight"]
+    state = torch.load(tmp_path / "imp" / "checkpoint.pth", weights_only=True)["model"]
+    torch.testing.assert_close(state["3.weight"], initial * state["3.mask"], rtol=0, atol=0)
+    trained = torch.load(source, weights_only=True)["model"]["3.weight"].abs()
+    assert trained[state["3.mask"]].min() >= trained[~state["3.mask"]].quantile(0.9)
+
+
+def test_static_takes_over_the_masks_of_a_sparse_network(tmp_path):
+    train(make_config(tmp_path / "rigl", method="rigl", update_freq="2"))
+    source = str(tmp_path / "rigl" / "checkpoint.pth")
+    train(make_config(tmp_path / "static", method="static", init_from=source, epochs=1))
+    one, two = (torch.load(tmp_path / n / "checkpoint.pth", weights_only=True)["model"] for n in ("rigl", "static"))
+    assert all(torch.equal(one[key], two[key]) for key in one if key.endswith("mask"))
+
+
+def test_divergence_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    train(make_config(tmp_path, method="static", epochs=4, max_steps=2))
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    monkeypatch.setattr("sparsebilevel.training.loop.learning_rate", lambda *_: 1e30)
+    with pytest.raises(TrainingError, match="not finite.*smaller lr"):
+        train(make_config(tmp_path, method="static", epochs=4, resume=True))
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+
+
+def test_nan_scores_are_named(tmp_path, monkeypatch):
+    learn = sb.BiDST.learn
+
+    def poison(self, grads):
+        learn(self, grads)
+        next(iter(self.weights.values())).scores.fill_(float("nan"))
+
+    monkeypatch.setattr(sb.BiDST, "learn", poison)
+    with pytest.raises(ValueError, match="NaN"):
+        train(make_config(tmp_path, method="bidst", update_freq="2"))
+
+
+# -- resuming ---------------------------------------------------------------------------------------------------------
+
+RESUMED = {
+    "dense": {},
+    "rigl": {"update_freq": "3", "accumulate": 2, "batch_size": 128},
+    "bidst": {"update_freq": "3", "model_ema": True, "accumulate": 2, "batch_size": 128},
+    "imp": {"levels": 1, "model_ema": True, "rewind_step": "3"},
+    "hydra": {"pretrain_epochs": 1, "epochs": 1, "finetune_epochs": 1},
+    "bip": {"pretrain_epochs": 1, "epochs": 1, "finetune_epochs": 1, "model_ema": True, "lower_steps": 2},
+}
+
+
+@pytest.mark.parametrize("method", RESUMED)
+def test_resume_is_bit_identical(method, tmp_path, stop_after):
+    """Stopped in the middle of each epoch and at the end of one, in one run."""
+    config = make_config(tmp_path / "whole", method=method, **RESUMED[method])
+    train(config)
+    total = read_log(tmp_path / "whole")[-1]["step"]
+    config = dataclasses.replace(config, output_dir=str(tmp_path / "parts"), resume=True)
+    for step in (2, 5, 7, total - 1):
+        stop_after(step)
+        with pytest.raises(Interrupted, match=f"SIGTERM: stopped after step {step};.*--resume continues") as caught:
+            train(config)
+        assert caught.value.exit_code == 143
+    stop_after(None)
+    train(config)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    log = (tmp_path / "parts" / "log.jsonl").read_bytes()
+    train(config)  # a finished run stays as it is
+    assert (tmp_path / "parts" / "log.jsonl").read_bytes() == log
+
+
+def test_resume_after_a_crash_repeats_what_the_checkpoint_lacks(tmp_path, monkeypatch):
+    """Killed between two checkpoints, with a last line cut in half."""
+    config = make_config(tmp_path / "whole", method="set", update_freq="2", epochs=4, checkpoint_freq=2)
+    train(config)
+    crashed = tmp_path / "crashed"
+    config = dataclasses.replace(config, output_dir=str(crashed))
+    steps = itertools.count(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "step", lambda *_: 1 / (17 - next(steps)))
+        pytest.raises(ZeroDivisionError, train, config)
+    assert sum(row["type"] == "epoch" for row in read_log(crashed)) == 3
+    with (crashed / "log.jsonl").open("a") as log:
+        log.write('{"type": "epoch", "epo')
+    train(dataclasses.replace(config, resume=True))
+    assert_same_run(tmp_path / "whole", crashed)
+
+
+def test_max_steps_and_then_the_rest(tmp_path):
+    config = make_config(tmp_path / "whole", method="bidst", update_freq="2", model_ema=True)
+    train(config)
+    parts = dataclasses.replace(config, output_dir=str(tmp_path / "parts"), resume=True)
+    assert train(dataclasses.replace(parts, max_steps=3))["step"] == 3
+    assert train(dataclasses.replace(parts, max_steps=7))["step"] == 7
+    train(parts)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_resume_refuses_another_configuration(tmp_path):
+    train(make_config(tmp_path, method="static"))
+    content = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="another configuration.*lr was 0.1, now 0.2"):
+        train(make_config(tmp_path, method="static", resume=True, lr=0.2))
+    assert content == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_resume_refuses_to_lose_a_log(tmp_path):
+    train(make_config(tmp_path, method="static"))
+    (tmp_path / "checkpoint.pth").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint.pth is missing, but the log holds 2 epochs"):
+        train(make_config(tmp_path, method="static", resume=True))
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a finished run; tests copy it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(make_config(folder, method="static"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[: len(data) // 2], "truncated"),
+        (lambda data: b"", "empty"),
+        (lambda data: data[:20_000] + bytes(255 - b for b in data[20_000:20_256]) + data[20_256:], "damaged"),
+        (lambda data: b"not a checkpoint at all", "no checkpoint"),
+    ],
+)
+def test_damaged_checkpoint(damage, message, finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    path = run / "checkpoint.pth"
+    path.write_bytes(damage(path.read_bytes()))
+    content = {file.name: file.read_bytes() for file in run.iterdir()}
+    with pytest.raises(ckpt.CheckpointError, match=f"{path}.*{message}"):
+        train(make_config(run, method="static", resume=True))
+    assert content == {file.name: file.read_bytes() for file in run.iterdir()}
+
+
+def test_checkpoint_of_another_architecture(finished, tmp_path):
+    with pytest.raises(ckpt.CheckpointError, match=r"another architecture: .*missing: 3.bias.*unexpected: 0.weight"):
+        train(make_config(tmp_path / "a", method="omp", arch="mlp", init_from=str(finished / "checkpoint.pth")))
+    assert list((tmp_path / "a").iterdir()) == []
+    state = torch.load(finished / "checkpoint.pth", weights_only=True)["model"]
+    state["14.weight"] = torch.zeros(5, 64)
+    with pytest.raises(ckpt.CheckpointError, match=r"14.weight \[5, 64\] instead of \[10, 64\]"):
+        ckpt.check_architecture(sb.models.create_model("digits_cnn"), state, "x.pth")
+
+
+def test_missing_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.pth does not exist"):
+        train(make_config(tmp_path, method="omp", init_from=str(tmp_path / "nowhere.pth")))
+
+
+def test_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pth"
+    ckpt.save_checkpoint(path, {"model": {"w": torch.ones(3)}})
+
+    def break_off(state, file):
+        file.write(b"half of it")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", break_off)
+    with pytest.raises(OSError, match="No space left"):
+        ckpt.save_checkpoint(path, {"model": {}})
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pth"]
+    assert torch.equal(ckpt.load_checkpoint(path)["model"]["w"], torch.ones(3))
+
+
+def test_bare_state_dicts_are_read(tmp_path):
+    model = sb.models.create_model("digits_cnn")
+    for content in (model.state_dict(), {"state_dict": model.state_dict()}):
+        torch.save(content, tmp_path / "w.pth")
+        assert ckpt.load_checkpoint(tmp_path / "w.pth")["model"].keys() == model.state_dict().keys()
+    torch.save([1, 2], tmp_path / "w.pth")
+    with pytest.raises(ckpt.CheckpointError, match="holds a list"):
+        ckpt.load_checkpoint(tmp_path / "w.pth")
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_filled_folder_is_not_touched(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="is not empty; give resume.*overwrite"):
+        train(make_config(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_overwrite_replaces_the_run_only_when_the_new_one_starts(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    content = {path.name: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(ValueError, match="unknown model"):
+        train(make_config(run, arch="resnet20000", overwrite=True))
+    assert content == {path.name: path.read_bytes() for path in run.iterdir()}
+    train(make_config(run, method="dense", overwrite=True))
+    assert json.loads((run / "config.json").read_text())["method"] == "dense"
+    assert len([row for row in read_log(run) if row["type"] == "epoch"]) == 2
+
+
+def test_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"output_dir=.*is not writable: Not a directory"):
+        train(make_config(tmp_path / "file" / "run"))
+
+
+# -- bad settings -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sparsity": 1.0}, r"sparsity=1.0 is not allowed; expected a number in \[0, 1\)"),
+        ({"sparsity": -0.1}, r"sparsity=-0.1 is not allowed"),
+        ({"sparsity": float("nan")}, r"sparsity=nan is not allowed"),
+        ({"batch_size": 0}, r"batch_size=0 is not allowed; expected a whole number, at least 1"),
+        ({"batch_size": 100_000}, r"batch_size=100000"),
+        ({"epochs": 0}, r"epochs=0"),
+        ({"accumulate": 1000}, r"accumulate=1000 is not allowed; an epoch of phase train has 5 batches"),
+        ({"method": "magic"}, r"method='magic' is not known; allowed: dense, static"),
+        ({"arch": "resnet20000"}, r"unknown model 'resnet20000'"),
+        ({"data": "imagenet22k"}, r"name='imagenet22k': unknown data set"),
+        ({"data": "cifar10", "data_path": "/nowhere"}, r"/nowhere"),
+        ({"pattern": "stripes"}, r"pattern='stripes' is not allowed"),
+        ({"distribution": "fair"}, r"distribution='fair' is not known"),
+        ({"exclude": ("0", "3", "6", "9", "14")}, r"no nn.Linear or nn.Conv2d to convert"),
+        ({"opt": "lbfgs"}, r"opt='lbfgs' is not known; allowed: sgd, adamw"),
+        ({"lr": float("nan")}, r"lr=nan is not allowed"),
+        ({"device": "abacus"}, r"device='abacus' is not known"),
+        ({"method": "rigl", "tau": 2.0}, r"tau=2.0: method rigl has no such option \(bidst\)"),
+        ({"method": "dense", "update_freq": "3"}, r"update_freq='3': method dense has no such option"),
+        ({"method": "static", "finetune_epochs": 1}, r"finetune_epochs=1: only hydra and bip"),
+        ({"method": "dense", "pretrain_epochs": 1}, r"pretrain_epochs=1"),
+        ({"method": "omp", "pretrain_epochs": 1, "init_from": "x"}, r"init_from='x' replaces pretraining"),
+        ({"method": "bip", "rewind": "init"}, r"rewind='init' needs finetune_epochs"),
+        ({"method": "hydra", "amp": "fp16"}, r"amp='fp16' is not allowed with hydra"),
+        ({"method": "imp", "rewind_step": "100"}, r"rewind_step='100' is not allowed; the first cycle is too short"),
+        ({"update_freq": "often"}, r"update_freq='often' is not allowed; expected steps \(100\), epochs \(8ep\)"),
+        ({"update_end": "1.5"}, r"update_end='1.5' is not allowed"),
+        ({"lr_milestones": "0.5,now"}, r"lr_milestones='now' is not allowed"),
+        ({"implicit": "magic"}, r"implicit='magic' is not known; allowed: derived"),
+        ({"method": "rigl", "pattern": "nm:2:4", "arch": "mlp", "pretrain_epochs": 9}, r"pattern NM is not allowed"),
+        ({"validation": 2.0}, r"validation=2.0"),
+        ({"resume": True, "overwrite": True}, r"resume and overwrite exclude each other"),
+    ],
+)
+def test_bad_settings(changes, message, tmp_path):
+    with pytest.raises((ValueError, OSError), match=message):
+        train(make_config(tmp_path / "run", **{"method": "bidst", **changes}))
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+
+
+def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=r"pip install 'sparsebilevel\[log\]'"):
+        train(make_config(tmp_path, tensorboard=True))
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    train(make_config(tmp_path, method="static", epochs=1, tensorboard=True))
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"), [("100", 100), ("8ep", 80), ("0.5ep", 5), ("0.75", 300), ("1.0", 400), ("0", 0), ("0.0001", 1)]
+)
+def test_parse_steps(text, steps):
+    assert parse_steps("update_freq", text, steps_per_epoch=10, total_steps=400) == steps
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES[1:])
+def test_options_are_those_of_the_constructors(method):
+    taken = {"rigl_paper" if name == "paper" else name for name in _arguments(sb.METHODS[method])}
+    taken -= {"sparsity", "distribution", "seed"}
+    if not any(name in METHOD_OPTIONS[method] for name in ("update_freq",)):
+        taken -= {"update_freq", "update_start", "update_end"}
+    assert {name for name in METHOD_OPTIONS[method] if name not in LOOP_OPTIONS} == taken
+
+
+def _arguments(cls):
+    names = set()
+    for base in cls.__mro__[:-1]:
+        if "__init__" in vars(base):
+            names |= {p.name for p in inspect.signature(base).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    return names
+
+
+def test_defaults_of_the_methods():
+    bidst = Config(method="bidst", epochs=148).method_arguments(100, 14_800)
+    assert (bidst["update_freq"], bidst["update_end"], bidst["search_space"]) == (800, 14_800, 0.05)
+    schedule = sb.schedules.UpdateSchedule(bidst["update_freq"], 1, bidst["update_end"])
+    assert sum(map(schedule.is_due, range(1, 14_801))) == 18
+    rigl = Config(method="rigl").method_arguments(100, 1000)
+    assert (rigl["update_freq"], rigl["update_end"]) == (100, 750)
+    assert [default_search_space("resnet50", s) for s in (0.9, 0.95, 0.98)] == [0.05, 0.03, 0.02]
+    assert [default_search_space("mobilenet_v2_cifar", s) for s in (0.9, 0.95, 0.98)] == [0.08, 0.05, 0.04]
+
+
+def test_learning_rate():
+    phase = Phase("train", epochs=10, steps_per_epoch=10, lr=1.0, weight_decay=0)
+    cosine = Config(lr_warmup_epochs=1, lr_min=0.1)
+    rates = [learning_rate(cosine, phase, step) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.55)
+    assert 0.1 < rates[99] < 0.101
+    steps = Config(lr_scheduler="step", lr_milestones="0.5,8ep")
+    assert [learning_rate(steps, phase, step) for step in (49, 50, 79, 80)] == pytest.approx([1, 0.1, 0.1, 0.01])
+    assert learning_rate(Config(lr_scheduler="constant"), phase, 99) == 1.0
+    assert [score_lr_factor("step", p) for p in (0.4, 0.5, 0.75)] == pytest.approx([1, 0.1, 0.01])
+    assert score_lr_factor("cosine", 0.5) == pytest.approx(0.5)
+    assert score_lr_factor("constant", 0.9) == 1.0
+
+
+def test_plan():
+    loaders = {"train": [0] * 10, "prune": [0] * 6}
+
+    def plan(**changes):
+        return [
+            (p.name, p.epochs, p.steps_per_epoch, p.before) for p in make_plan(Config(epochs=3, **changes), loaders)
+        ]
+
+    assert plan(method="dense") == [("train", 3, 10, ())]
+    assert plan(method="dense", init_from="x") == [("train", 3, 10, ("load",))]
+    assert plan(method="bidst", accumulate=4) == [("train", 3, 2, ("start",))]
+    assert plan(method="bip", pretrain_epochs=2, finetune_epochs=1) == [
+        ("pretrain", 2, 10, ()),
+        ("prune", 3, 6, ("start",)),
+        ("finetune", 1, 10, ("finish",)),
+    ]
+    assert plan(method="imp", levels=1) == [("train", 3, 10, ("start",)), ("train", 3, 10, ("advance",))]
+    assert plan(method="imp", levels=1, init_from="x") == [("train", 3, 10, ("start", "load", "advance"))]
+
+
+def test_ema_averages_weights_and_statistics_and_copies_masks():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    sb.sparsify(model, 0.5, seed=0)
+    ema = EMA(model, decay=0.5)
+    with torch.no_grad():
+        model[0].weight.masked_fill_(~model[0].mask, 0)
+    old = ema.module[0].weight.clone()
+    new_mask = ~model[0].mask
+    with torch.no_grad():
+        model[0].set_mask(new_mask)
+        model[0].weight.copy_(torch.ones(4, 4) * new_mask)
+        model[1].running_mean.fill_(1.0)
+        model[1].num_batches_tracked.fill_(7)
+    ema.update(model)
+    decay = 2 / 11
+    assert torch.equal(ema.module[0].mask, new_mask)
+    expected = torch.where(new_mask, old * decay + (1 - decay), 0.0)
+    torch.testing.assert_close(ema.module[0].weight, nn.Parameter(expected, requires_grad=False))
+    torch.testing.assert_close(ema.module[1].running_mean, torch.full((4,), 1 - decay))
+    assert ema.module[1].num_batches_tracked == 7
+    again = EMA(model, decay=0.5)
+    again.load_state_dict(ema.state_dict())
+    assert again.steps == 1
+    assert_same(again.state_dict(), ema.state_dict())
+
+
+def test_progress_line_has_an_eta(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    progress = Progress(Config(print_freq=2), total=10, done=4)
+    progress.step(1)
+    progress.step(1)
+    assert "step 6/10" in (line := capsys.readouterr().out)
+    assert "ETA 0:00:00" in line
+
+
+# -- processes --------------------------------------------------------------------------------------------------------
+
+
+def launch(*arguments, processes=None):
+    """Start the command line in a process of its own, or under torchrun."""
+    command = [sys.executable, "-m"]
+    if processes:
+        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    # In a folder where the source tree does not hide the installed package.
+    return subprocess.Popen([*command, "sparsebilevel", *map(str, arguments)], env=environment, cwd=sys.prefix, **pipes)
+
+
+def run(*arguments, processes=None, timeout=500):
+    process = launch(*arguments, processes=processes)
+    output, _ = process.communicate(timeout=timeout)
+    return process.returncode, output
+
+
+def test_two_processes(tmp_path):
+    """Ranks whose masks differ would raise."""
+    flags = ["train", "--epochs", 1, "--method", "bidst", "--update-freq", 2, "--no-measure", "--model-ema"]
+    code, output = run(*flags, "--batch-size", 128, "--output-dir", tmp_path, processes=2)
+    assert code == 0, output
+    rows = read_log(tmp_path)
+    assert [row["type"] for row in rows].count("epoch") == 1
+    assert rows[-1]["sparsity"] == pytest.approx(0.9, abs=1e-4)
+    assert rows[-1]["topology_changes"] > 0
+    assert len(torch.load(tmp_path / "checkpoint.pth", weights_only=True)["rng"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["bip", "hydra", "imp", "rigl"])
+def test_two_processes_resume(method, tmp_path):
+    arguments = {"imp": ["--levels", 1], "rigl": ["--update-freq", 2]}
+    flags = ["train", "--method", method, "--epochs", 2, "--batch-size", 64, "--no-measure", "--accumulate", 2]
+    flags += arguments.get(method, ["--pretrain-epochs", 1, "--finetune-epochs", 1])
+    code, output = run(*flags, "--output-dir", tmp_path / "whole", processes=2)
+    assert code == 0, output
+    flags += ["--output-dir", tmp_path / "parts", "--resume"]
+    for steps in (["--max-steps", 7], ["--max-steps", 13], []):
+        code, output = run(*flags, *steps, processes=2)
+        assert code == 0, output
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["bidst", "rigl", "imp", "bip"])
+def test_sigterm_from_outside(method, tmp_path):
+    flags = ["train", "--method", method, "--epochs", 12, "--batch-size", 32, "--no-measure", "--model-ema"]
+    flags += {"imp": ["--levels", 1], "bip": ["--pretrain-epochs", 2]}.get(method, ["--update-freq", 7])
+    code, output = run(*flags, "--output-dir", tmp_path / "whole")
+    assert code == 0, output
+    flags += ["--output-dir", tmp_path / "parts", "--resume"]
+    process = launch(*flags, "--print-freq", 1)
+    for line in process.stdout:
+        if line.startswith("epoch   3/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 143, output
+    assert "--resume continues" in output
+    assert read_log(tmp_path / "parts")[-1]["type"] == "epoch"
+    code, output = run(*flags)
+    assert code == 0, output
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sparsity", [0.9, 0.95, 0.98])
+def test_resnet50_preset_under_torchrun(sparsity, tmp_path):
+    """The ImageNet recipe with two processes, bf16 autocast and compile on tiny random images; stopped and resumed."""
+    import_torchvision = pytest.importorskip("sparsebilevel._torchvision").import_torchvision
+    try:
+        import_torchvision()
+    except ImportError as error:
+        pytest.skip(str(error))
+    flags = ["train", "--preset", "bidst-resnet50-imagenet", "--sparsity", sparsity, "--data", "fake", "--no-measure"]
+    flags += ["--image-size", 32, "--num-classes", 10, "--num-samples", 32, "--batch-size", 4, "--eval-batch-size", 16]
+    flags += ["--epochs", 1, "--update-freq", 2, "--lr-warmup-epochs", 0, "--output-dir", tmp_path, "--resume"]
+    flags += ["--compile"] if sparsity == 0.9 else []
+    for steps in (2, 4):
+        code, output = run(*flags, "--max-steps", steps, processes=2, timeout=580)
+        assert code == 0, output
+    result = read_log(tmp_path)[-1]
+    assert result["step"] == 4
+    assert result["costs"]["params_total"] == 23_528_522
+    resolved = json.loads((tmp_path / "config.json").read_text())["resolved"]
+    assert resolved["search_space"] == {0.9: 0.05, 0.95: 0.03, 0.98: 0.02}[sparsity]
+    layers = next(row for row in read_log(tmp_path) if row["type"] == "layers")["layers"]
+    assert layers[0]["density"] == 1.0  # the first layer is dense
+    assert all(row["density"] == pytest.approx(1 - sparsity, abs=1e-3) for row in layers[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["bidst", "rigl", "bip", "hydra", "imp"])
+def test_compile(method, tmp_path):
+    arguments = METHOD_ARGUMENTS[method]
+    result = train(make_config(tmp_path / "compiled", method=method, compile=True, **arguments))
+    assert result["sparsity"] == pytest.approx(0.9, abs=1e-4)
+    eager = train(make_config(tmp_path / "eager", method=method, **arguments))
+    assert result["train_acc"] == pytest.approx(eager["train_acc"], abs=0.1)
