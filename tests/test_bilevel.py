@@ -506,10 +506,20 @@ def test_the_score_update_is_the_formula(implicit, lower_gradient, implicit_on):
             assert (masked.scores[~inside] == -math.inf).all()
 
 
+def test_the_implicit_scale_is_the_horizon_until_the_next_change():
+    _, opt, bidst = build_bidst(update_freq=40, opt_args={"lr": 0.2, "momentum": 0.5})
+    name = next(iter(bidst.weights))
+    assert bidst.current_implicit_scale(name) == pytest.approx(40 * 0.2 / (1 - 0.5))
+    opt.param_groups[0]["lr"] = 0.05
+    assert bidst.current_implicit_scale(name) == pytest.approx(40 * 0.05 / (1 - 0.5))
+    _, _, bidst = build_bidst(update_freq=40, implicit_scale=3.0)
+    assert bidst.current_implicit_scale(name) == 3.0
+
+
 def test_the_search_space_learns_through_the_implicit_term_only():
     moved = {}
     for implicit in ("none", "derived", "paper"):
-        model, opt, bidst = build_bidst(implicit=implicit, update_freq=0, lower_gradient="batch")
+        model, opt, bidst = build_bidst(implicit=implicit, implicit_scale=10.0, lower_gradient="batch")
         extra = search_space(bidst)
         before = {n: m.scores.clone() for n, m in bidst.weights.items()}
         train(model, opt, bidst, 3)
@@ -524,7 +534,7 @@ def test_the_search_space_learns_through_the_implicit_term_only():
 
 def test_the_first_batch_gives_no_credit():
     """No earlier batch says how the lower level moves; from the second on the credit may have either sign."""
-    model, opt, bidst = build_bidst(update_freq=0)
+    model, opt, bidst = build_bidst()
     extra = search_space(bidst)
     train(model, opt, bidst, 1)
     assert all((m.scores[extra[n]] == 0).all() for n, m in bidst.weights.items())

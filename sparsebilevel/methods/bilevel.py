@@ -159,17 +159,18 @@ class _BiLevel(Sparsifier):
         optimizer: Any,
         *,
         implicit: str,
-        implicit_scale: float,
+        implicit_scale: float | None,
         lower_gradient: str,
         gradient_decay: float,
         curvature_decay: float,
         score_lr: float | None,
         **kwargs: Any,
     ) -> None:
-        if score_lr is None and optimizer is None:
-            raise ValueError("score_lr=None takes the optimizer's learning rate, but no optimizer was given")
+        for argument, value in (("score_lr", score_lr), ("implicit_scale", implicit_scale)):
+            if value is None and optimizer is None:
+                raise ValueError(f"{argument}=None takes the optimizer's learning rate, but no optimizer was given")
         self.formula = _choose("implicit", implicit, self.IMPLICIT)
-        self.implicit_scale = check_non_negative("implicit_scale", implicit_scale)
+        self.implicit_scale = None if implicit_scale is None else check_non_negative("implicit_scale", implicit_scale)
         self.lower_gradient = _choose("lower_gradient", lower_gradient, {"mean": "mean", "batch": "batch"})
         self.score_lr = None if score_lr is None else check_non_negative("score_lr", score_lr)
         self._mean_grad = _RunningMean("gradient_decay", gradient_decay)
@@ -185,20 +186,32 @@ class _BiLevel(Sparsifier):
         if self.formula == "curvature":
             self._curvature.update(name, grad.square())
             curvature = self._curvature.read(name, grad)
-        return hypergradient(
-            weight, c, grad, formula=self.formula, scale=self.implicit_scale, lower_grad=lower, curvature=curvature
-        )
+        scale = self.current_implicit_scale(name)
+        return hypergradient(weight, c, grad, formula=self.formula, scale=scale, lower_grad=lower, curvature=curvature)
 
     def current_score_lr(self, name: str) -> float:
         """Step size of the scores of a layer: as given, or the one at which the direct term follows ``theta^2 / 2``."""
-        if self.score_lr is not None:
-            return self.score_lr
+        return self._effective_lr(name) if self.score_lr is None else self.score_lr
+
+    def current_implicit_scale(self, name: str) -> float:
+        """Scale of the implicit term of a layer: as given, or from the horizon over which a grown weight is judged.
+
+        The lower level's ridge solution ``-G / gamma`` is where a gradient flow from zero arrives after the time
+        ``1 / gamma``. Judged by what it becomes until the topology may change again, a weight has ``update_freq`` steps
+        of the effective learning rate.
+        """
+        if self.implicit_scale is None:
+            return self.schedule.freq * self._effective_lr(name)
+        return self.implicit_scale
+
+    def _effective_lr(self, name: str) -> float:
+        """How far a weight goes for a constant gradient of one, a step: momentum repeats each gradient."""
         weight = self.weights[name].weight
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 if any(p is weight for p in group["params"]):
                     return float(group["lr"]) / (1 - float(group.get("momentum", 0)))
-        raise ValueError(f"score_lr=None takes the optimizer's learning rate, but no optimizer holds {name!r}")
+        raise ValueError(f"score_lr or implicit_scale is None, but no optimizer holds {name!r} to take its rate from")
 
     def metrics(self) -> dict[str, float]:
         return super().metrics() | self._sizes.read()
@@ -422,8 +435,8 @@ class BiDST(_BiLevel):
     Args:
         search_space: size of E as a fraction of all entries of a layer, in [0, 1).
         implicit: ``derived``, ``paper``, ``curvature`` or ``none``.
-        implicit_scale: ``1 / lambda`` of the hypergradient; a setting of its own beside the optimizer's weight decay.
-            The paper's 1e4 belongs to ``lower_gradient="batch"``.
+        implicit_scale: ``1 / lambda`` of the hypergradient; a setting of its own beside the optimizer's weight decay
+            (the paper's is 1e4). None is ``update_freq * lr / (1 - momentum)``: see :meth:`current_implicit_scale`.
         implicit_on: ``search`` (positions in E) or ``all`` (A too, as published).
         lower_gradient: ``mean`` (a running mean over earlier batches) or ``batch`` (this one, as published).
         score_lr: step size of the scores; None is ``lr / (1 - momentum)`` of the weight's parameter group.
@@ -443,7 +456,7 @@ class BiDST(_BiLevel):
         *,
         search_space: float = 0.05,
         implicit: str = "derived",
-        implicit_scale: float = 10.0,
+        implicit_scale: float | None = None,
         implicit_on: str = "search",
         lower_gradient: str = "mean",
         score_lr: float | None = None,
