@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import copy
 import os
 import signal
@@ -112,6 +113,7 @@ def process_group(device: str) -> Iterator[Ranks]:
         yield Ranks(chosen, dist.get_rank(), dist.get_world_size()) if joined else Ranks(chosen)
     finally:
         if owns:
+            gc.collect()  # DDP's reducers sit in reference cycles, and must not outlive their group
             dist.destroy_process_group()
 
 
