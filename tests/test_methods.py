@@ -523,6 +523,9 @@ def test_states_of_other_methods_and_models_are_refused():
     _, _, bidst = build("bidst")
     with pytest.raises(ValueError, match="state is of method 'RigL'; expected 'BiDST'"):
         bidst.load_state_dict(rigl.state_dict())
+    older = {key: value for key, value in bidst.state_dict().items() if key != "curvature"}
+    with pytest.raises(ValueError, match="state lacks curvature; another version of sparsebilevel wrote it"):
+        bidst.load_state_dict(older)
     other = nn.Sequential(nn.Linear(4, 4))
     sb.sparsify(other, 0.5)
     with pytest.raises(ValueError, match=r"state belongs to a model with other layers; they differ in \['3', '6'\]"):

@@ -408,10 +408,12 @@ class Sparsifier:
         """Continue from ``state_dict()``. Load the model's state first.
 
         Raises:
-            ValueError: a state of another method, or of a model with other layers.
+            ValueError: a state of another method, of another version, or of a model with other layers.
         """
         if state.get("method") != type(self).__name__:
             raise ValueError(f"state is of method {state.get('method')!r}; expected {type(self).__name__!r}")
+        if missing := sorted(set(self.state_dict()) - set(state)):
+            raise ValueError(f"state lacks {', '.join(missing)}; another version of sparsebilevel wrote it")
         if set(state["num_kept"]) != set(self.weights):
             odd = sorted(set(state["num_kept"]) ^ set(self.weights))
             raise ValueError(f"state belongs to a model with other layers; they differ in {odd[:5]}")
