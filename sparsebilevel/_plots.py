@@ -130,9 +130,9 @@ def _accuracy(groups: list[Group], colours: dict[str, tuple[str, str]]) -> Figur
 def _accuracy_curves(sparse: list[Group], dense: list[Group], colours: dict[str, tuple[str, str]]) -> Figure:
     """One curve a method over density on a logarithmic axis, on which 90, 95, 98 and 99 % are apart."""
     figure, axis = _figure(height=4.8)
-    for group in dense[:1]:
+    for group in dense:
         mean, deviation = _percent(group.values("test_acc"))
-        axis.axhline(mean, color=_DENSE_COLOUR, linestyle="--", linewidth=1.3, label="dense")
+        axis.axhline(mean, color=_DENSE_COLOUR, linestyle="--", linewidth=1.3, label=group.label)
         axis.axhspan(mean - deviation, mean + deviation, color=_DENSE_COLOUR, alpha=0.12, linewidth=0)
     for label in dict.fromkeys(group.label for group in sparse):
         members = [g for g in sparse if g.label == label]

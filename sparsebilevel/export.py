@@ -39,7 +39,7 @@ _IMAGE_SIZES = {"imagefolder": 224, "fake": 32}  # unless the run says another
 def export_model(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    format: str = "dense",
+    format: str | None = None,
     *,
     input_shape: Sequence[int] | None = None,
 ) -> Path:
@@ -47,8 +47,9 @@ def export_model(
 
     Args:
         source: folder of a run, or one of its checkpoints (``best.pth``).
-        output: file to write. An existing one is replaced, and only by a complete one.
-        format: one of ``FORMATS``; see the module's documentation.
+        output: file to write; its folder is made. An existing one is replaced, and only by a complete one.
+        format: one of ``FORMATS``; see the module's documentation. None goes by the suffix, ``.safetensors`` or
+            ``.onnx``, and is ``dense`` for all others.
         input_shape: (C, H, W) of one sample, for ``onnx`` and ``sliced``; by default that of the run's data.
 
     Returns:
@@ -59,15 +60,18 @@ def export_model(
             format does not suit.
         ImportError: ``safetensors`` and ``onnx`` need ``pip install 'sparsebilevel[export]'``.
     """
+    output = Path(output)
+    if format is None:
+        format = {".safetensors": "safetensors", ".onnx": "onnx"}.get(output.suffix, "dense")
     if format not in _WRITERS:
         raise ValueError(f"format={format!r} is not known; allowed: {', '.join(FORMATS)}")
-    output = Path(output)
-    if output.is_dir() or not output.parent.is_dir():
-        raise ValueError(f"output={str(output)!r} is not allowed; expected a file in an existing folder")
+    if output.is_dir():
+        raise ValueError(f"output={str(output)!r} is not allowed; expected a file, and this is a folder")
     if output.resolve() == _checkpoint_path(source).resolve():
         raise ValueError(f"output={str(output)!r} is the source itself; give another file")
     model, config = load_network(source)
     shape = _input_shape(config) if input_shape is None else tuple(input_shape)
+    output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
         temporary = Path(folder) / output.name
         _WRITERS[format](model, config, torch.zeros(2, *shape), temporary)
@@ -243,7 +247,7 @@ def to_semi_structured(model: nn.Module, dtype: torch.dtype = torch.float16) -> 
 
     Raises:
         ValueError: no linear layer has a 2:4 weight, or none has sizes that torch can pack.
-        RuntimeError: no GPU with sparse tensor cores (compute capability 8.0 or later).
+        ValueError: no GPU with sparse tensor cores (compute capability 8.0 or later).
     """
     dense = densify(model)
     fitting = {n: m for n, m in dense.named_modules() if isinstance(m, nn.Linear) and _is_two_of_four(m.weight)}
@@ -255,7 +259,7 @@ def to_semi_structured(model: nn.Module, dtype: torch.dtype = torch.float16) -> 
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     if capability is None or capability < (8, 0):
         here = "there is none" if capability is None else f"this one has {capability[0]}.{capability[1]}"
-        raise RuntimeError(f"format 2:4 needs an NVIDIA GPU of compute capability 8.0 or later; {here}")
+        raise ValueError(f"format 2:4 needs an NVIDIA GPU of compute capability 8.0 or later; {here}")
     dense = dense.to("cuda", dtype).eval()
     refused = {}
     for name, module in fitting.items():

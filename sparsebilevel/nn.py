@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .kernels import choose_backend, make_grad_sink, masked_conv2d, masked_linear
 from .kernels.reference import effective_weight
-from .masks import Pattern, Unstructured, global_masks, parse_pattern, random_mask
+from .masks import NM, Pattern, Unstructured, global_masks, parse_pattern, random_mask
 from .schedules import layer_counts
 
 Support = Literal["none", "active", "search", "all"]
@@ -416,6 +416,8 @@ def sparsify(
     pattern = parse_pattern(pattern)
     if init not in ("random", "magnitude", "dense"):
         raise ValueError(f"init={init!r} is not known; allowed: random, magnitude, dense")
+    if isinstance(pattern, NM) and sparsity != float(pattern.sparsity):
+        warnings.warn(f"{pattern} fixes the sparsity at {float(pattern.sparsity):g}, not {sparsity}", stacklevel=2)
     if any(True for _ in sparse_layers(model)):
         raise ValueError("model has sparse layers already; call densify first, or pass the new target to a method")
     included = None if include is None else _select(model, "include", include)

@@ -222,13 +222,28 @@ def _row(group: Group, dense: Group | None) -> list[str]:
     ]
 
 
+# What must agree for a dense run to be the baseline of another, where there are several.
+_RECIPE = (
+    *("epochs", "batch_size", "accumulate", "opt", "lr", "lr_scheduler", "weight_decay", "label_smoothing", "augment"),
+    *("model_ema", "validation", "amp"),
+)
+
+
+def _baseline(group: Group, members: list[Group]) -> Group | None:
+    """The dense runs that ``group`` is compared with: the only ones there are, or those of the same recipe."""
+    dense = [g for g in members if g.is_dense and g.values("test_acc")]
+    if len(dense) > 1:
+        dense = [g for g in dense if all(g.config.get(name) == group.config.get(name) for name in _RECIPE)]
+    return dense[0] if len(dense) == 1 else None
+
+
 def _sections(groups: list[Group]) -> list[tuple[str, list[Group], list[list[str]]]]:
     """One (title, groups, rows) a subject."""
     out = []
     for subject in dict.fromkeys(group.subject for group in groups):
         members = [group for group in groups if group.subject == subject]
-        dense = next((g for g in members if g.is_dense and g.values("test_acc")), None)
-        out.append((f"{subject[1]} on {subject[0]}", members, [_row(group, dense) for group in members]))
+        rows = [_row(group, _baseline(group, members)) for group in members]
+        out.append((f"{subject[1]} on {subject[0]}", members, rows))
     return out
 
 

@@ -76,7 +76,7 @@ def layer_counts(
             each layer one group.
     """
     pattern = pattern or Unstructured()
-    groups = {name: pattern.num_groups(shape) for name, shape in shapes.items()}
+    groups = {name: _num_groups(name, shape, pattern, dense_layers) for name, shape in shapes.items()}
     _check_names("dense_layers", dense_layers, groups)
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution={distribution!r} is not known; allowed: {', '.join(DISTRIBUTIONS)}")
@@ -99,6 +99,15 @@ def layer_counts(
         densities, _ = erdos_renyi_densities(free, sparsity, kernel=distribution == "erk")
     wanted = {n: Fraction(g) if n in dense_layers else g * densities[n] for n, g in groups.items()}
     return _round_to_total(wanted, groups, round(sum(wanted.values())))
+
+
+def _num_groups(name: str, shape: Sequence[int], pattern: Pattern, dense_layers: Collection[str]) -> int:
+    if isinstance(pattern, NM) and name in dense_layers:
+        return math.prod(shape)  # what stays dense need not fit
+    try:
+        return pattern.num_groups(shape)
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}; exclude it, or keep it dense") from None
 
 
 def _check_names(argument: str, names: Collection[str], known: Mapping[str, int]) -> None:

@@ -514,6 +514,9 @@ def test_the_implicit_scale_is_the_horizon_until_the_next_change():
     assert bidst.current_implicit_scale(name) == pytest.approx(40 * 0.05 / (1 - 0.5))
     _, _, bidst = build_bidst(update_freq=40, implicit_scale=3.0)
     assert bidst.current_implicit_scale(name) == 3.0
+    # Over an interval longer than the horizon, credits add up to what they would over the horizon.
+    _, _, bidst = build_bidst(update_freq=40, horizon=10, opt_args={"lr": 0.2, "momentum": 0.5})
+    assert 40 * bidst.current_implicit_scale(name) == pytest.approx(10 * 10 * 0.2 / (1 - 0.5))
 
 
 def test_the_search_space_learns_through_the_implicit_term_only():
@@ -844,6 +847,7 @@ def test_the_score_step_follows_the_learning_rate_of_its_weight():
         (sb.BiP, {"scope": "net"}, "scope='net' is not known; allowed: global, layer"),
         (sb.BiP, {"curvature_decay": 1.0}, r"curvature_decay=1.0 is not allowed; expected a number in \[0, 1\)"),
         (sb.BiDST, {"implicit": "code"}, "implicit='code' is not known; allowed: derived, paper, curvature, none"),
+        (sb.BiDST, {"horizon": 0}, "horizon=0 is not allowed; expected at least one step"),
         (sb.BiDST, {"implicit_scale": float("inf")}, "implicit_scale=inf is not allowed"),
         (sb.BiDST, {"search_space": 1.0}, r"search_space=1.0 is not allowed; expected a number in \[0, 1\)"),
         (sb.BiDST, {"search_space": -0.1}, "search_space=-0.1 is not allowed"),

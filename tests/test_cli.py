@@ -173,6 +173,14 @@ def test_python_m(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("error: batch_size=0 is not allowed")
 
 
+def test_resuming_needs_no_flags(tmp_path, capsys):
+    flags = ["--method", "rigl", "--update-freq", "2", "--epochs", "2", "--batch-size", "256", "--no-measure"]
+    cli.main(["train", *flags, "--max-steps", "6", "--output-dir", str(tmp_path)])
+    cli.main(["train", "--resume", "--output-dir", str(tmp_path)])
+    rows = read_log(tmp_path)
+    assert (rows[-1]["type"], rows[-1]["epoch"], rows[-1]["method"]) == ("result", 2, "rigl")
+
+
 def test_demo(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     for _ in range(2):  # a second demo replaces the first

@@ -262,13 +262,20 @@ def test_sliced_export_is_smaller_and_comes_back(run, tmp_path, arch, data):
     torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+def test_the_suffix_says_the_format_and_the_folder_is_made(run, tmp_path):
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    folder, _ = run()
+    written = export_model(folder, tmp_path / "new" / "net.safetensors")
+    assert set(load_file(written)) == set(torch.load(export_model(folder, tmp_path / "net.pt"), weights_only=True))
+
+
 def test_two_of_four_says_what_it_needs(run, tmp_path):
     folder, _ = run("mlp")
     with pytest.raises(ValueError, match="pattern nm:2:4"):
         export_model(folder, tmp_path / "x.pth", "2:4")
     folder, _ = run("mlp", pattern="nm:2:4")
     if not torch.cuda.is_available():
-        with pytest.raises(RuntimeError, match=r"compute capability 8\.0 or later; there is none"):
+        with pytest.raises(ValueError, match=r"compute capability 8\.0 or later; there is none"):
             export_model(folder, tmp_path / "x.pth", "2:4")
     assert not (tmp_path / "x.pth").exists()
 
@@ -289,7 +296,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_lost(run, tmp_path):
         export_model(folder, target, "tflite")
     with pytest.raises(FileNotFoundError, match=r"nowhere"):
         export_model(tmp_path / "nowhere", target)
-    with pytest.raises(ValueError, match="existing folder"):
+    with pytest.raises(ValueError, match="expected a file, and this is a folder"):
         export_model(folder, tmp_path)
     with pytest.raises(ValueError, match="is the source itself"):
         export_model(folder, folder / "checkpoint.pth")

@@ -102,6 +102,16 @@ def test_unequal_conditions_are_noted(fabricate, tmp_path):
     assert "beside method and sparsity, rows differ in distribution, lr." in print_table(tmp_path)
 
 
+def test_of_several_dense_runs_the_one_of_the_same_recipe_is_the_baseline(fabricate, tmp_path):
+    fabricate("other", "dense", accuracy=0.5, lr=0.01)
+    fabricate("same", "dense", accuracy=0.9, lr=0.1)
+    fabricate("rigl", "rigl", accuracy=0.91, lr=0.1)
+    fabricate("set", "set", accuracy=0.91, lr=0.5)
+    rows = {line.split()[0]: line for line in print_table(tmp_path).splitlines() if line.strip()}
+    assert "+1.00" in rows["rigl"]  # and not +41.00, against the other one
+    assert "+" not in rows["set"]
+
+
 def test_configurations_that_differ_stay_apart_and_say_in_what(fabricate):
     runs = [
         fabricate("a", "bidst", implicit="derived"),

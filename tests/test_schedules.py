@@ -90,6 +90,13 @@ RESNET50_DENSITIES = {  # shape -> density at 90 %
 }
 
 
+def test_a_weight_that_a_pattern_does_not_fit_is_named():
+    shapes = {"stem": (8, 3, 3, 3), "conv": (8, 8, 3, 3)}
+    with pytest.raises(ValueError, match=r"layer 'stem': weight of shape .* 3 input channels.*exclude it"):
+        layer_counts(shapes, 0.5, "uniform", NM(2, 4))
+    assert layer_counts(shapes, 0.5, "uniform", NM(2, 4), ["stem"]) == {"stem": 216, "conv": 288}
+
+
 def test_erk_of_resnet50_at_90_percent():
     shapes = shapes_of("resnet50")
     densities, eps = erdos_renyi_densities(shapes, 0.9)

@@ -472,8 +472,10 @@ def test_defaults_of_the_methods():
     assert (bidst["update_freq"], bidst["update_end"], bidst["search_space"]) == (800, 14_800, 0.05)
     schedule = sb.schedules.UpdateSchedule(bidst["update_freq"], 1, bidst["update_end"])
     assert sum(map(schedule.is_due, range(1, 14_801))) == 18
-    rigl = Config(method="rigl").method_arguments(100, 1000)
-    assert (rigl["update_freq"], rigl["update_end"]) == (100, 750)
+    rigl = Config(method="rigl").method_arguments(100, 10_000)
+    assert (rigl["update_freq"], rigl["update_end"]) == (100, 7500)
+    assert Config(method="rigl").method_arguments(10, 160)["update_freq"] == 10  # a short run changes too
+    assert Config(method="rigl", update_freq="100").method_arguments(10, 160)["update_freq"] == 100
     assert [default_search_space("resnet50", s) for s in (0.9, 0.95, 0.98)] == [0.05, 0.03, 0.02]
     assert [default_search_space("mobilenet_v2_cifar", s) for s in (0.9, 0.95, 0.98)] == [0.08, 0.05, 0.04]
 

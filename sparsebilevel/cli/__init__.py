@@ -87,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("run", type=Path, help="run folder or checkpoint")
     export.add_argument("-o", "--output", type=Path, required=True, help="file to write")
     formats = ("dense", "safetensors", "onnx", "sliced", "2:4")
-    export.add_argument("--format", choices=formats, default="dense", help="form of the network")
+    export.add_argument("--format", choices=formats, help="form of the network; default by the suffix of the output")
 
     bench = command("bench", run_bench, "Measure every sparse layer, and a training step, against the dense network.")
     bench.add_argument("model", help="name of a model, or folder of a run")
@@ -154,9 +154,18 @@ def config_from(args: argparse.Namespace) -> Config:
         values |= PRESETS[args.preset]
     if args.config is not None:
         values |= read_config(args.config)
+    if getattr(args, "resume", False) and args.preset is args.config is None:
+        values |= _stored_config(getattr(args, "output_dir", Config.output_dir))
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if hasattr(args, field.name)}
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     return Config(**check_fields(values | given, "configuration"))
+
+
+def _stored_config(folder: str) -> dict[str, Any]:
+    """What the run in ``folder`` was started with, so that resuming it needs no flags; empty where there is no run."""
+    path = Path(folder) / "config.json"
+    once = ("resume", "overwrite", "max_steps", "output_dir")
+    return {k: v for k, v in read_config(path).items() if k not in once} if path.exists() else {}
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------

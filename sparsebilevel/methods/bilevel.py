@@ -194,14 +194,8 @@ class _BiLevel(Sparsifier):
         return self._effective_lr(name) if self.score_lr is None else self.score_lr
 
     def current_implicit_scale(self, name: str) -> float:
-        """Scale of the implicit term of a layer: as given, or from the horizon over which a grown weight is judged.
-
-        The lower level's ridge solution ``-G / gamma`` is where a gradient flow from zero arrives after the time
-        ``1 / gamma``. Judged by what it becomes until the topology may change again, a weight has ``update_freq`` steps
-        of the effective learning rate.
-        """
-        if self.implicit_scale is None:
-            return self.schedule.freq * self._effective_lr(name)
+        """Scale of the implicit term of a layer."""
+        assert self.implicit_scale is not None
         return self.implicit_scale
 
     def _effective_lr(self, name: str) -> float:
@@ -436,7 +430,8 @@ class BiDST(_BiLevel):
         search_space: size of E as a fraction of all entries of a layer, in [0, 1).
         implicit: ``derived``, ``paper``, ``curvature`` or ``none``.
         implicit_scale: ``1 / lambda`` of the hypergradient; a setting of its own beside the optimizer's weight decay
-            (the paper's is 1e4). None is ``update_freq * lr / (1 - momentum)``: see :meth:`current_implicit_scale`.
+            (the paper's is 1e4). None follows from ``horizon``: see :meth:`current_implicit_scale`.
+        horizon: steps after which a grown weight is judged, where ``implicit_scale`` is None.
         implicit_on: ``search`` (positions in E) or ``all`` (A too, as published).
         lower_gradient: ``mean`` (a running mean over earlier batches) or ``batch`` (this one, as published).
         score_lr: step size of the scores; None is ``lr / (1 - momentum)`` of the weight's parameter group.
@@ -457,6 +452,7 @@ class BiDST(_BiLevel):
         search_space: float = 0.05,
         implicit: str = "derived",
         implicit_scale: float | None = None,
+        horizon: int = 100,
         implicit_on: str = "search",
         lower_gradient: str = "mean",
         score_lr: float | None = None,
@@ -475,6 +471,9 @@ class BiDST(_BiLevel):
             raise ValueError(f"tau={tau!r}, tau_end={tau_end!r} are not allowed; temperatures are positive")
         if not math.isfinite(initial_score):
             raise ValueError(f"initial_score={initial_score!r} is not allowed; expected a finite number")
+        if horizon < 1:
+            raise ValueError(f"horizon={horizon!r} is not allowed; expected at least one step")
+        self.horizon = horizon
         self.search_space = search_space
         self.implicit_on = _choose("implicit_on", implicit_on, {"search": "search", "all": "all"})
         self.gumbel, self.tau, self.tau_end = gumbel, tau, tau_end
@@ -531,6 +530,19 @@ class BiDST(_BiLevel):
         if self.tau_end is None or not end:
             return self.tau
         return self.tau + (self.tau_end - self.tau) * min(1.0, self.step_count / end)
+
+    def current_implicit_scale(self, name: str) -> float:
+        """Scale of the implicit term of a layer: as given, or from the horizon at which a grown weight is judged.
+
+        The lower level's ridge solution ``-G / gamma`` is where a gradient flow from zero arrives after the time
+        ``1 / gamma``. So a weight that is judged by what it becomes in ``horizon`` steps has that many steps of the
+        effective learning rate, or as many as lie between two topology changes, if those are fewer. Where they are
+        more, their credits are scaled to the sum of ``horizon`` of them: a gradient does not go on for ever.
+        """
+        if self.implicit_scale is not None:
+            return self.implicit_scale
+        steps = min(self.schedule.freq, self.horizon)
+        return self._effective_lr(name) * steps * steps / max(self.schedule.freq, 1)
 
     def learn(self, grads: dict[str, Tensor]) -> None:
         tau = self.current_tau()

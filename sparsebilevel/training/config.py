@@ -28,7 +28,17 @@ METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
     "rigl": (*_SCHEDULE, "drop_fraction", "rigl_paper"),
     "bidst": (
         *_SCHEDULE,
-        *("search_space", "implicit", "implicit_scale", "score_lr", "score_lr_scheduler", "gumbel", "tau", "tau_end"),
+        *(
+            "search_space",
+            "implicit",
+            "implicit_scale",
+            "horizon",
+            "score_lr",
+            "score_lr_scheduler",
+            "gumbel",
+            "tau",
+            "tau_end",
+        ),
         *("implicit_on", "lower_gradient", "gradient_decay", "initial_score", "margin", "curvature_decay"),
     ),
     "omp": ("scope",),
@@ -128,6 +138,7 @@ class Config:
         None, "its lower-level factor: a running mean, or this batch's", ("mean", "batch")
     )
     gradient_decay: float | None = option(None, "of the running mean behind lower_gradient=mean")
+    horizon: int | None = option(None, "steps after which a grown weight is judged (bidst, without implicit_scale)")
     score_lr: float | None = option(None, "step size of the mask scores")
     score_lr_scheduler: str | None = option(None, "its course", ("cosine", "step", "constant"))
     score_momentum: float | None = option(None, "momentum of the mask scores (hydra, bip)")
@@ -247,6 +258,8 @@ class Config:
                 continue
             if name in (*_SCHEDULE, "rewind_step"):
                 value = parse_steps(name, value, steps_per_epoch, total_steps)
+            if name == "update_freq" and self.update_freq is None:
+                value = min(value, max(1, total_steps // 16))  # the topology of a short run changes too
             arguments["paper" if name == "rigl_paper" else name] = value
         return arguments
 

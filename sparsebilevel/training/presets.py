@@ -81,5 +81,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "bidst-digits": {
         **{"method": "bidst", "arch": "digits_cnn", "data": "digits", "sparsity": 0.9, "distribution": "erk"},
         **{"epochs": 20, "batch_size": 32, "lr": 0.1, "update_freq": "0.05", "validation": 0.1},
+        "threads": 1,  # two threads gain nothing on so small a network, and on a busy machine wait for each other
     },
 }
