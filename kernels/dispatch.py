@@ -33,4 +33,4 @@ def choose_backend(
     if forced != "auto":
         return Backend(forced, "forced by SPARSEBILEVEL_BACKEND")
     library = "cuBLAS/cuDNN" if device.type == "cuda" else "oneDNN/BLAS"
-    return Backend("dense", f"{library} on m*theta; no sparse {op} kernel for {device.type} in this version")
+    return Backend("dense", f"{library} on m*theta; no sparse kernel for {device.type} in this version")

@@ -518,6 +518,11 @@ def test_resuming_after_finish(name):
     assert second[2].finished
 
 
+def test_the_optimizer_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="optimizer holds none of the model's sparse weights"):
+        sb.RigL(sparse_net(0.5), sgd(sparse_net(0.5)))
+
+
 def test_states_of_other_methods_and_models_are_refused():
     _, _, rigl = build("rigl")
     _, _, bidst = build("bidst")
@@ -862,15 +867,21 @@ def test_the_printed_table():
     sparsifier = sb.Static(model)
     text = str(sparsifier)
     lines = text.splitlines()
-    assert len(lines) == 5
-    assert lines[0].startswith(f"Static: sparsity {sparsifier.sparsity:.4f} over 3 weights, step 0, 0 topology changes")
+    assert len(lines) == 7
+    assert lines[0].startswith(f"Static: sparsity {sparsifier.sparsity:.4f} over 3 weights (")
+    share = 100 * sum(layer.weight.numel() for _, layer in sb.sparse_layers(model))
+    share /= sum(p.numel() for p in model.parameters())
+    assert lines[0].endswith(f"({share:.1f} % of all parameters), step 0, 0 topology changes")
     assert lines[1].split("  ")[0] == "layer"
-    for line, (name, layer) in zip(lines[2:], sb.sparse_layers(model), strict=True):
-        backend, reason = layer.backend
+    for line, (name, layer) in zip(lines[2:5], sb.sparse_layers(model), strict=True):
+        backend, _ = layer.backend
         assert line.startswith(name)
         for part in ("x".join(map(str, layer.weight.shape)), f"{layer.sparsity:.4f}", "Filter", "not measured"):
             assert part in line
-        assert line.endswith(f"{backend}: {reason}")
+        assert line.endswith(backend)
+    backend, reason = model[0].backend
+    assert lines[5] == f"{backend}: {reason} (3 layers)"
+    assert "measure_layers" in lines[-1]
     model[0].measured_ratio = 0.5
     assert "0.50x" in str(sparsifier)
 

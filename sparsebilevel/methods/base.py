@@ -202,6 +202,9 @@ class Sparsifier:
         else:
             self.optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         self.weights = self._find_weights()
+        held = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
+        if self.optimizers and not any(id(masked.weight) in held for masked in self.weights.values()):
+            raise ValueError("optimizer holds none of the model's sparse weights; is it that of another model?")
         self.schedule = UpdateSchedule(update_freq, update_start, update_end)
         self.step_count = 0
         self.history: list[dict[str, float]] = []
@@ -431,18 +434,26 @@ class Sparsifier:
 
     def __str__(self) -> str:
         rows = [("layer", "shape", "sparsity", "pattern", "time vs dense", "backend")]
+        reasons: dict[str, list[str]] = {}
         for name, masked in self.weights.items():
             layer = masked.layers[0]
             ratio = "not measured" if layer.measured_ratio is None else f"{layer.measured_ratio:.2f}x"
             backend, reason = layer.backend
             shape = "x".join(map(str, masked.weight.shape))
-            row = (name, shape, f"{layer.sparsity:.4f}", type(masked.pattern).__name__, ratio, f"{backend}: {reason}")
-            rows.append(row)
+            rows.append((name, shape, f"{layer.sparsity:.4f}", type(masked.pattern).__name__, ratio, backend))
+            reasons.setdefault(f"{backend}: {reason}", []).append(name)
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
         lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
-        title = f"{type(self).__name__}: sparsity {self.sparsity:.4f} over {len(self.weights)} weights, "
-        title += f"step {self.step_count}, {len(self.history)} topology changes"
-        return "\n".join([title, *lines])
+        covered = sum(w.weight.numel() for w in self.weights.values())
+        share = covered / sum(p.numel() for n, p in self.model.named_parameters() if not n.endswith("mask_scores"))
+        title = f"{type(self).__name__}: sparsity {self.sparsity:.4f} over {len(self.weights)} weights "
+        title += (
+            f"({100 * share:.1f} % of all parameters), step {self.step_count}, {len(self.history)} topology changes"
+        )
+        footer = [f"{why} ({len(names)} layers)" for why, names in reasons.items()]
+        if any(w.layers[0].measured_ratio is None for w in self.weights.values()):
+            footer.append("measure with sparsebilevel.costs.measure_layers(model, example_input)")
+        return "\n".join([title, *lines, *footer])
 
 
 def check_non_negative(argument: str, value: float) -> float:
