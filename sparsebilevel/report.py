@@ -126,8 +126,10 @@ def read_run(path: str | os.PathLike[str]) -> Run:
 def read_runs(run_dirs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Run]:
     """Read several run folders; a folder that is none stands for all runs directly in it.
 
+    An empty folder beside runs, such as a run that did not start leaves, is passed over with a warning.
+
     Raises:
-        FileNotFoundError: a folder holds no run, and none of its own folders does.
+        FileNotFoundError: a folder does not exist, or none holds a run.
         ValueError: no folder given, or damaged files.
     """
     folders = [Path(run_dirs)] if isinstance(run_dirs, (str, os.PathLike)) else [Path(p) for p in run_dirs]
@@ -137,11 +139,15 @@ def read_runs(run_dirs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     for folder in folders:
         inner = [] if (folder / "config.json").exists() else sorted(p.parent for p in folder.glob("*/config.json"))
         if not folder.is_dir() or (not inner and not (folder / "config.json").exists()):
-            raise FileNotFoundError(
-                f"{folder} holds no run; expected config.json and log.jsonl in it, or in its folders"
-            )
+            message = f"{folder} holds no run; expected config.json and log.jsonl in it, or in its folders"
+            if len(folders) == 1 or not folder.is_dir():
+                raise FileNotFoundError(message)
+            warnings.warn(message, stacklevel=2)
+            continue
         for path in inner or [folder]:
             found.setdefault(path.resolve(), read_run(path))
+    if not found:
+        raise FileNotFoundError(f"none of {', '.join(map(str, folders))} holds a run")
     return list(found.values())
 
 

@@ -173,6 +173,12 @@ def test_folders_without_a_run_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_empty_folder_among_runs_is_passed_over(fabricate, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.warns(UserWarning, match="empty holds no run"):
+        assert "rigl" in print_table([tmp_path / "empty", fabricate("a", "rigl")])
+
+
 @needs_matplotlib
 def test_page_is_one_file_with_its_pictures_beside_it(fabricate, tmp_path):
     fabricate("runs/dense", "dense", accuracy=0.93)
