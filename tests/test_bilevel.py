@@ -519,6 +519,11 @@ def test_the_implicit_scale_is_the_horizon_until_the_next_change():
     assert 40 * bidst.current_implicit_scale(name) == pytest.approx(10 * 10 * 0.2 / (1 - 0.5))
 
 
+def test_no_update_interval_is_said(caplog):
+    build_bidst(update_freq=0)
+    assert "never changes the topology" in caplog.text
+
+
 def test_the_search_space_learns_through_the_implicit_term_only():
     moved = {}
     for implicit in ("none", "derived", "paper"):

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..masks import as_fraction
-from .base import MaskedWeight, Sparsifier, Storage, check_non_negative
+from .base import MaskedWeight, Sparsifier, Storage, check_non_negative, logger
 from .pruning import Scope, rewind, top_masks
 
 FORMULAS = ("derived", "printed", "code", "curvature", "none")
@@ -489,6 +489,8 @@ class BiDST(_BiLevel):
             score_lr=score_lr,
             **kwargs,
         )
+        if not self.schedule.freq:
+            logger.warning("BiDST without update_freq never changes the topology")
 
     # -- search space -------------------------------------------------------------------------------------------------
 
