@@ -25,8 +25,6 @@ from torch.autograd import forward_ad
 
 from .reference import effective_weight, gather_support
 
-SUPPORTS = ("none", "active", "search", "all")
-
 
 def make_grad_sink(weight: Tensor, positions: Tensor | None = None) -> Tensor:
     """A leaf whose ``.grad`` collects ``G``: of the weight's shape, or ``[capacity]`` if ``positions`` are given.

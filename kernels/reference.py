@@ -45,11 +45,6 @@ def masked_conv2d(
     return F.conv2d(input, effective_weight(weight, mask), bias, stride, padding, dilation, groups)
 
 
-def split_gradient(grad: Tensor, weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """``G -> (m * G, theta * G)``: the gradients of weight and mask scores (straight through)."""
-    return effective_weight(grad, mask), weight * grad
-
-
 def gather_support(grad: Tensor, positions: Tensor) -> Tensor:
     """``G`` at flat ``positions`` (int64 ``[capacity]``, row-major; negative entries are padding and give 0)."""
     values = grad.reshape(-1)[positions.clamp(min=0)]

@@ -237,9 +237,3 @@ def random_mask(shape: Sequence[int], k: int, pattern: Pattern, generator: torch
     chosen = torch.zeros(pattern.num_groups(shape), dtype=torch.bool, device="cpu")
     chosen[torch.randperm(chosen.numel(), generator=generator, device="cpu")[:k]] = True
     return pattern.expand(chosen, shape)
-
-
-def iou(a: Tensor, b: Tensor) -> float:
-    """Intersection over union of two masks; 1.0 for two empty ones."""
-    union = int((a | b).sum())
-    return int((a & b).sum()) / union if union else 1.0

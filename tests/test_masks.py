@@ -17,7 +17,6 @@ from sparsebilevel.masks import (
     Unstructured,
     check_sparsity,
     global_masks,
-    iou,
     parse_pattern,
     random_mask,
 )
@@ -251,11 +250,3 @@ def test_parse_pattern_names_what_is_allowed(text):
 def test_sparsity_outside_its_range(value):
     with pytest.raises(ValueError, match=r"sparsity=.* is not allowed; expected a number in \[0, 1\)"):
         check_sparsity(value)
-
-
-def test_iou():
-    a, b = torch.tensor([True, True, False, False]), torch.tensor([False, True, True, False])
-    assert iou(a, b) == 1 / 3
-    assert iou(a, a) == 1.0
-    assert iou(a, ~a) == 0.0
-    assert iou(a & ~a, b & ~b) == 1.0

@@ -518,6 +518,16 @@ def test_resuming_after_finish(name):
     assert second[2].finished
 
 
+def test_the_recorded_overlap_is_that_of_the_masks_before_and_after():
+    _, _, sparsifier = build("set")
+    before = torch.cat([m.flatten() for m in masks_of(sparsifier).values()]).clone()
+    sparsifier.change_topology()
+    after = torch.cat([m.flatten() for m in masks_of(sparsifier).values()])
+    record = sparsifier.history[-1]
+    assert record["grown"] == (after & ~before).sum() > 0
+    assert record["iou"] == pytest.approx(float((after & before).sum() / (after | before).sum()))
+
+
 def test_the_optimizer_of_another_model_is_refused():
     with pytest.raises(ValueError, match="optimizer holds none of the model's sparse weights"):
         sb.RigL(sparse_net(0.5), sgd(sparse_net(0.5)))

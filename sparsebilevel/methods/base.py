@@ -209,7 +209,6 @@ class Sparsifier:
         self.step_count = 0
         self.history: list[dict[str, float]] = []
         self.generator = torch.Generator().manual_seed(seed)
-        self._metrics: dict[str, float] = {}
         if sparsity is not None:
             self._retarget(sparsity, distribution or "uniform")
         elif distribution is not None:
@@ -394,7 +393,7 @@ class Sparsifier:
             out["topology_seconds"] = sum(record["seconds"] for record in self.history)
         if self.first_masks:
             out["mask_iou_start"] = self._iou(self.first_masks)
-        return out | self._metrics
+        return out
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but masks and scores, which the model's own ``state_dict`` holds. Loads with ``weights_only``."""
