@@ -57,6 +57,19 @@ class Pattern:
         """Groups of ``mask`` that are kept: those with at least one True."""
         return int((self.group_scores(mask.float()) > 0).sum())
 
+    def check(self, mask: Tensor) -> None:
+        """Raise ValueError if the bool ``mask`` is none of this pattern; any count will do. Waits for the device."""
+        odd = self._violations(mask)
+        if odd.any():
+            position = odd.nonzero()[0].tolist()
+            raise ValueError(
+                f"mask does not fit pattern {self}: {int(odd.sum())} positions break it, the first is {position}"
+            )
+
+    def _violations(self, mask: Tensor) -> Tensor:
+        """Bool, of the mask's shape: positions that are False while their group is kept."""
+        return self.expand(self.group_scores(mask.float()) > 0, mask.shape) & ~mask
+
 
 @dataclasses.dataclass(frozen=True)
 class Unstructured(Pattern):
@@ -172,6 +185,12 @@ class NM(Pattern):
         kept = torch.zeros_like(runs, dtype=torch.bool).scatter_(1, order[:, : self.n], True)
         lead = [scores.shape[0], *scores.shape[2:], scores.shape[1]]
         return kept.view(lead).movedim(-1, 1).contiguous()
+
+    def _violations(self, mask: Tensor) -> Tensor:
+        """Kept positions of runs with more than ``n`` of them; none if all are kept, as before pruning."""
+        per_run = mask.movedim(1, -1).unflatten(-1, (-1, self.m)).sum(-1, keepdim=True)
+        crowded = (per_run > self.n).expand(*per_run.shape[:-1], self.m).flatten(-2).movedim(-1, 1)
+        return mask & crowded & ~mask.all()
 
 
 _NAMES = {"unstructured": Unstructured, "filter": Filter, "channel": Channel, "block": Block, "nm": NM}

@@ -70,12 +70,20 @@ class SparseMaskedModule(nn.Module):
             self.reset_mask()
 
     @torch.no_grad()
-    def set_mask(self, mask: Tensor) -> None:
-        """Copy ``mask`` (bool, of the weight's shape) into the buffer, in place: compiled graphs stay valid."""
+    def set_mask(self, mask: Tensor, *, check: bool = True) -> None:
+        """Copy ``mask`` (bool, of the weight's shape) into the buffer, in place: compiled graphs stay valid.
+
+        Args:
+            mask: True = kept.
+            check: whether it must fit the pattern. To look waits for the device: methods, which make their masks by the
+                pattern, leave it out.
+        """
         if mask.dtype != torch.bool:
             raise ValueError(f"mask has dtype {mask.dtype}; expected torch.bool (True = kept)")
         if mask.shape != self.weight.shape:
             raise ValueError(f"mask has shape {list(mask.shape)}; expected {list(self.weight.shape)}, the weight's")
+        if check and not mask.is_meta:
+            self.pattern.check(mask)
         self.mask.copy_(mask)
 
     def set_mask_scores(self, scores: Tensor | None) -> None:
@@ -203,6 +211,14 @@ class SparseMaskedModule(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # A dense checkpoint has no masks: the ones at hand stay. Scores come and go with the method that learns them.
         state_dict = dict(state_dict)
+        mask = state_dict.get(prefix + "mask")
+        if mask is not None and mask.shape == self.mask.shape and not mask.is_meta:
+            try:
+                self.pattern.check(mask.bool())
+            except ValueError as error:
+                error_msgs: list[str] = args[-1]  # of load_state_dict, which raises them all at the end
+                error_msgs.append(f"layer {prefix.rstrip('.')!r}: {error}")
+                del state_dict[prefix + "mask"]
         if not self.mask.is_meta:
             state_dict.setdefault(prefix + "mask", self.mask)
         if prefix + "mask_scores" in state_dict and self.mask_scores is None:

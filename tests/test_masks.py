@@ -109,6 +109,34 @@ def test_nm_keeps_n_of_every_run(rows, runs, kernel, data):
         assert {i for i in range(m) if kept[i]} == set(sorted(range(m), key=lambda i: (-values[i], i))[:n])
 
 
+@quick
+@given(shape=st.one_of(linear_shapes, conv_shapes), pattern=patterns, data=st.data())
+def test_check_accepts_what_the_pattern_makes_and_nothing_else(shape, pattern, data):
+    k = data.draw(st.integers(0, pattern.num_groups(shape)))
+    mask = random_mask(shape, k, pattern)
+    pattern.check(mask)
+    groups = groups_by_hand(pattern, shape)
+    position = data.draw(st.integers(0, mask.numel() - 1))
+    alone = int((groups == groups.reshape(-1)[position]).sum()) == 1
+    mask.view(-1)[position] ^= True
+    if alone:
+        pattern.check(mask)
+    else:
+        with pytest.raises(ValueError, match="mask does not fit pattern .* positions break it, the first is"):
+            pattern.check(mask)
+
+
+def test_check_of_nm_allows_fewer_and_all_and_no_more():
+    pattern = NM(2, 4)
+    mask = pattern.mask(torch.randn(3, 8, 2, 2))
+    pattern.check(mask)
+    pattern.check(torch.zeros_like(mask))
+    pattern.check(torch.ones_like(mask))  # not pruned yet
+    mask[1, 4:, 0, 1] = torch.tensor([True, False, True, True])
+    with pytest.raises(ValueError, match=r"NM\(n=2, m=4\): 3 positions break it, the first is \[1, 4, 0, 1\]"):
+        pattern.check(mask)
+
+
 def test_nm_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="6 input channels, not a multiple of m=4"):
         NM(2, 4).mask(torch.zeros(3, 6))

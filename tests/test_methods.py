@@ -547,6 +547,30 @@ def test_states_of_other_methods_and_models_are_refused():
         sb.RigL(other, sgd(other)).load_state_dict(rigl.state_dict())
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_state_is_refused_over_masks_of_another_count(name):
+    first, second = build(name), build(name)
+    take_step(*first, 0)
+    second[0].load_state_dict(first[0].state_dict())
+    masked = second[2].weights["3"]
+    masked.mask.view(-1)[masked.mask.view(-1).nonzero()[0]] = False
+    kept = masked.pattern.count(masked.mask)
+    with pytest.raises(ValueError, match=f"not those of the state .*'3' keeps {kept}, not .*load the model's state"):
+        second[2].load_state_dict(first[2].state_dict())
+
+
+def test_layers_with_counts_of_their_own_must_keep_them():
+    """As many weights as the target has, but shared out in another way."""
+    model = sparse_net(0.8)
+    rigl = sb.RigL(model, sgd(model))
+    state = rigl.state_dict()
+    for name, value in (("0", True), ("3", False)):
+        flat = rigl.weights[name].mask.view(-1)
+        flat[(flat != value).nonzero()[0]] = value
+    with pytest.raises(ValueError, match="'0' keeps 23, not 22; '3' keeps 85, not 86"):
+        rigl.load_state_dict(state)
+
+
 # -- models of many kinds ---------------------------------------------------------------------------------------------
 
 

@@ -339,6 +339,23 @@ def test_a_mask_of_another_shape_is_refused_by_load_state_dict():
     assert same_masks(model, before)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_mask_that_breaks_the_pattern_is_refused(assign):
+    model = sb.sparsify(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)), 0.5, pattern="filter", seed=0)
+    before = copy.deepcopy(model)
+    half = torch.zeros(6, 4, dtype=torch.bool)
+    half[2:, 0] = True
+    with pytest.raises(ValueError, match=r"mask does not fit pattern Filter\(\): 12 positions break it.*\[2, 1\]"):
+        model[0].set_mask(half)
+    with pytest.raises(RuntimeError, match=r"layer '0': mask does not fit pattern Filter\(\): 12 positions"):
+        model.load_state_dict(model.state_dict() | {"0.mask": half}, assign=assign)
+    assert same_masks(model, before)
+    whole = torch.zeros(6, 4, dtype=torch.bool)
+    whole[0] = True  # another count than the target's: the layer takes it
+    model.load_state_dict(model.state_dict() | {"0.mask": whole}, assign=assign)
+    assert torch.equal(model[0].mask, whole)
+
+
 def test_half_and_back_keeps_scores_and_collected_gradients_in_float32():
     layer = sb.SparseMaskedLinear(5, 4, sparsity=0.5)
     scores = torch.randn(4, 5)

@@ -190,6 +190,14 @@ def test_static_takes_over_the_masks_of_a_sparse_network(tmp_path):
     assert all(torch.equal(one[key], two[key]) for key in one if key.endswith("mask"))
 
 
+def test_masks_that_do_not_fit_the_pattern_are_refused(tmp_path):
+    train(make_config(tmp_path / "rigl", method="rigl", update_freq="2"))
+    source = {"init_from": str(tmp_path / "rigl" / "checkpoint.pth"), "pattern": "filter", "epochs": 1}
+    with pytest.raises(ValueError, match=r"init_from: layer '0': mask does not fit pattern Filter\(\)"):
+        train(make_config(tmp_path / "static", method="static", **source))
+    train(make_config(tmp_path / "omp", method="omp", **source))  # which chooses its masks itself
+
+
 def test_divergence_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
     train(make_config(tmp_path, method="static", epochs=4, max_steps=2))
     before = (tmp_path / "checkpoint.pth").read_bytes()

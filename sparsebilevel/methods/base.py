@@ -21,6 +21,7 @@ from ..schedules import UpdateSchedule, layer_counts
 logger = logging.getLogger("sparsebilevel")
 
 Storage = Literal["sparse", "dense"]
+Scope = Literal["global", "layer"]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -87,7 +88,7 @@ class MaskedWeight:
 
     def set_mask(self, mask: Tensor) -> None:
         for layer in self.layers:
-            layer.set_mask(mask)
+            layer.set_mask(mask, check=False)
 
     def group_mask(self) -> Tensor:
         """Bool ``[num_groups]``: which groups of the pattern are kept."""
@@ -181,6 +182,7 @@ class Sparsifier:
     """
 
     storage: Storage = "sparse"
+    scope: Scope = "layer"  # each layer keeps its own count, or all together keep one
     # The mask may change at every step: too often for a history, so that metrics compare it with the first one.
     continuous = False
 
@@ -410,7 +412,7 @@ class Sparsifier:
         """Continue from ``state_dict()``. Load the model's state first.
 
         Raises:
-            ValueError: a state of another method, of another version, or of a model with other layers.
+            ValueError: a state of another method, of another version, or of a model with other layers or masks.
         """
         if state.get("method") != type(self).__name__:
             raise ValueError(f"state is of method {state.get('method')!r}; expected {type(self).__name__!r}")
@@ -419,13 +421,31 @@ class Sparsifier:
         if set(state["num_kept"]) != set(self.weights):
             odd = sorted(set(state["num_kept"]) ^ set(self.weights))
             raise ValueError(f"state belongs to a model with other layers; they differ in {odd[:5]}")
+        for name, kept in state["num_kept"].items():
+            self.weights[name].num_kept = kept
+        self._check_counts()
         self.step_count = state["step_count"]
         self.history = [dict(record) for record in state["history"]]
         self.generator.set_state(state["generator"])
         self.first_masks = self._on_devices(state["first_masks"])
-        for name, kept in state["num_kept"].items():
-            self.weights[name].num_kept = kept
         self.prepare_collection()
+
+    def target_count(self) -> int:
+        """Groups that all masks together keep now."""
+        return sum(masked.num_kept for masked in self.weights.values())
+
+    def _check_counts(self) -> None:
+        kept = {name: masked.pattern.count(masked.mask) for name, masked in self.weights.items()}
+        odd = [
+            f"{n!r} keeps {k}, not {self.weights[n].num_kept}" for n, k in kept.items() if k != self.weights[n].num_kept
+        ]
+        # A ranking over all layers gives each of them its count; then only the sum is known.
+        if odd and (self.scope == "layer" or sum(kept.values()) != self.target_count()):
+            total = f"{sum(kept.values())} groups are kept, the target is {self.target_count()}"
+            raise ValueError(
+                f"the model's masks are not those of the state ({total}; {'; '.join(odd[:5])}); load the model's state "
+                "first, and one that was saved together with this"
+            )
 
     def _on_devices(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies of tensors by weight name, each on its weight's device: a state may have been loaded elsewhere."""

@@ -31,8 +31,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..masks import as_fraction
-from .base import MaskedWeight, Sparsifier, Storage, check_non_negative, logger
-from .pruning import Scope, rewind, top_masks
+from .base import MaskedWeight, Scope, Sparsifier, Storage, check_non_negative, logger
+from .pruning import rewind, top_masks
 
 FORMULAS = ("derived", "printed", "code", "curvature", "none")
 
@@ -298,7 +298,7 @@ class BiP(_BiLevel):
         )
 
     @property
-    def scope(self) -> Scope:
+    def scope(self) -> Scope:  # type: ignore[override]
         """How masks are projected: over all layers together or layer by layer."""
         if self._scope is not None:
             return self._scope

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..masks import NM, as_fraction, global_masks
 from ..nn import sparse_layers
-from .base import MaskedWeight, Sparsifier, Storage, check_non_negative
-
-Scope = Literal["global", "layer"]
+from .base import MaskedWeight, Scope, Sparsifier, Storage, check_non_negative
 
 
 def top_masks(sparsifier: Sparsifier, scores: dict[str, Tensor], scope: Scope) -> dict[str, Tensor]:
@@ -74,6 +72,8 @@ class IMP(Sparsifier):
         ...: as :class:`~sparsebilevel.methods.base.Sparsifier`.
     """
 
+    scope: Scope = "global"
+
     def __init__(
         self,
         model: Any,
@@ -126,6 +126,10 @@ class IMP(Sparsifier):
         final = sum(masked.num_kept for masked in self._prunable().values())
         return final if level >= self.levels else round(total * (final / total) ** (level / self.levels))
 
+    def target_count(self) -> int:
+        dense = sum(masked.num_kept for masked in self.weights.values() if masked.is_dense)
+        return dense + self.target_counts(self.level)
+
     @torch.no_grad()
     def advance(self) -> None:
         """Prune to the next level, rewind the survivors and forget all optimizer state.
@@ -157,8 +161,9 @@ class IMP(Sparsifier):
         return super().state_dict() | {"level": self.level, "rewind_point": self.rewind_point}
 
     def load_state_dict(self, state: Any) -> None:
+        self.level = state.get("level", 0)  # says how many weights the masks keep
         super().load_state_dict(state)
-        self.level, self.rewind_point = state["level"], state["rewind_point"]
+        self.rewind_point = state["rewind_point"]
 
 
 def without_masks(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

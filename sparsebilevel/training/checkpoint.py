@@ -139,8 +139,15 @@ def load_dense(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) 
 
 
 def load_masks(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Take over the masks of ``state`` where it has any for the sparse layers of ``model``."""
+    """Take over the masks of ``state`` where it has any for the sparse layers of ``model``.
+
+    Raises:
+        ValueError: a mask that does not fit the layer's pattern.
+    """
     for name, layer in sparse_layers(model):
         mask = state.get(f"{name}.mask".lstrip("."))
         if mask is not None and mask.shape == layer.mask.shape:
-            layer.set_mask(mask.to(layer.mask.device))
+            try:
+                layer.set_mask(mask.to(layer.mask.device))
+            except ValueError as error:
+                raise ValueError(f"init_from: layer {name!r}: {error}") from None

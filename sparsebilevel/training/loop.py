@@ -195,7 +195,8 @@ class Trainer:
         init: Any = "dense" if c.method in ("omp", "imp", *TWO_PHASE_METHODS) else "random"
         layers: dict[str, Any] = {"exclude": c.exclude, "dense_first": c.dense_first}
         sparsify(model, c.sparsity, c.distribution, c.pattern, init=init, seed=c.seed, **layers)
-        load_masks(model, self.initial_state)
+        if init == "random":  # the others choose masks by the weights
+            load_masks(model, self.initial_state)
         sparsifier = METHODS[c.method](model, optimizer, seed=c.seed, **self._method_arguments())
         self.score_lr: float | None = getattr(sparsifier, "score_lr", None)
         return sparsifier
