@@ -756,7 +756,9 @@ def test_a_second_method_on_a_model_starts_afresh():
     opt = sgd(model)
     rigl = sb.RigL(model, opt, update_freq=1)
     assert all(m.layers[0].score_support == "all" for m in rigl.weights.values())
+    rigl.release()
     for seed in (1, 2):
+        bidst = None
         bidst = sb.BiDST(model, opt, search_space=0.1, seed=seed)
         for masked in bidst.weights.values():
             found, expected = masked.layers[0].support_positions, bidst.learning_mask(masked).reshape(-1).nonzero()
@@ -830,8 +832,8 @@ def test_the_score_step_follows_the_learning_rate_of_its_weight():
     assert not torch.equal(bidst.weights["3"].scores, before["3"])
     opt.param_groups[0] |= {"lr": 0.2, "momentum": 0.75}
     assert [bidst.current_score_lr(name) for name in ("0", "3")] == [pytest.approx(0.8), 0.1]
-    adam = sb.BiP(model, torch.optim.Adam(model.parameters(), 1e-3))
-    assert adam.current_score_lr("3") == 1e-3
+    bidst = None
+    assert sb.BiP(model, torch.optim.Adam(model.parameters(), 1e-3)).current_score_lr("3") == 1e-3
     assert sb.BiP(model, score_lr=0.3).current_score_lr("3") == 0.3
     bidst = sb.BiDST(model, torch.optim.SGD(model[0].parameters(), 0.1))
     compute_loss(model, 0).backward()

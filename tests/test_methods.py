@@ -255,6 +255,7 @@ def test_a_layer_without_gradient_is_no_obstacle():
     sb.sparsify(model, 0.5, seed=0)
     opt = sgd(model)
     for cls in (sb.RigL, sb.BiDST):
+        sparsifier = None  # one method at a time
         sparsifier = cls(model, opt, update_freq=2)
         for _ in range(4):
             opt.zero_grad()
@@ -531,6 +532,54 @@ def test_the_recorded_overlap_is_that_of_the_masks_before_and_after():
 def test_the_optimizer_of_another_model_is_refused():
     with pytest.raises(ValueError, match="optimizer holds none of the model's sparse weights"):
         sb.RigL(sparse_net(0.5), sgd(sparse_net(0.5)))
+
+
+@pytest.mark.parametrize("first", ["rigl-paper", "bidst", "bip"])
+def test_a_second_method_is_refused_while_the_first_one_lives(first):
+    model, opt, sparsifier = build(first)
+    train(model, opt, sparsifier, 2)
+    masks, name = masks_of(sparsifier), type(sparsifier).__name__
+    with pytest.raises(ValueError, match=rf"model has a method already, {name} at step 2, .* call its release\(\)"):
+        sb.Static(model, opt)
+    with pytest.raises(ValueError, match="model has a method already"):
+        sb.Static(model[:4])  # a part of it
+    assert same_masks(masks, masks_of(sparsifier))
+    sb.Static(copy.deepcopy(model))
+    del sparsifier  # not even the optimizer keeps it
+    sb.RigL(model, opt)
+
+
+def test_a_method_that_was_released_acts_no_more():
+    model, opt, rigl = build("rigl-paper", update_freq=1)
+    rigl.release()
+    static = sb.Static(model, opt)
+    before = model[0].weight.detach().clone()
+    take_step(model, opt, static, 0)
+    assert not torch.equal(model[0].weight, before)
+    assert all(layer.score_support == "none" for _, layer in sb.sparse_layers(model))
+    with pytest.raises(ValueError, match="Static at step 1"):
+        sb.SET(model)
+    rigl.release()  # a second time: the model is not its own any more
+    with pytest.raises(ValueError, match="Static at step 1"):
+        sb.SET(model)
+
+
+@pytest.mark.parametrize("name", ["hydra", "bip"])
+def test_another_method_may_follow_when_the_mask_is_final(name):
+    model, opt, sparsifier = build(name)
+    train(model, opt, sparsifier, 2)
+    sparsifier.finish()
+    rigl = sb.RigL(model, opt, update_freq=1)
+    train(model, opt, rigl, 2)
+    assert len(rigl.history) == 2
+
+
+def test_a_method_that_cannot_be_made_leaves_the_model_free():
+    model = sparse_net(pattern="nm:1:2")
+    with pytest.raises(ValueError, match="pattern NM is not allowed with SET") as kept:  # the error holds the method
+        sb.SET(model)
+    sb.Static(model)
+    assert kept.value.__traceback__ is not None
 
 
 def test_states_of_other_methods_and_models_are_refused():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,9 @@ logger = logging.getLogger("sparsebilevel")
 
 Storage = Literal["sparse", "dense"]
 Scope = Literal["global", "layer"]
+
+# Which method works on a layer. Beside the layers, not in them: copies of a model are free, and nothing is kept alive.
+_AT_WORK: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Sparsifier]] = weakref.WeakKeyDictionary()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -177,8 +181,10 @@ class Sparsifier:
         update_start, update_end: changes happen at steps ``update_start <= t < update_end``.
         seed: of this method's own random draws (equal on all ranks).
 
+    A model has one method at a time; see :meth:`release`.
+
     Raises:
-        ValueError: a model without sparse layers, or arguments outside what they allow.
+        ValueError: a model without sparse layers, or on which another method works; arguments outside what they allow.
     """
 
     storage: Storage = "sparse"
@@ -204,6 +210,7 @@ class Sparsifier:
         else:
             self.optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         self.weights = self._find_weights()
+        self._refuse_company()
         held = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
         if self.optimizers and not any(id(masked.weight) in held for masked in self.weights.values()):
             raise ValueError("optimizer holds none of the model's sparse weights; is it that of another model?")
@@ -220,6 +227,27 @@ class Sparsifier:
             self.initialize()
         self.first_masks = self._copy_masks() if self.continuous else {}
         self.prepare_collection()
+        for layer in self._layers():  # last: a method that could not be made leaves the model free
+            _AT_WORK[layer] = weakref.ref(self)
+
+    def _layers(self) -> Iterator[SparseMaskedModule]:
+        return (layer for masked in self.weights.values() for layer in masked.layers)
+
+    def _refuse_company(self) -> None:
+        for layer in self._layers():
+            other = _AT_WORK.get(layer, lambda: None)()
+            if other is not None:
+                raise ValueError(
+                    f"model has a method already, {type(other).__name__} at step {other.step_count}, and two would undo "
+                    "each other's changes; delete it or call its release() before you make another"
+                )
+
+    def release(self) -> None:
+        """Leave the model, masks as they are, to another method. This one is not to be stepped any more."""
+        for layer in self._layers():
+            if _AT_WORK.get(layer, lambda: None)() is self:
+                del _AT_WORK[layer]
+                layer.collect("none")
 
     def _find_weights(self) -> dict[str, MaskedWeight]:
         by_weight: dict[int, MaskedWeight] = {}

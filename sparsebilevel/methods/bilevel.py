@@ -371,7 +371,9 @@ class BiP(_BiLevel):
 
     @torch.no_grad()
     def finish(self, rewind_to: dict[str, Tensor] | None = None) -> None:
-        """Keep the mask for good: zeros are stored and the scores go. Training may continue as fine-tuning.
+        """Keep the mask for good: zeros are stored, the scores go, and another method may follow.
+
+        Training may continue as fine-tuning.
 
         Args:
             rewind_to: a model state (as IMP's rewinding uses) to which surviving weights go back. BiP does not need it.
@@ -385,6 +387,7 @@ class BiP(_BiLevel):
             self._change(masked, masked.mask.clone())
         if rewind_to is not None:
             rewind(self, rewind_to)
+        self.release()
 
     def metrics(self) -> dict[str, float]:
         return super().metrics() | {"upper_steps": float(self.upper_steps)}

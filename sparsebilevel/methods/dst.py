@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import torch
@@ -35,10 +36,13 @@ class SET(Sparsifier):
         self.drop_fraction = drop_fraction
         kwargs.setdefault("update_freq", 100)
         super().__init__(model, optimizer, **kwargs)
+
+    def initialize(self) -> None:
         if any(isinstance(masked.pattern, NM) for masked in self.weights.values()):
             raise ValueError(
                 f"pattern NM is not allowed with {type(self).__name__}: its groups cannot be exchanged freely"
             )
+        super().initialize()
 
     def current_drop_fraction(self) -> float:
         """``f_t`` at the current step (Evci et al. 2020, eq. 1)."""
@@ -79,10 +83,25 @@ class RigL(SET):
     def __init__(self, model: Any, optimizer: Any = None, *, paper: bool = False, **kwargs: Any) -> None:
         self.paper = paper
         super().__init__(model, optimizer, **kwargs)
-        if paper and not self.optimizers:
+        this = weakref.ref(self)  # the optimizer must not keep the method alive
+
+        def withhold_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            # Parameters without a gradient are left alone by every optimizer: no decay, no momentum, no step.
+            rigl = this()
+            if rigl is not None and rigl.schedule.is_due(rigl.step_count + 1):
+                optimizer.zero_grad(set_to_none=True)
+
+        self._hooks = [opt.register_step_pre_hook(withhold_gradients) for opt in self.optimizers if paper]
+
+    def initialize(self) -> None:
+        if self.paper and not self.optimizers:
             raise ValueError("paper=True replaces steps of the optimizer, but no optimizer was given")
-        for opt in self.optimizers if paper else []:
-            opt.register_step_pre_hook(self._withhold_gradients)
+        super().initialize()
+
+    def release(self) -> None:
+        super().release()
+        for hook in self._hooks:
+            hook.remove()
 
     def grow_scores(self, masked: MaskedWeight, grads: dict[str, Tensor]) -> Tensor:
         return masked.pattern.group_scores(grads[masked.name].abs())
@@ -91,8 +110,3 @@ class RigL(SET):
         due = self.schedule.is_due(self.step_count + 1)
         for masked in self.weights.values():
             masked.collect("all" if due else "none")
-
-    def _withhold_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        # Parameters without a gradient are left alone by every optimizer: no decay, no momentum, no step.
-        if self.schedule.is_due(self.step_count + 1):
-            optimizer.zero_grad(set_to_none=True)

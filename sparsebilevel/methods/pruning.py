@@ -257,7 +257,7 @@ class HYDRA(Sparsifier):
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Keep the mask for good: zeros are stored, scores go, parameters train again."""
+        """Keep the mask for good: zeros are stored, scores go, parameters train again; another method may follow."""
         self.finished, self.storage = True, "sparse"
         self._velocity.clear()
         for masked in self.weights.values():
@@ -265,7 +265,7 @@ class HYDRA(Sparsifier):
             self._change(masked, masked.mask.clone())
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-        self.prepare_collection()
+        self.release()
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"finished": self.finished, "velocity": dict(self._velocity)}
