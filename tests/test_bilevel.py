@@ -359,6 +359,30 @@ def test_bip_finishes_and_rewinds(with_masks):
         bip.upper_step(lambda: compute_loss(model, 1))
 
 
+@pytest.mark.parametrize("steps", [3, 150])
+def test_a_run_without_upper_steps_is_said_once(steps, caplog):
+    model, opt, bip = build_bip()
+    state = copy.deepcopy(bip.state_dict())
+    for step in range(steps):
+        compute_loss(model, step).backward()
+        opt.step()
+        bip.step()
+    assert ("no upper_step in 100 steps" in caplog.text) == (steps > 100)
+    bip.finish()
+    assert caplog.text.count("its mask is still that of one-shot magnitude pruning") == 1
+    caplog.clear()
+    bip = None
+    model, _, bip = build_bip()
+    bip.load_state_dict(state | {"finished": True})
+    assert not caplog.text
+
+
+def test_an_upper_step_of_another_model_is_refused():
+    model, _, bip = build_bip()
+    with pytest.raises(RuntimeError, match="BiP needs the gradient of this step.* was it of another model"):
+        bip.upper_step(lambda: compute_loss(copy.deepcopy(model), 0))
+
+
 def test_rewinding_to_another_model_is_refused():
     _, _, bip = build_bip()
     with pytest.raises(RuntimeError, match="size mismatch"):

@@ -813,6 +813,23 @@ def test_methods_work_without_an_optimizer(cls):
     assert sparsifier.step_count == 3
 
 
+@pytest.mark.parametrize("name", ["rigl", "bidst", "hydra"])
+def test_a_step_needs_its_backward_pass(name):
+    model, opt, sparsifier = build(name)
+    train(model, opt, sparsifier, 3)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        compute_loss(model, 3)
+    compute_loss(copy.deepcopy(model).requires_grad_(True), 3).backward()
+    with pytest.raises(RuntimeError, match=f"{type(sparsifier).__name__} needs the gradient of this step, and no back"):
+        sparsifier.step()
+    assert sparsifier.step_count == 3
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items() if "mask" in key)
+    take_step(model, opt, sparsifier, 3)
+    if name == "rigl":
+        assert sparsifier.step() is False  # between changes it needs none
+
+
 def test_several_optimizers():
     model = sparse_net()
     opts = [sgd(model[:3]), torch.optim.AdamW(model[3:].parameters(), 1e-3)]

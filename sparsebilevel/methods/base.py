@@ -238,8 +238,8 @@ class Sparsifier:
             other = _AT_WORK.get(layer, lambda: None)()
             if other is not None:
                 raise ValueError(
-                    f"model has a method already, {type(other).__name__} at step {other.step_count}, and two would undo "
-                    "each other's changes; delete it or call its release() before you make another"
+                    f"model has a method already, {type(other).__name__} at step {other.step_count}, and two would "
+                    "undo each other's changes; delete it or call its release() before you make another"
                 )
 
     def release(self) -> None:
@@ -303,7 +303,8 @@ class Sparsifier:
             True if the topology changed.
 
         Raises:
-            RuntimeError: ``scaler`` has not stepped an optimizer since its last update.
+            RuntimeError: ``scaler`` has not stepped an optimizer since its last update; no backward pass has run since
+                the last step, and the method needs its gradient.
         """
         grads = self._take_grads(scaler)
         if grads is None:
@@ -358,6 +359,12 @@ class Sparsifier:
 
     def _take_grads(self, scaler: torch.amp.GradScaler | None) -> dict[str, Tensor] | None:
         """Effective gradients by name, unscaled and averaged over ranks; None for a step that the scaler skipped."""
+        asked = [layer for layer in self._layers() if layer.score_support != "none"]
+        if asked and all(layer.effective_grad is None for layer in asked):
+            raise RuntimeError(
+                f"{type(self).__name__} needs the gradient of this step, and no backward pass has gone through the sparse "
+                "layers of its model since the last one; was it of another model, or under no_grad?"
+            )
         grads = {name: g for name, masked in self.weights.items() if (g := masked.effective_grad) is not None}
         if _world_size() > 1 and grads:
             flat = torch.cat([g.reshape(-1) for g in grads.values()])

@@ -34,6 +34,7 @@ from ..masks import as_fraction
 from .base import MaskedWeight, Scope, Sparsifier, Storage, check_non_negative, logger
 from .pruning import rewind, top_masks
 
+_PATIENCE = 100  # steps of the lower level after which BiP asks for the upper one
 FORMULAS = ("derived", "printed", "code", "curvature", "none")
 
 
@@ -284,6 +285,7 @@ class BiP(_BiLevel):
         self._scope = scope
         self.finished = False
         self.upper_steps = 0
+        self._warned = False
         self._velocity: dict[str, Tensor] = {}
         super().__init__(
             model,
@@ -315,6 +317,21 @@ class BiP(_BiLevel):
         if self.finished:
             return {}
         return top_masks(self, {name: masked.scores for name, masked in self.weights.items()}, self.scope)
+
+    @torch.no_grad()
+    def step(self, scaler: torch.amp.GradScaler | None = None) -> bool:
+        changed = super().step(scaler)
+        if self.step_count == _PATIENCE:
+            self._warn_without_upper_steps()
+        return changed
+
+    def _warn_without_upper_steps(self) -> None:
+        if self.step_count and not (self.upper_steps or self.finished or self._warned):
+            self._warned = True
+            logger.warning(
+                "BiP has seen no upper_step in %d steps: its mask is still that of one-shot magnitude pruning",
+                self.step_count,
+            )
 
     def upper_step(self, closure: Callable[[], Tensor], scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """One step of the upper level; costs one forward and one backward pass.
@@ -378,6 +395,7 @@ class BiP(_BiLevel):
         Args:
             rewind_to: a model state (as IMP's rewinding uses) to which surviving weights go back. BiP does not need it.
         """
+        self._warn_without_upper_steps()
         self.finished, self.storage = True, "sparse"
         self._velocity.clear()
         self._mean_grad.clear()
