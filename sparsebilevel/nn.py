@@ -354,6 +354,8 @@ Selector = str | type | nn.Module
 
 def sparse_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """``(name, layer)`` of every sparse layer, in model order; a module that occurs twice is given once."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
     for name, module in model.named_modules():
         if isinstance(module, SparseMaskedModule):
             yield name, module
@@ -392,6 +394,23 @@ def _reasons_to_stay_dense(model: nn.Module, layers: Mapping[str, nn.Module]) ->
     return reasons
 
 
+def _warn_of_attention(model: nn.Module, included: set[int] | None, excluded: set[int]) -> None:
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+        and (included is None or id(module) in included)
+        and id(module) not in excluded
+    ]
+    if names:
+        listed = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        warnings.warn(
+            f"the projections of {listed} stay dense: nn.MultiheadAttention reads their weights past any layer's "
+            "forward (exclude=nn.MultiheadAttention says that this is meant)",
+            stacklevel=3,
+        )
+
+
 def sparsify(
     model: nn.Module,
     sparsity: float | Mapping[str, float] = 0.9,
@@ -407,8 +426,8 @@ def sparsify(
     """Give every ``nn.Linear`` and ``nn.Conv2d`` of ``model`` a mask, in place.
 
     Weights are not changed: what the mask hides is still stored, until a method says otherwise. Subclasses of the two
-    layer types are left alone (their forward is their own), and so is, with a warning, a layer whose weight another
-    module shares or weight_norm and the like compute.
+    layer types are left alone (their forward is their own), and so are, with a warning, the projections of
+    ``nn.MultiheadAttention``, and a layer whose weight another module shares or weight_norm and the like compute.
 
     Args:
         model: any module; Parameters, hooks and module identities are kept. A bare ``nn.Linear`` works too.
@@ -426,6 +445,7 @@ def sparsify(
         The same model.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: nothing to convert; sparsity outside [0, 1); unknown distribution, pattern, init or module names; a
             weight that the pattern does not fit; a model that is sparse already.
     """
@@ -437,6 +457,9 @@ def sparsify(
     if any(True for _ in sparse_layers(model)):
         raise ValueError("model has sparse layers already; call densify first, or pass the new target to a method")
     included = None if include is None else _select(model, "include", include)
+    if included is not None and not included:
+        names = [name for name, _ in model.named_modules() if name]
+        raise ValueError(f"include={include!r} matches no module; names are {names[:20]}")
     excluded = _select(model, "exclude", exclude)
     layers = {
         name: module
@@ -448,6 +471,7 @@ def sparsify(
     for name, reason in _reasons_to_stay_dense(model, layers).items():
         warnings.warn(f"{name!r} stays dense: {reason}", stacklevel=2)
         del layers[name]
+    _warn_of_attention(model, included, excluded)
     if not layers:
         raise ValueError(f"model has no nn.Linear or nn.Conv2d to convert (include={include!r}, exclude={exclude!r})")
 

@@ -631,7 +631,9 @@ def test_include_and_exclude_take_names_globs_types_and_modules(include, exclude
         ({"include": ["head"]}, r"include has 'head', which no module matches; names are \['0', '1', '2'\]"),
         ({"exclude": ["head"]}, r"exclude has 'head', which no module matches"),
         ({"exclude": [3]}, "exclude has 3, which no module matches"),
-        ({"include": [nn.Conv2d]}, "model has no nn.Linear or nn.Conv2d to convert"),
+        ({"include": [nn.Conv2d]}, r"include=\[.*Conv2d'>\] matches no module; names are \['0', '1', '2'\]"),
+        ({"include": ["nothing*"]}, r"include=\['nothing\*'\] matches no module; names are \['0', '1', '2'\]"),
+        ({"include": nn.ReLU}, "model has no nn.Linear or nn.Conv2d to convert"),
     ],
 )
 def test_bad_arguments_are_named_and_leave_the_model_alone(kwargs, message):
@@ -649,6 +651,12 @@ def test_sparsifying_twice_or_without_any_layer_is_refused():
         sb.sparsify(nn.ReLU())
     with pytest.raises(ValueError, match=r"sparsity=2 is not allowed; expected a number in \[0, 1\)"):
         sb.SparseMaskedLinear(5, 4, sparsity=2)
+
+
+@pytest.mark.parametrize("act", [sb.sparsify, sb.densify, sb.Static])
+def test_what_is_no_model_is_refused(act):
+    with pytest.raises(TypeError, match=r"model is a list; expected a torch.nn.Module"):
+        act([1, 2])
 
 
 def test_a_layer_keeps_at_least_one_weight():
@@ -737,10 +745,21 @@ def test_transformer_encoders_see_the_masks_in_inference_too(norm_first):
 
 
 def test_attention_projections_stay_dense():
-    model = sb.sparsify(nn.ModuleList([nn.MultiheadAttention(8, 2), nn.Linear(8, 8)]), 0.5)
+    model = nn.ModuleList([nn.MultiheadAttention(8, 2), nn.Linear(8, 8), nn.MultiheadAttention(8, 2)])
+    with pytest.warns(UserWarning, match=r"the projections of '0', '2' stay dense: nn.MultiheadAttention") as warned:
+        sb.sparsify(model, 0.5)
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
     assert list(masks(model)) == ["1"]
     x = torch.randn(3, 2, 8)
     assert model[0](x, x, x)[0].shape == x.shape
+
+
+@pytest.mark.filterwarnings("error")
+def test_attention_that_is_left_out_on_purpose_is_not_mentioned():
+    for selection in ({"exclude": nn.MultiheadAttention}, {"include": "1"}):
+        model = nn.ModuleList([nn.MultiheadAttention(8, 2), nn.Linear(8, 8)])
+        assert list(masks(sb.sparsify(model, 0.5, **selection))) == ["1"]
 
 
 # -- densify -----------------------------------------------------------------------------------------------------------

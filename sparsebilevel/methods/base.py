@@ -362,8 +362,8 @@ class Sparsifier:
         asked = [layer for layer in self._layers() if layer.score_support != "none"]
         if asked and all(layer.effective_grad is None for layer in asked):
             raise RuntimeError(
-                f"{type(self).__name__} needs the gradient of this step, and no backward pass has gone through the sparse "
-                "layers of its model since the last one; was it of another model, or under no_grad?"
+                f"{type(self).__name__} needs the gradient of this step, and no backward pass has gone through its "
+                "model's sparse layers since the last one; was it of another model, or under no_grad?"
             )
         grads = {name: g for name, masked in self.weights.items() if (g := masked.effective_grad) is not None}
         if _world_size() > 1 and grads:
