@@ -191,6 +191,10 @@ def test_demo(tmp_path, capsys):
     assert "topology changes" in output
     assert (tmp_path / "report.html").exists()
     assert read_log(tmp_path / "bidst")[-1]["topology_changes"] == 19
+    (before,) = (tmp_path / "dense").glob("log.jsonl")
+    time = before.stat().st_mtime_ns
+    cli.main(["demo", "--epochs", "2", "--resume", "--output-dir", str(tmp_path)])
+    assert before.stat().st_mtime_ns == time  # it was complete
 
 
 @pytest.mark.slow
@@ -226,11 +230,16 @@ def test_usual_ablations():
     }
 
 
-def test_report_and_export(tmp_path, capsys):
+def test_report_and_export(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     cli.main(["train", "--method", "static", *TINY, "--output-dir", str(tmp_path / "runs" / "a")])
     cli.main(["report", str(tmp_path / "runs"), "-o", str(tmp_path / "page.html")])
     assert (tmp_path / "page.html").exists()
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    cli.main(["report", "runs"])
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "report"}  # all of it in one folder
+    assert "report: report/report.html" in capsys.readouterr().out
     cli.main(["export", str(tmp_path / "runs" / "a"), "-o", str(tmp_path / "dense.pth")])
     assert (tmp_path / "dense.pth").exists()
     assert "written" in capsys.readouterr().out

@@ -72,6 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--output-dir", type=Path, default=Path("runs/demo"), help="folder of the runs and the report")
     demo.add_argument("--epochs", type=int, help="epochs of each run")
     demo.add_argument("--sparsity", type=float, default=0.9, help="fraction of zeros")
+    demo.add_argument("--resume", action="store_true", help="continue a demo that was interrupted")
 
     ablate = command("ablate", run_ablate, "Vary one setting at a time; one run each, in sub-folders of --output-dir.")
     ablate.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="repeat every setting with these seeds")
@@ -81,7 +82,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     report = command("report", run_report, "Make a page with tables and pictures from run folders.")
     report.add_argument("runs", type=Path, nargs="+", help="run folders, or folders of run folders")
-    report.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page to write")
+    report.add_argument(
+        "-o", "--output", type=Path, default=Path("report"), help="folder, or .html file, to write to [%(default)s]"
+    )
 
     export = command("export", run_export, "Write the trained network for use elsewhere.")
     export.add_argument("run", type=Path, help="run folder or checkpoint")
@@ -186,7 +189,7 @@ def run_train(args: argparse.Namespace) -> None:
 def run_demo(args: argparse.Namespace) -> None:
     from .demo import demo
 
-    demo(args.output_dir, args.sparsity, args.epochs)
+    demo(args.output_dir, args.sparsity, args.epochs, args.resume)
 
 
 def run_ablate(args: argparse.Namespace) -> None:

@@ -11,18 +11,19 @@ from ..training.presets import PRESETS
 from .tables import result_table
 
 
-def demo(output: Path, sparsity: float = 0.9, epochs: int | None = None) -> dict[str, Any]:
+def demo(output: Path, sparsity: float = 0.9, epochs: int | None = None, resume: bool = False) -> dict[str, Any]:
     """Train `digits_cnn` dense and by BiDST from the same seed, print the comparison, and write a report.
 
     Args:
         output: folder; the two runs go to ``dense`` and ``bidst`` below it and replace those of an earlier demo.
         sparsity: of the sparse run.
         epochs: of both runs; default the preset's.
+        resume: continue an earlier demo of the same settings instead.
 
     Returns:
         The result row of the sparse run.
     """
-    recipe: dict[str, Any] = PRESETS["bidst-digits"] | {"sparsity": sparsity, "overwrite": True}
+    recipe: dict[str, Any] = PRESETS["bidst-digits"] | {"sparsity": sparsity, "resume": resume, "overwrite": not resume}
     if epochs is not None:
         recipe["epochs"] = epochs
     common = {name: value for name, value in recipe.items() if name not in ("method", "update_freq")}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data import Data, load_data
+from ..data import Data, list_data, load_data
 from ..models import create_model
 from .config import Config
 from .runtime import Ranks
@@ -16,6 +16,8 @@ from .runtime import Ranks
 
 def make_data(c: Config, ranks: Ranks) -> Data:
     """The loaders of this rank, on its device."""
+    if c.data not in list_data():
+        raise ValueError(f"data={c.data!r} is not known; allowed: {', '.join(list_data())}")
     names = ("batch_size", "eval_batch_size", "augment", "validation", "seed", "channels_last", "image_size")
     options: dict[str, Any] = {name: getattr(c, name) for name in (*names, "num_classes", "num_samples")}
     place: dict[str, Any] = {"device": ranks.device, "rank": ranks.rank, "world_size": ranks.world}
@@ -26,6 +28,12 @@ def make_model(c: Config, data: Data, device: torch.device) -> nn.Module:
     """The dense network, with random weights from torch's global generator."""
     features = math.prod(data.input_shape) if c.arch == "mlp" else data.input_shape[0]
     model: Any = create_model(c.arch, data.num_classes, features).to(device)
+    size, wanted = data.input_shape[1], getattr(model, "image_size", None)  # which vision transformers have
+    if wanted not in (size, None):
+        raise ValueError(
+            f"image_size={c.image_size}: {c.arch} takes images of {wanted}x{wanted}, and those of {c.data} are "
+            f"{size}x{size}; give image_size={wanted} (imagefolder and fake have one) or another arch"
+        )
     return model.to(memory_format=torch.channels_last) if c.channels_last else model
 
 

@@ -89,8 +89,13 @@ def train(config: Config) -> dict[str, Any]:
         Interrupted: SIGTERM or SIGINT came; a checkpoint was written, and ``resume`` continues.
     """
     config.validate()
+    folder = RunFolder(config)
     with process_group(config.device) as ranks, StopSignals() as stop:
-        return Trainer(config, ranks, stop).run()
+        try:
+            return Trainer(config, folder, ranks, stop).run()
+        except BaseException:
+            folder.forget()
+            raise
 
 
 class Trainer:
@@ -99,9 +104,8 @@ class Trainer:
     # What a checkpoint holds beside the states of model, optimizer, scaler and method, random states, and sums.
     STATE = ("phase_index", "phase_epoch", "batch", "epoch", "step", "best", "last", "topology_logged", "rewind_point")
 
-    def __init__(self, config: Config, ranks: Ranks, stop: StopSignals) -> None:
-        self.config, self.ranks, self.stop = config, ranks, stop
-        self.folder = RunFolder(config)
+    def __init__(self, config: Config, folder: RunFolder, ranks: Ranks, stop: StopSignals) -> None:
+        self.config, self.folder, self.ranks, self.stop = config, folder, ranks, stop
         if ranks.is_main:
             self.folder.check()
             if config.tensorboard:

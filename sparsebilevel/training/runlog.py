@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -29,6 +30,7 @@ class RunFolder:
         self.path = Path(config.output_dir)
         self.log, self.checkpoint, self.best = (self.path / name for name in FILES[1:])
         self._board: Any = None
+        self._is_new = not self.path.exists()
 
     def check(self) -> None:
         """Refuse a folder that cannot be written to, or that holds something and is neither resumed nor overwritten.
@@ -49,6 +51,12 @@ class RunFolder:
                 f"output_dir={str(self.path)!r} is not empty; give resume to continue its run, overwrite to replace "
                 "it, or another folder"
             )
+
+    def forget(self) -> None:
+        """Remove the folder after a start that failed, if `check` made it and nothing came into it."""
+        if self._is_new:
+            with contextlib.suppress(OSError):  # it is not empty
+                self.path.rmdir()
 
     def _check_same_config(self) -> None:
         written = self.path / "config.json"
