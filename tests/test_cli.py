@@ -117,6 +117,7 @@ def test_a_run_can_be_repeated_from_its_config(tmp_path):
         (["bench", "digits_cnn", "-b", "0"], "batch_size=0 is not allowed"),
         (["ablate", "--method", "rigl"], "method='rigl' has no usual ablation"),
         (["ablate", "--grid", "colour=red"], "grid='colour=red' is not allowed"),
+        (["ablate", "--grid", "method=rigl,magic"], "method='magic' is not known; allowed: dense, static"),
         (["ablate", "--grid", "tau=warm"], "tau takes values of type float"),
     ],
 )
@@ -218,6 +219,22 @@ def test_ablate(tmp_path, capsys):
     cli.main(["ablate", *flags, "--grid", "implicit_scale=0", "--resume"])  # nothing is trained again
     again = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in again[2:]] == ["default", "implicit_scale=0"]
+
+
+def test_a_grid_over_methods_leaves_out_what_a_method_does_not_have(tmp_path, capsys):
+    flags = ["--preset", "bip-resnet20-cifar10", "--arch", "mlp", "--data", "digits", "--epochs", "1", "-b", "256"]
+    flags += ["--pretrain-epochs", "1", "--finetune-epochs", "1", "--no-measure", "--max-steps", "2"]
+    cli.main(["ablate", *flags, "--grid", "method=dense,rigl,bidst", "--output-dir", str(tmp_path)])
+    output = capsys.readouterr().out
+    for method, options in (
+        ("dense", "upper_split, finetune_epochs, pretrain_epochs"),
+        ("rigl", "upper_split, finetune_epochs"),
+        ("bidst", "upper_split, finetune_epochs"),
+    ):
+        assert output.count(f"method={method} has no {options}: left out") == 1
+        config = json.loads((tmp_path / f"method={method}-seed0" / "config.json").read_text())
+        assert (config["method"], config["upper_split"], config["finetune_epochs"]) == (method, None, 0)
+    assert json.loads((tmp_path / "default-seed0" / "config.json").read_text())["upper_split"] == "same"
 
 
 def test_usual_ablations():

@@ -65,7 +65,7 @@ def ablate(
     """
     chosen = parse_grid(grid) if grid else usual_grid(config)
     settings: list[Setting] = [None, *((name, value) for name, values in chosen.items() for value in values)]
-    variants = {s: config if s is None else dataclasses.replace(config, **{s[0]: s[1]}) for s in settings}
+    variants = {s: config if s is None else _vary(config, *s) for s in settings}
     for variant in variants.values():
         variant.validate()
     results: dict[Setting, list[dict[str, Any]]] = {}
@@ -78,6 +78,16 @@ def ablate(
             results.setdefault(setting, []).append(train(run))
     print(ablation_table(results))
     return results
+
+
+def _vary(config: Config, name: str, value: Any) -> Config:
+    """``config`` with one field changed; another method goes without the options that it does not have."""
+    if name != "method":
+        return dataclasses.replace(config, **{name: value})
+    foreign = config.options_unknown_to(value)
+    if foreign and not config.quiet:
+        print(f"method={value} has no {', '.join(foreign)}: left out")
+    return dataclasses.replace(config, method=value, **foreign)
 
 
 def ablation_table(results: dict[Setting, list[dict[str, Any]]]) -> str:

@@ -220,23 +220,32 @@ class Config:
             parse_steps("lr_milestones", text, 1, 1)
 
     def _validate_method(self) -> None:
-        every = sorted({name for names in METHOD_OPTIONS.values() for name in names})
-        for name in every:
-            if getattr(self, name) is not None and name not in METHOD_OPTIONS[self.method]:
-                takers = ", ".join(m for m, names in METHOD_OPTIONS.items() if name in names)
-                value = getattr(self, name)
-                raise ValueError(f"{name}={value!r}: method {self.method} has no such option ({takers})")
-        if self.finetune_epochs and self.method not in TWO_PHASE_METHODS:
-            allowed = " and ".join(TWO_PHASE_METHODS)
-            raise ValueError(f"finetune_epochs={self.finetune_epochs}: only {allowed} fine-tune; give more epochs")
-        if self.pretrain_epochs and self.method == "dense":
-            raise ValueError(f"pretrain_epochs={self.pretrain_epochs}: method dense has nothing to pretrain for")
+        for name in self.options_unknown_to(self.method):
+            value = getattr(self, name)
+            if name == "finetune_epochs":
+                allowed = " and ".join(TWO_PHASE_METHODS)
+                raise ValueError(f"finetune_epochs={value}: only {allowed} fine-tune; give more epochs")
+            if name == "pretrain_epochs":
+                raise ValueError(f"pretrain_epochs={value}: method dense has nothing to pretrain for")
+            takers = ", ".join(m for m, names in METHOD_OPTIONS.items() if name in names)
+            raise ValueError(f"{name}={value!r}: method {self.method} has no such option ({takers})")
         if self.pretrain_epochs and self.init_from:
             raise ValueError(f"init_from={self.init_from!r} replaces pretraining; drop pretrain_epochs")
         if self.rewind not in (None, "none") and not self.finetune_epochs:
             raise ValueError(f"rewind={self.rewind!r} needs finetune_epochs: rewound weights must be trained again")
         if self.method == "hydra" and self.amp == "fp16":
             raise ValueError("amp='fp16' is not allowed with hydra, whose weights have no gradients to scale; use bf16")
+
+    def options_unknown_to(self, method: str) -> dict[str, Any]:
+        """Fields that were given for another method, and that ``method`` refuses, with the values that it takes."""
+        taken = METHOD_OPTIONS.get(method)
+        if taken is None:  # no method: `validate` says so
+            return {}
+        every = {name for names in METHOD_OPTIONS.values() for name in names}
+        refused: dict[str, Any] = dict.fromkeys(sorted(every.difference(taken)))
+        refused |= {} if method in TWO_PHASE_METHODS else {"finetune_epochs": 0}
+        refused |= {"pretrain_epochs": 0} if method == "dense" else {}
+        return {name: value for name, value in refused.items() if getattr(self, name) != value}
 
     # -- what a method gets -------------------------------------------------------------------------------------------
 
