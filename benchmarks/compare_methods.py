@@ -22,6 +22,7 @@ from typing import Any
 
 from timing import write_result
 
+from sparsebilevel.report import describe_changes
 from sparsebilevel.training.config import Config
 from sparsebilevel.training.loop import train
 
@@ -108,6 +109,7 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
         "accuracies": accuracies,
         "sparsity": results[0]["sparsity"],
         "topology_changes": results[0]["topology_changes"],
+        "mask_iou_start": results[0].get("mask_iou_start"),
         "seconds": statistics.mean(r["time_total_s"] for r in results),
         "topology_seconds": statistics.mean(r.get("time_topology_s") or 0 for r in results),
         "flops_theoretical": results[0]["costs"]["flops_theoretical"],
@@ -121,7 +123,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         figures = (
             f"{row['accuracy']:.2f}{spread}",
             f"{row['sparsity'] or 0:.3f}",
-            f"{row['topology_changes'] or 0:.0f}",
+            describe_changes([row]),
         )
         lines.append(f"| {method} | {' | '.join(figures)} | {row['seconds']:.0f} |")
     return "\n".join(lines)

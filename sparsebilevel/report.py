@@ -22,13 +22,15 @@ from typing import Any
 
 from .training.config import METHOD_OPTIONS, RUN_FIELDS
 
-__all__ = ["Group", "Run", "group_runs", "make_report", "print_table", "read_run", "read_runs"]
+__all__ = ["Group", "Run", "describe_changes", "group_runs", "make_report", "print_table", "read_run", "read_runs"]
 
 CONVENTIONS = (
     "Sparsity is the fraction of zeros in the sparse layers: as asked for, and as counted in the trained masks. "
     "Compression is all parameters / non-zero parameters, biases and normalization included. "
     "Theoretical speed-up is of forward FLOPs in convolutions and linear layers, dense / (dense times density of each "
     "layer), two FLOPs a multiply-add; nothing says that it is reached. "
+    "Topology changes are counted; a mask that may change at every step is continuous, and its overlap with the first "
+    "one (intersection over union) is given. "
     "Step is measured: time of a training step of the dense network / of the sparse one (above 1: faster than dense). "
     'Accuracy is top-1 on the test set after the last epoch; "selected" is the test accuracy at the epoch that '
     "validation chose, where there was validation data. "
@@ -120,6 +122,8 @@ def read_run(path: str | os.PathLike[str]) -> Run:
             warnings.warn(f"the last line of {path / 'log.jsonl'} is damaged and left out", stacklevel=2)
     layers = rows["layers"][-1]["layers"] if rows["layers"] else []
     result = rows["result"][-1] if rows["result"] else None
+    if result is not None and rows["epoch"]:  # older runs have it there alone
+        result.setdefault("mask_iou_start", rows["epoch"][-1].get("mask_iou_start"))
     return Run(path, config | names, rows["epoch"], rows["topology"], layers, result)
 
 
@@ -196,6 +200,14 @@ def _mean(values: Sequence[float], form: str) -> str:
     return form.format(statistics.fmean(values)) if values else "-"
 
 
+def describe_changes(results: Sequence[dict[str, Any]]) -> str:
+    """Mean number of topology changes in some result rows; where masks change at every step, their overlap instead."""
+    overlaps = [row["mask_iou_start"] for row in results if row.get("mask_iou_start") is not None]
+    if overlaps:
+        return f"continuous, IoU {statistics.fmean(overlaps):.2f}"
+    return _mean([row["topology_changes"] for row in results if "topology_changes" in row], "{:g}")
+
+
 def _duration(seconds: Sequence[float]) -> str:
     if not seconds:
         return "-"
@@ -223,7 +235,7 @@ def _row(group: Group, dense: Group | None) -> list[str]:
         _figure(accuracy, scale=100),
         change,
         _figure(group.values("test_acc_selected"), scale=100),
-        _mean(group.values("topology_changes"), "{:g}"),
+        describe_changes([run.result for run in group.runs if run.result is not None]),
         _mean(group.values("time_step_ratio"), "{:.2f}x"),
         _duration(group.values("time_total_s")),
     ]

@@ -215,6 +215,7 @@ def test_ablate(tmp_path, capsys):
         *("implicit_scale=0", "implicit_scale=1", "implicit_scale=2000"),
     ]
     assert all("+-" in line for line in lines[2:])
+    assert all("continuous, IoU 0." in line for line in lines[2:])
     assert len(list(tmp_path.glob("*/log.jsonl"))) == 8
     cli.main(["ablate", *flags, "--grid", "implicit_scale=0", "--resume"])  # nothing is trained again
     again = capsys.readouterr().out.splitlines()

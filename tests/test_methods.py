@@ -986,6 +986,10 @@ def test_the_printed_table():
     assert "0.50x" in str(sparsifier)
 
 
+def test_the_printed_table_of_a_mask_that_may_change_at_every_step():
+    assert str(build("hydra")[2]).splitlines()[0].endswith("step 0, mask changes continuously")
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_metrics_are_plain_numbers(name):
     model, opt, sparsifier = build(name)

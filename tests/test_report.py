@@ -94,6 +94,20 @@ def test_seeds_are_averaged_and_compared_with_dense(fabricate, tmp_path):
     assert len(lines) == 4  # nothing to note
 
 
+def test_masks_that_change_at_every_step_are_not_said_to_change_never(fabricate, tmp_path):
+    fabricate("static", "static")
+    for seed, overlap in enumerate((0.5, 0.7)):
+        log = fabricate(f"bip{seed}", "bip", seed) / "log.jsonl"
+        *others, result = log.read_text().splitlines()
+        rows = [row for row in map(json.loads, others) if row["type"] != "topology"]
+        rows[-2]["mask_iou_start"] = overlap  # of the last epoch; the layers come after it
+        result = json.loads(result) | {"topology_changes": 0} | ({"mask_iou_start": overlap} if seed else {})
+        log.write_text("".join(json.dumps(row) + "\n" for row in [*rows, result]))
+    rows = {line.split()[0]: line for line in print_table(tmp_path).splitlines() if line.strip()}
+    assert "continuous, IoU 0.60" in rows["bip"]
+    assert re.split(r"\s{2,}", rows["static"].strip())[-3] == "0"
+
+
 def test_unequal_conditions_are_noted(fabricate, tmp_path):
     fabricate("dense", "dense", distribution="uniform", epochs=3)
     fabricate("a", "rigl")

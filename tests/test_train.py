@@ -105,6 +105,7 @@ def test_every_method(method, tmp_path):
     topology = [row for row in rows if row["type"] == "topology"]
     assert len(topology) == result["topology_changes"]
     assert (len(topology) > 0) == (method in ("set", "rigl", "bidst", "imp"))
+    assert ("mask_iou_start" in result) == (method in ("hydra", "bip"))
     state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert not any(key.endswith("mask_scores") for key in state["model"]) or method == "bidst"
     for key, mask in state["model"].items():

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..report import describe_changes
 from ..training.config import Config, field_types
 from ..training.loop import train
 from .tables import text_table
@@ -96,11 +97,10 @@ def ablation_table(results: dict[Setting, list[dict[str, Any]]]) -> str:
     for setting, runs in results.items():
         accuracies = [100 * run["test_acc"] for run in runs]
         spread = f" +- {statistics.stdev(accuracies):.2f}" if len(runs) > 1 else ""
-        changes = statistics.mean(run["topology_changes"] for run in runs)
         seconds = statistics.mean(run["time_total_s"] for run in runs)
         sparsity = statistics.mean(run["sparsity"] for run in runs)
         accuracy = f"{statistics.mean(accuracies):.2f}{spread}"
-        rows.append((_label(setting), accuracy, f"{sparsity:.4f}", f"{changes:g}", f"{seconds:.1f}"))
+        rows.append((_label(setting), accuracy, f"{sparsity:.4f}", describe_changes(runs), f"{seconds:.1f}"))
     return text_table(rows, ("setting", "test accuracy %", "sparsity", "topology changes", "seconds"))
 
 

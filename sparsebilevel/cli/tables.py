@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..report import describe_changes
+
 
 def result_table(result: dict[str, Any], dense: dict[str, Any] | None = None) -> str:
     """The figures of a result row, and the accuracy of the same network trained dense if its row is given."""
@@ -31,7 +33,8 @@ def result_table(result: dict[str, Any], dense: dict[str, Any] | None = None) ->
         ratio = result["time_step_ratio"]
         word = "as fast as" if 0.97 <= ratio <= 1.03 else "faster than" if ratio > 1 else "slower than"
         rows += [("time of a training step", f"{sparse:.2f} ms, dense {full_ms:.2f} ms  ({ratio:.2f}x, {word} dense)")]
-    rows += [("topology changes", f"{result['topology_changes']}  ({result['time_topology_s']:.2f} s together)")]
+    together = f"  ({result['time_topology_s']:.2f} s together)" if result["topology_changes"] else ""
+    rows += [("topology changes", describe_changes([result]) + together)]
     rows += [("time of the run", f"{result['time_total_s']:.1f} s")]
     return text_table(rows)
 

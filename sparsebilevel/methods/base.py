@@ -501,9 +501,8 @@ class Sparsifier:
         covered = sum(w.weight.numel() for w in self.weights.values())
         share = covered / sum(p.numel() for n, p in self.model.named_parameters() if not n.endswith("mask_scores"))
         title = f"{type(self).__name__}: sparsity {self.sparsity:.4f} over {len(self.weights)} weights "
-        title += (
-            f"({100 * share:.1f} % of all parameters), step {self.step_count}, {len(self.history)} topology changes"
-        )
+        title += f"({100 * share:.1f} % of all parameters), step {self.step_count}, "
+        title += "mask changes continuously" if self.continuous else f"{len(self.history)} topology changes"
         footer = [f"{why} ({len(names)} layers)" for why, names in reasons.items()]
         if any(w.layers[0].measured_ratio is None for w in self.weights.values()):
             footer.append("measure with sparsebilevel.costs.measure_layers(model, example_input)")

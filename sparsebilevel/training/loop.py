@@ -31,8 +31,9 @@ log.jsonl
     - type "topology": step (of the method), iou, grown, time_s. Methods that change their mask at every step have none.
     - type "layers", at the end: "layers", a list of {name, shape, total, nonzero, density}.
     - type "result", last: test_acc (of the last epoch), test_acc_selected and selected_epoch (chosen by validation;
-      None without), sparsity, costs (of `costs.count_costs`), topology_changes, time_total_s, time_topology_s and, if
-      measured, time_step_ratio, time_step_sparse_ms, time_step_dense_ms. The test set never selects anything.
+      None without), sparsity, costs (of `costs.count_costs`), topology_changes, mask_iou_start (overlap with the
+      first mask, of methods that change it at every step), time_total_s, time_topology_s and, if measured,
+      time_step_ratio, time_step_sparse_ms, time_step_dense_ms. The test set never selects anything.
 checkpoint.pth
     Everything needed to go on: see `Trainer.save`. best.pth is the state of the best validation accuracy.
 
@@ -311,6 +312,8 @@ class Trainer:
         best = self.best or {}
         row |= {"test_acc_selected": best.get("test_acc"), "selected_epoch": best.get("epoch")}
         row |= {"topology_changes": len(self.sparsifier.history) if self.sparsifier else 0}
+        if self.sparsifier is not None and self.sparsifier.first_masks:
+            row |= {"mask_iou_start": self.sparsifier.metrics()["mask_iou_start"]}
         row |= {"time_topology_s": sum(r["seconds"] for r in self.sparsifier.history) if self.sparsifier else 0.0}
         row |= {"time_total_s": time.perf_counter() - self.started}
         if self.ranks.is_main:
