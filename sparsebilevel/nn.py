@@ -431,7 +431,8 @@ def sparsify(
 
     Args:
         model: any module; Parameters, hooks and module identities are kept. A bare ``nn.Linear`` works too.
-        sparsity: target fraction of zeros, in [0, 1), or one value a layer by name.
+        sparsity: target fraction of zeros, in [0, 1), or values by layer name or glob pattern, of which the first that
+            fits holds: ``{"fc": 0, "layer1.*": 0.8, "*": 0.9}``.
         distribution: ``uniform``, ``er``, ``erk`` or ``global``, see :func:`~sparsebilevel.schedules.layer_counts`.
         pattern: which weights live and die together, see :mod:`sparsebilevel.masks`.
         include: convert only these modules and what is inside them: names, glob patterns of names, types or modules.

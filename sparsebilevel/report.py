@@ -40,7 +40,7 @@ CONVENTIONS = (
 _REPETITION_FIELDS = {*RUN_FIELDS, "seed", "init_from", "eval_freq", "checkpoint_freq", "versions", "resolved"}
 # Of these a comparison of methods is made; all other fields should be equal in its rows.
 _OWN_FIELDS = _REPETITION_FIELDS.union({"method", "sparsity"}, *METHOD_OPTIONS.values())
-_SPARSE_FIELDS = ("distribution", "pattern", "dense_first", "exclude")
+_SPARSE_FIELDS = ("layer_sparsity", "distribution", "pattern", "dense_first", "exclude")
 
 
 @dataclasses.dataclass
@@ -223,11 +223,12 @@ def _row(group: Group, dense: Group | None) -> list[str]:
     change = "-"
     if accuracy and baseline and not group.is_dense:
         change = f"{100 * (statistics.fmean(accuracy) - statistics.fmean(baseline)):+.2f}"
+    by_layer = group.config.get("layer_sparsity")
     complete = sum(run.result is not None for run in group.runs)
     return [
         group.label,
         str(complete) if complete == len(group.runs) else f"{complete} of {len(group.runs)}",
-        "-" if group.is_dense else f"{group.config.get('sparsity', 0):g}",
+        "-" if group.is_dense else f"{group.config.get('sparsity', 0):g}{', by layer' * bool(by_layer)}",
         "-" if group.is_dense else _mean(group.values("costs", "sparsity") or group.values("sparsity"), "{:.4f}"),
         _mean(group.values("costs", "compression"), "{:.2f}x"),
         _mean(group.values("costs", "speedup"), "{:.2f}x"),

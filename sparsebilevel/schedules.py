@@ -7,6 +7,7 @@ Every distribution ends in exact integer counts. ``erk`` reproduces the densitie
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import math
 from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
@@ -60,7 +61,8 @@ def layer_counts(
 
     Args:
         shapes: layer name -> weight shape, in model order.
-        sparsity: target over all layers, or one value a layer (then ``distribution`` has nothing to share out).
+        sparsity: target over all layers, or values by layer name or glob pattern, of which the first that fits holds:
+            ``{"fc": 0, "layer1.*": 0.8, "*": 0.9}`` (then ``distribution`` has nothing to share out).
         distribution: ``uniform`` (every layer the same, no re-balancing for dense ones), ``er``, ``erk``, or ``global``
             (one ranking over all layers: the counts returned are only a starting point, their sum is exact).
         pattern: unstructured if None. ``NM`` fixes its own counts, whatever the target.
@@ -72,8 +74,8 @@ def layer_counts(
         rounded so that the sum is exact.
 
     Raises:
-        ValueError: unknown distribution, layer names that do not exist, sparsity outside [0, 1) or too high to leave
-            each layer one group.
+        ValueError: unknown distribution, names or patterns that no layer has, layers without a value, sparsity outside
+            [0, 1) or too high to leave each layer one group.
     """
     pattern = pattern or Unstructured()
     groups = {name: _num_groups(name, shape, pattern, dense_layers) for name, shape in shapes.items()}
@@ -81,13 +83,7 @@ def layer_counts(
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution={distribution!r} is not known; allowed: {', '.join(DISTRIBUTIONS)}")
     if isinstance(sparsity, Mapping):
-        _check_names("sparsity", sparsity, groups)
-        missing = [n for n in groups if n not in sparsity and n not in dense_layers]
-        if missing:
-            raise ValueError(
-                f"sparsity names no value for {missing[:5]}; give one for each of the {len(groups)} layers"
-            )
-        densities = {n: 1 - check_sparsity(value, f"sparsity[{n!r}]") for n, value in sparsity.items()}
+        densities = _densities_by_name(sparsity, groups, dense_layers)
     else:
         densities = dict.fromkeys(groups, 1 - check_sparsity(sparsity))
     if isinstance(pattern, NM):
@@ -99,6 +95,28 @@ def layer_counts(
         densities, _ = erdos_renyi_densities(free, sparsity, kernel=distribution == "erk")
     wanted = {n: Fraction(g) if n in dense_layers else g * densities[n] for n, g in groups.items()}
     return _round_to_total(wanted, groups, round(sum(wanted.values())))
+
+
+def _densities_by_name(
+    sparsity: Mapping[str, float], layers: Collection[str], dense_layers: Collection[str]
+) -> dict[str, Fraction]:
+    """Density of every layer by the first entry that fits its name; every entry must hold for some layer."""
+    densities: dict[str, Fraction] = {}
+    for pattern, value in sparsity.items():
+        density = 1 - check_sparsity(value, f"sparsity[{pattern!r}]")
+        fitting = [name for name in layers if name == pattern or fnmatch.fnmatchcase(name, pattern)]
+        if not fitting:
+            raise ValueError(f"sparsity has {pattern!r}, which no layer matches; the layers are {list(layers)[:20]}")
+        left = {name: density for name in fitting if name not in densities}
+        if not left and pattern != "*":  # a default may find nothing left
+            raise ValueError(
+                f"sparsity has {pattern!r} after entries that match its layers already; the first that fits holds, so "
+                "that the special ones come before the general ones"
+            )
+        densities |= left
+    if missing := [name for name in layers if name not in densities and name not in dense_layers]:
+        raise ValueError(f"sparsity has no value for {missing[:5]}; name them, or end with a default such as '*': 0.9")
+    return densities
 
 
 def _num_groups(name: str, shape: Sequence[int], pattern: Pattern, dense_layers: Collection[str]) -> int:

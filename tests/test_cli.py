@@ -67,6 +67,12 @@ def test_torchvision_names_and_numbers():
     assert config_of("--rewind", "none").rewind == "none"
 
 
+def test_sparsity_by_layer():
+    config = config_of("--sparsity", "0.9", "--layer-sparsity", "layer1.*=0.8", "fc=0")
+    assert config.target() == {"layer1.*": 0.8, "fc": 0.0, "*": 0.9}
+    assert config_of("--sparsity", "0.95").target() == 0.95
+
+
 def test_flags_win_over_file_over_preset(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"lr": 0.5, "epochs": 7, "exclude": ["fc"], "versions": {}}))

@@ -1034,7 +1034,7 @@ def test_masks_that_change_at_every_step_are_compared_with_the_first(name):
         (sb.Static, {"sparsity": 1.0}, r"sparsity=1.0 is not allowed; expected a number in \[0, 1\)"),
         (sb.Static, {"sparsity": -0.1}, "sparsity=-0.1 is not allowed"),
         (sb.Static, {"sparsity": 0.9, "distribution": "erd"}, "distribution='erd' is not known; allowed: uniform, er"),
-        (sb.Static, {"sparsity": {"0": 0.5}}, r"sparsity names no value for \['3', '6'\]"),
+        (sb.Static, {"sparsity": {"0": 0.5}}, r"sparsity has no value for \['3', '6'\]"),
         (sb.SET, {"drop_fraction": 1.5}, r"drop_fraction=1.5 is not allowed; expected a number in \[0, 1\]"),
         (sb.SET, {"update_freq": -1}, "update_freq=-1 is not allowed"),
         (sb.RigL, {"update_start": 10, "update_end": 5}, "update_end=5 is not allowed; it is before update_start=10"),

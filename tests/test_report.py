@@ -116,6 +116,11 @@ def test_unequal_conditions_are_noted(fabricate, tmp_path):
     assert "beside method and sparsity, rows differ in distribution, lr." in print_table(tmp_path)
 
 
+def test_sparsity_by_layer_is_said(fabricate, tmp_path):
+    fabricate("a", "rigl", layer_sparsity=["fc=0"])
+    assert "0.9, by layer" in print_table(tmp_path)
+
+
 def test_of_several_dense_runs_the_one_of_the_same_recipe_is_the_baseline(fabricate, tmp_path):
     fabricate("other", "dense", accuracy=0.5, lr=0.01)
     fabricate("same", "dense", accuracy=0.9, lr=0.1)

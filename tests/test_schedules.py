@@ -300,9 +300,9 @@ def test_largest_remainders_win():
 def test_explicit_sparsity_by_layer():
     shapes = {"a": (10, 10), "b": (10, 10)}
     assert layer_counts(shapes, {"a": 0.9, "b": 0.5}) == {"a": 10, "b": 50}
-    with pytest.raises(ValueError, match=r"sparsity names unknown layers \['c'\]; the layers are \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"sparsity has 'c', which no layer matches; the layers are \['a', 'b'\]"):
         layer_counts(shapes, {"a": 0.9, "b": 0.5, "c": 0.1})
-    with pytest.raises(ValueError, match=r"sparsity names no value for \['b'\]"):
+    with pytest.raises(ValueError, match=r"sparsity has no value for \['b'\]"):
         layer_counts(shapes, {"a": 0.9})
     with pytest.raises(ValueError, match=r"sparsity\['b'\]=1.2 is not allowed; expected a number in \[0, 1\)"):
         layer_counts(shapes, {"a": 0.9, "b": 1.2})
@@ -349,12 +349,36 @@ def test_every_argument_is_checked_even_where_it_is_not_used(pattern):
     for sparsity, message in [
         (1.5, r"sparsity=1.5 is not allowed; expected a number in \[0, 1\)"),
         ({"a": 0.5, "b": -0.1}, r"sparsity\['b'\]=-0.1 is not allowed"),
-        ({"a": 0.5}, r"sparsity names no value for \['b'\]"),
-        ({"a": 0.5, "b": 0.5, "c": 0.5}, r"sparsity names unknown layers \['c'\]"),
+        ({"a": 0.5}, r"sparsity has no value for \['b'\]"),
+        ({"a": 0.5, "b": 0.5, "c": 0.5}, r"sparsity has 'c', which no layer matches"),
     ]:
         with pytest.raises(ValueError, match=message):
             layer_counts(shapes, sparsity, "erk", pattern)
     assert layer_counts(shapes, {"a": 0.5, "b": 0.5}, "erk", pattern) == {"a": 8, "b": 16}
+
+
+def test_sparsity_by_pattern_is_that_of_the_first_that_fits():
+    shapes = dict.fromkeys(("conv1", "layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1", "fc"), (10, 10))
+    sparsity = {"layer1.1.*": 0.5, "layer?.*": 0.8, "fc": 0, "*": 0.9}
+    assert list(layer_counts(shapes, sparsity).values()) == [10, 20, 50, 20, 100]
+    assert layer_counts({"a": (10, 10)}, {"a": 0.5, "*": 0.9}) == {"a": 50}  # a default may find nothing left
+    assert layer_counts({"": (10, 10)}, {"*": 0.9}) == {"": 10}  # a model that is one layer
+    assert layer_counts({"a[0]": (10, 10)}, {"a[0]": 0.5}) == {"a[0]": 50}
+    assert layer_counts({"a": (10, 10), "b": (10, 10)}, {"b": 0.5}, dense_layers=["a"]) == {"a": 100, "b": 50}
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "message"),
+    [
+        ({"layer9.*": 0.5, "*": 0.9}, r"sparsity has 'layer9.\*', which no layer matches; the layers are \['a', 'b'\]"),
+        ({"*": 0.9, "a": 0.5}, "sparsity has 'a' after entries that match its layers already; the first that fits"),
+        ({"a*": 0.9}, r"sparsity has no value for \['b'\]; name them, or end with a default such as '\*': 0.9"),
+        ({"a*": 1.0, "*": 0.9}, r"sparsity\['a\*'\]=1.0 is not allowed"),
+    ],
+)
+def test_sparsity_by_pattern_says_what_is_wrong(sparsity, message):
+    with pytest.raises(ValueError, match=message):
+        layer_counts({"a": (10, 10), "b": (10, 10)}, sparsity)
 
 
 def test_unknown_names():

@@ -113,6 +113,27 @@ def test_every_method(method, tmp_path):
             assert not state["model"][key.replace("mask", "weight")][~mask].any()
 
 
+def test_sparsity_by_layer(tmp_path):
+    by_layer = {"layer_sparsity": ("14=0", "[36]=0.5"), "sparsity": 0.8}
+    train(make_config(tmp_path, method="rigl", update_freq="2", **by_layer, max_steps=4))
+    train(make_config(tmp_path, method="rigl", update_freq="2", **by_layer, resume=True))
+    layers = next(row for row in read_log(tmp_path) if row["type"] == "layers")["layers"]
+    densities = {row["name"]: round(row["density"], 2) for row in layers}
+    assert densities == {"0": 0.2, "3": 0.5, "6": 0.5, "9": 0.2, "14": 1.0}
+    with pytest.raises(
+        ValueError, match=r"another configuration \(layer_sparsity was \['14=0', '\[36\]=0.5'\], now \[\]"
+    ):
+        train(make_config(tmp_path, method="rigl", update_freq="2", sparsity=0.8, resume=True))
+
+
+def test_a_run_of_a_version_without_a_field_is_resumed(tmp_path):
+    train(make_config(tmp_path, method="static", max_steps=4))
+    file = tmp_path / "config.json"
+    older = {name: value for name, value in json.loads(file.read_text()).items() if name != "layer_sparsity"}
+    file.write_text(json.dumps(older))
+    assert train(make_config(tmp_path, method="static", resume=True))["epoch"] == 2
+
+
 def test_equal_runs_have_equal_logs(tmp_path):
     for name in "ab":
         train(make_config(tmp_path / name, method="bidst", update_freq="2", model_ema=True))
@@ -405,6 +426,13 @@ def test_unwritable_folder(tmp_path):
     [
         ({"sparsity": 1.0}, r"sparsity=1.0 is not allowed; expected a number in \[0, 1\)"),
         ({"sparsity": -0.1}, r"sparsity=-0.1 is not allowed"),
+        (
+            {"layer_sparsity": ("fc",)},
+            r"layer_sparsity='fc' is not allowed; expected NAME=VALUE with a value in \[0, 1\)",
+        ),
+        ({"layer_sparsity": ("fc=1",)}, r"layer_sparsity='fc=1' is not allowed"),
+        ({"layer_sparsity": ("fc=0.5",)}, r"sparsity has 'fc', which no layer matches; the layers are \['0', '3'"),
+        ({"layer_sparsity": ("3=0",), "distribution": "erk"}, r"distribution='erk' is not allowed with layer_sparsity"),
         ({"sparsity": float("nan")}, r"sparsity=nan is not allowed"),
         ({"batch_size": 0}, r"batch_size=0 is not allowed; expected a whole number, at least 1"),
         ({"batch_size": 100_000}, r"batch_size=100000"),

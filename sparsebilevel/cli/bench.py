@@ -12,7 +12,7 @@ from ..costs import measure_layers, measure_step
 from ..data import load_data
 from ..models import create_model
 from ..training.checkpoint import check_architecture, load_checkpoint
-from ..training.config import read_config
+from ..training.config import Config, read_config
 from ..training.runtime import choose_device
 
 _SIZES = {
@@ -77,8 +77,8 @@ def _from_run(run: Path) -> tuple[torch.nn.Module, tuple[int, int, int], int]:
     network = create_model(
         values["arch"], data.num_classes, features if values["arch"] == "mlp" else data.input_shape[0]
     )
-    target = (values["sparsity"], values["distribution"], values["pattern"])
-    sparsify(network, *target, exclude=values["exclude"], dense_first=values["dense_first"])
+    c = Config(**values)
+    sparsify(network, c.target(), c.distribution, c.pattern, exclude=c.exclude, dense_first=c.dense_first)
     check_architecture(network, state["model"], run / "checkpoint.pth")
     network.load_state_dict(state["model"])
     return network, data.input_shape, data.num_classes

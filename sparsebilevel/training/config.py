@@ -89,6 +89,9 @@ class Config:
     augment: bool | None = option(None, "shift and flip the training images; default depends on the data set")
     # -- sparsity
     sparsity: float = option(0.9, "fraction of zeros in the sparse layers, in [0, 1)")
+    layer_sparsity: tuple[str, ...] = option(
+        (), "NAME=VALUE pairs for layers with another one: names or glob patterns, of which the first that fits holds"
+    )
     distribution: str = option("uniform", "how layers share it", ("uniform", "er", "erk", "global"))
     pattern: str = option(
         "unstructured", "weights that live together: unstructured, filter, channel, block:BHxBW, nm:N:M"
@@ -191,6 +194,11 @@ class Config:
         self._validate_method()
         if not (isinstance(self.sparsity, (int, float)) and 0 <= self.sparsity < 1):
             raise ValueError(f"sparsity={self.sparsity!r} is not allowed; expected a number in [0, 1)")
+        if self.layer_sparsity and self.distribution != "uniform":
+            raise ValueError(
+                f"distribution={self.distribution!r} is not allowed with layer_sparsity, which leaves nothing to share out"
+            )
+        self.target()
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
 
@@ -247,6 +255,21 @@ class Config:
         refused |= {"pretrain_epochs": 0} if method == "dense" else {}
         return {name: value for name, value in refused.items() if getattr(self, name) != value}
 
+    def target(self) -> float | dict[str, float]:
+        """The sparsity as `sparsebilevel.sparsify` takes it: one for all layers, or by name with a default."""
+        values: dict[str, float] = {}
+        for text in self.layer_sparsity:
+            name, _, value = text.rpartition("=")
+            try:
+                values[name] = float(value)
+                if not (name and 0 <= values[name] < 1):
+                    raise ValueError
+            except ValueError:
+                raise ValueError(
+                    f"layer_sparsity={text!r} is not allowed; expected NAME=VALUE with a value in [0, 1)"
+                ) from None
+        return values | {"*": values.get("*", self.sparsity)} if values else self.sparsity
+
     # -- what a method gets -------------------------------------------------------------------------------------------
 
     def resolve(self, name: str) -> Any:
@@ -274,8 +297,9 @@ class Config:
 
     def differences(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Fields that change what is computed and differ from ``other``, a config as it was written to a file."""
-        mine = json.loads(json.dumps(dataclasses.asdict(self)))
-        return {k: (other.get(k), v) for k, v in mine.items() if k not in RUN_FIELDS and other.get(k) != v}
+        mine, defaults = (json.loads(json.dumps(dataclasses.asdict(c))) for c in (self, Config()))
+        theirs = {k: other.get(k, defaults[k]) for k in mine}  # of a version that did not have the field yet
+        return {k: (theirs[k], v) for k, v in mine.items() if k not in RUN_FIELDS and theirs[k] != v}
 
 
 def default_search_space(arch: str, sparsity: float) -> float:

@@ -199,7 +199,7 @@ class Trainer:
         c = self.config
         init: Any = "dense" if c.method in ("omp", "imp", *TWO_PHASE_METHODS) else "random"
         layers: dict[str, Any] = {"exclude": c.exclude, "dense_first": c.dense_first}
-        sparsify(model, c.sparsity, c.distribution, c.pattern, init=init, seed=c.seed, **layers)
+        sparsify(model, c.target(), c.distribution, c.pattern, init=init, seed=c.seed, **layers)
         if init == "random":  # the others choose masks by the weights
             load_masks(model, self.initial_state)
         sparsifier = METHODS[c.method](model, optimizer, seed=c.seed, **self._method_arguments())
