@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import statistics
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,7 +17,8 @@ except ImportError as error:
 if TYPE_CHECKING:
     from .report import Group, Run
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; then others, for very many curves.
+# Okabe and Ito's colours, which colour-blind readers tell apart; then others. After ten labels they begin again with
+# other markers and strokes.
 _COLOURS = (
     "#0072B2",
     "#D55E00",
@@ -31,13 +32,21 @@ _COLOURS = (
     "#4D4D4D",
 )
 _MARKERS = "osD^vP*X<>"
-_STROKES = ("-", "--", ":", "-.")  # sparsities of one method
+_STROKES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)))  # also of the sparsities of one method
 _DENSE_COLOUR = "#555555"
+
+
+class Style(NamedTuple):
+    """How the curves of a label look; ``stroke`` is the position in `_STROKES` of the first of its sparsities."""
+
+    colour: str
+    marker: str
+    stroke: int
 
 
 def draw(groups: list[Group]) -> Iterator[tuple[str, str, bytes]]:
     """``(name, caption, PNG)`` of every picture that the runs of one subject have data for."""
-    colours = _colours(groups)
+    styles = _styles(groups)
     pictures: tuple[tuple[str, str, Callable[..., Figure | None]], ...] = (
         ("accuracy", "Test accuracy after the last epoch; bars are standard deviations over seeds.", _accuracy),
         ("course", "The course of training; one line a seed.", _course),
@@ -48,16 +57,19 @@ def draw(groups: list[Group]) -> Iterator[tuple[str, str, bytes]]:
         ("terms", "Mean size of the direct and the implicit term of the hypergradient.", _terms),
     )  # fmt: skip
     for name, caption, picture in pictures:
-        figure = picture(groups, colours)
+        figure = picture(groups, styles)
         if figure is not None:
             yield name, caption, _png(figure)
 
 
-def _colours(groups: list[Group]) -> dict[str, tuple[str, str]]:
-    """(colour, marker) by label: a method looks the same in all pictures and at all sparsities."""
+def _styles(groups: list[Group]) -> dict[str, Style]:
+    """Styles by label: a method looks the same in all pictures, and at all sparsities but for the stroke."""
     labels = list(dict.fromkeys(group.label for group in groups if not group.is_dense))
-    out = {label: (_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]) for i, label in enumerate(labels)}
-    return out | {group.label: (_DENSE_COLOUR, "") for group in groups if group.is_dense}
+    out = {}
+    for i, label in enumerate(labels):
+        lap, place = divmod(i, len(_COLOURS))
+        out[label] = Style(_COLOURS[place], _MARKERS[(place + 3 * lap) % len(_MARKERS)], lap)
+    return out | {group.label: Style(_DENSE_COLOUR, "", 0) for group in groups if group.is_dense}
 
 
 def _figure(width: float = 8.0, height: float = 4.2, rows: int = 1) -> tuple[Figure, Any]:
@@ -88,10 +100,10 @@ def _legend(figure: Figure, axis: Any) -> None:
         )
 
 
-def _with_sparsity(group: Group, groups: list[Group]) -> tuple[str, str]:
+def _with_sparsity(group: Group, groups: list[Group], style: Style) -> tuple[str, Any]:
     """(label, stroke) of a curve; the label names the sparsity where the method occurs at several."""
     rivals = [other for other in groups if other.label == group.label]
-    stroke = _STROKES[rivals.index(group) % len(_STROKES)]
+    stroke = _STROKES[(style.stroke + rivals.index(group)) % len(_STROKES)]
     several = len({other.config.get("sparsity") for other in rivals}) > 1
     return f"{group.label} @ {100 * group.config.get('sparsity', 0):g} %" if several else group.label, stroke
 
@@ -104,17 +116,17 @@ def _percent(values: list[float]) -> tuple[float, float]:
 # -- accuracy ----------------------------------------------------------------------------------------------------------
 
 
-def _accuracy(groups: list[Group], colours: dict[str, tuple[str, str]]) -> Figure | None:
+def _accuracy(groups: list[Group], styles: dict[str, Style]) -> Figure | None:
     shown = [g for g in groups if g.values("test_acc")]
     if not shown:
         return None
     sparse = [g for g in shown if not g.is_dense]
     if len({g.config.get("sparsity") for g in sparse}) > 1:
-        return _accuracy_curves(sparse, [g for g in shown if g.is_dense], colours)
+        return _accuracy_curves(sparse, [g for g in shown if g.is_dense], styles)
     figure, axis = _figure(height=1.3 + 0.42 * len(shown))
     for i, group in enumerate(shown):
         mean, deviation = _percent(group.values("test_acc"))
-        colour, marker = colours[group.label]
+        colour, marker, _ = styles[group.label]
         axis.errorbar(mean, i, xerr=deviation or None, color=colour, marker=marker or "s", markersize=8, capsize=4)
         axis.annotate(
             f"{mean:.2f}", (mean, i), (0, 9), textcoords="offset points", ha="center", fontsize=9, color=colour
@@ -127,7 +139,7 @@ def _accuracy(groups: list[Group], colours: dict[str, tuple[str, str]]) -> Figur
     return figure
 
 
-def _accuracy_curves(sparse: list[Group], dense: list[Group], colours: dict[str, tuple[str, str]]) -> Figure:
+def _accuracy_curves(sparse: list[Group], dense: list[Group], styles: dict[str, Style]) -> Figure:
     """One curve a method over density on a logarithmic axis, on which 90, 95, 98 and 99 % are apart."""
     figure, axis = _figure(height=4.8)
     for group in dense:
@@ -139,10 +151,11 @@ def _accuracy_curves(sparse: list[Group], dense: list[Group], colours: dict[str,
         points = [(1 - statistics.fmean(g.values("sparsity") or [g.config["sparsity"]]), g) for g in members]
         points.sort(key=lambda point: -point[0])
         means, deviations = zip(*(_percent(g.values("test_acc")) for _, g in points), strict=True)
-        colour, marker = colours[label]
+        colour, marker, stroke = styles[label]
         axis.errorbar(
             [density for density, _ in points], means, yerr=deviations if any(deviations) else None,
-            color=colour, marker=marker, markersize=6, capsize=3, linewidth=1.5, label=label,
+            color=colour, marker=marker, markersize=6, linestyle=_STROKES[stroke % len(_STROKES)], linewidth=1.5,
+            capsize=3, label=label,
         )  # fmt: skip
     axis.set_xscale("log")
     axis.invert_xaxis()
@@ -165,13 +178,13 @@ def _series(run: Run, name: str) -> tuple[list[float], list[float]]:
 
 
 def _plot_runs(
-    axis: Any, groups: list[Group], colours: dict[str, tuple[str, str]], series: Callable[[Run], Any], **style: Any
+    axis: Any, groups: list[Group], styles: dict[str, Style], series: Callable[[Run], Any], **style: Any
 ) -> bool:
     """One line a run, in the colour of its group. False if there is nothing to draw."""
     drawn = False
     for group in groups:
-        label, stroke = _with_sparsity(group, groups)
-        options = {"color": colours[group.label][0], "linestyle": stroke, "linewidth": 1.5} | style
+        label, stroke = _with_sparsity(group, groups, styles[group.label])
+        options = {"color": styles[group.label].colour, "linestyle": stroke, "linewidth": 1.5} | style
         for x, y in map(series, group.runs):
             if x:
                 axis.plot(x, y, label=label, **(options | {"marker": "o"} if len(x) == 1 else options))
@@ -179,7 +192,7 @@ def _plot_runs(
     return drawn
 
 
-def _course(groups: list[Group], colours: dict[str, tuple[str, str]]) -> Figure | None:
+def _course(groups: list[Group], styles: dict[str, Style]) -> Figure | None:
     figure, axes = _figure(height=7.2, rows=3)
     fields = (
         ("train_loss", "training loss", 1.0),
@@ -194,7 +207,7 @@ def _course(groups: list[Group], colours: dict[str, tuple[str, str]]) -> Figure 
             return x, [scale * value for value in y]
 
         shown = [g for g in groups if not (g.is_dense and name == "sparsity")]
-        drawn |= _plot_runs(axis, shown, colours, scaled)
+        drawn |= _plot_runs(axis, shown, styles, scaled)
         axis.set_ylabel(title)
     losses = [value for group in groups for run in group.runs for value in _series(run, "train_loss")[1]]
     if losses and min(losses) > 0 and max(losses) > 20 * min(losses):
@@ -205,7 +218,7 @@ def _course(groups: list[Group], colours: dict[str, tuple[str, str]]) -> Figure 
     return figure if drawn else None
 
 
-def _mask_iou(groups: list[Group], colours: dict[str, tuple[str, str]]) -> Figure | None:
+def _mask_iou(groups: list[Group], styles: dict[str, Style]) -> Figure | None:
     def changes(run: Run) -> tuple[list[float], list[float]]:
         rows = [row for row in run.topology if isinstance(row.get("iou"), (int, float))]
         if rows:
@@ -214,7 +227,7 @@ def _mask_iou(groups: list[Group], colours: dict[str, tuple[str, str]]) -> Figur
         return [row["step"] for row in rows], [row["mask_iou"] for row in rows]
 
     figure, axis = _figure()
-    if not _plot_runs(axis, groups, colours, changes, marker="o", markersize=3, linewidth=1.0):
+    if not _plot_runs(axis, groups, styles, changes, marker="o", markersize=3, linewidth=1.0):
         return None
     axis.set_xlabel("step of the method")
     axis.set_ylabel("mask IoU")
@@ -223,11 +236,11 @@ def _mask_iou(groups: list[Group], colours: dict[str, tuple[str, str]]) -> Figur
     return figure
 
 
-def _terms(groups: list[Group], colours: dict[str, tuple[str, str]]) -> Figure | None:
+def _terms(groups: list[Group], styles: dict[str, Style]) -> Figure | None:
     figure, axes = _figure(height=5.4, rows=2)
     drawn = False
     for axis, name in zip(axes, ("direct", "implicit"), strict=True):
-        drawn |= _plot_runs(axis, groups, colours, lambda run, name=name: _series(run, name))  # type: ignore[misc]
+        drawn |= _plot_runs(axis, groups, styles, lambda run, name=name: _series(run, name))  # type: ignore[misc]
         axis.set_ylabel(f"{name} term")
         if any(value > 0 for line in axis.lines for value in line.get_ydata()):
             axis.set_yscale("log")
@@ -240,15 +253,15 @@ def _terms(groups: list[Group], colours: dict[str, tuple[str, str]]) -> Figure |
 # -- layers and costs --------------------------------------------------------------------------------------------------
 
 
-def _layer_density(groups: list[Group], colours: dict[str, tuple[str, str]]) -> Figure | None:
+def _layer_density(groups: list[Group], styles: dict[str, Style]) -> Figure | None:
     shown = [(group, run) for group in groups for run in group.runs[:1] if run.layers]
     if not shown:
         return None
     names = max(([layer["name"] for layer in run.layers] for _, run in shown), key=len)
     figure, axis = _figure(width=max(8.0, min(14.0, 0.27 * len(names))), height=4.8)
     for group, run in shown:
-        colour, marker = colours[group.label]
-        label, stroke = _with_sparsity(group, [g for g, _ in shown])
+        colour, marker, _ = styles[group.label]
+        label, stroke = _with_sparsity(group, [g for g, _ in shown], styles[group.label])
         axis.plot(
             range(len(run.layers)), [100 * layer["density"] for layer in run.layers],
             color=colour, linestyle=stroke, marker=marker, markersize=4, linewidth=1.2, label=label,
@@ -264,7 +277,7 @@ def _layer_density(groups: list[Group], colours: dict[str, tuple[str, str]]) -> 
     return figure
 
 
-def _flops(groups: list[Group], colours: dict[str, tuple[str, str]]) -> Figure | None:
+def _flops(groups: list[Group], styles: dict[str, Style]) -> Figure | None:
     kinds = (("flops_dense", "dense", "#B8B8B8"), ("flops_theoretical", "times density", "#0072B2"),
              ("flops_executed", "executed", "#E69F00"))  # fmt: skip
     shown = [g for g in groups if all(g.values("costs", kind) for kind, _, _ in kinds)]
@@ -279,7 +292,7 @@ def _flops(groups: list[Group], colours: dict[str, tuple[str, str]]) -> Figure |
         values = [statistics.fmean(g.values("costs", kind)) / scale for g in shown]
         bars = axis.barh([i + 0.27 * (j - 1) for i in range(len(shown))], values, 0.25, color=colour, label=title)
         axis.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
-    axis.set_yticks(range(len(shown)), [_with_sparsity(g, groups)[0] for g in shown])
+    axis.set_yticks(range(len(shown)), [_with_sparsity(g, groups, styles[g.label])[0] for g in shown])
     axis.invert_yaxis()
     axis.grid(False, axis="y")
     axis.margins(x=0.1)

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .training.config import METHOD_OPTIONS, RUN_FIELDS
+from .training.config import METHOD_OPTIONS, RUN_FIELDS, Config
 
 __all__ = ["Group", "Run", "describe_changes", "group_runs", "make_report", "print_table", "read_run", "read_runs"]
 
@@ -39,7 +39,10 @@ CONVENTIONS = (
 # Beside RUN_FIELDS: repetitions of one experiment may differ in these.
 _REPETITION_FIELDS = {*RUN_FIELDS, "seed", "init_from", "eval_freq", "checkpoint_freq", "versions", "resolved"}
 # Of these a comparison of methods is made; all other fields should be equal in its rows.
-_OWN_FIELDS = _REPETITION_FIELDS.union({"method", "sparsity"}, *METHOD_OPTIONS.values())
+_METHOD_FIELDS = set().union(*METHOD_OPTIONS.values())
+_OWN_FIELDS = {*_REPETITION_FIELDS, "method", "sparsity", *_METHOD_FIELDS}
+# As config.json has them; also for what runs of an older version lack.
+_DEFAULTS = json.loads(json.dumps(dataclasses.asdict(Config())))
 _SPARSE_FIELDS = ("layer_sparsity", "distribution", "pattern", "dense_first", "exclude")
 
 
@@ -124,7 +127,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     result = rows["result"][-1] if rows["result"] else None
     if result is not None and rows["epoch"]:  # older runs have it there alone
         result.setdefault("mask_iou_start", rows["epoch"][-1].get("mask_iou_start"))
-    return Run(path, config | names, rows["epoch"], rows["topology"], layers, result)
+    return Run(path, _DEFAULTS | config | names, rows["epoch"], rows["topology"], layers, result)
 
 
 def read_runs(run_dirs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Run]:
@@ -169,14 +172,30 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     )
     for group in ordered:
         rivals = [g for g in ordered if g.subject == group.subject and g.config["method"] == group.config["method"]]
-        varied = [
-            name
-            for name in group.config
-            if name not in {*_REPETITION_FIELDS, "sparsity"} and len({str(g.config.get(name)) for g in rivals}) > 1
-        ]
-        details = ", ".join(f"{name}={group.config[name]}" for name in varied)
+        shown = [name for name in _distinguishing(rivals) if group.config[name] != _DEFAULTS.get(name)]
+        details = ", ".join(f"{name}={_short(group.config[name])}" for name in shown)
         group.label = group.config["method"] + (f" ({details})" if details else "")
     return ordered
+
+
+def _distinguishing(groups: list[Group]) -> list[str]:
+    """As few fields as tell these groups apart, beside the sparsity; what only follows from others is left out."""
+
+    def classes(names: list[str]) -> int:
+        return len({tuple(str(g.config.get(name)) for name in names) for g in groups})
+
+    known = dict.fromkeys(name for g in groups for name in g.config)
+    names = [name for name in known if name not in {*_REPETITION_FIELDS, "sparsity"} and classes([name]) > 1]
+    for name in sorted(
+        names, key=lambda name: name in _METHOD_FIELDS
+    ):  # a method's own options say most: try them last
+        rest = [other for other in names if other != name]
+        names = rest if classes(rest) == classes(names) else names
+    return names
+
+
+def _short(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------

@@ -151,6 +151,20 @@ def test_configurations_that_differ_stay_apart_and_say_in_what(fabricate):
     assert "no complete dense run is among these" in text
 
 
+def test_labels_say_what_differs_and_no_more(fabricate):
+    runs = [
+        fabricate("default", "bidst"),
+        fabricate("older", "bidst", seed=1, tau=None),
+        fabricate("tau", "bidst", tau=2.0),
+        fabricate("both", "bidst", search_space=0.1, lr_min=0.01, lr_gamma=0.5),
+    ]
+    assert [(g.label, len(g.runs)) for g in group_runs(read_runs(runs))] == [
+        ("bidst", 2),
+        ("bidst (tau=2.0)", 1),
+        ("bidst (search_space=0.1)", 1),  # the other fields differ together with it
+    ]
+
+
 def test_incomplete_runs_are_listed_and_do_not_count(fabricate, tmp_path):
     fabricate("full", seed=0, accuracy=0.9)
     fabricate("cut", seed=1, accuracy=0.1, complete=False, epochs=2)
@@ -216,6 +230,19 @@ def test_page_is_one_file_with_its_pictures_beside_it(fabricate, tmp_path):
     assert "http" not in re.sub(r"base64,[^\"]+", "", text)  # nothing is fetched
     assert "<td>90.50 ± 0.71</td>" in text
     assert "Compression is all parameters / non-zero parameters" in text
+
+
+@needs_matplotlib
+def test_many_curves_look_different(fabricate):
+    from sparsebilevel import _plots
+
+    runs = [fabricate(f"{i}", "bidst", search_space=i / 100) for i in range(35)]
+    groups = group_runs(read_runs(runs))
+    styles = _plots._styles(groups)
+    looks = [(styles[g.label].colour, _plots._with_sparsity(g, groups, styles[g.label])[1]) for g in groups]
+    assert len(set(map(str, looks))) == 35  # where there are no markers
+    assert len({(style.colour, style.marker) for style in styles.values()}) == 35  # where there are no lines
+    assert sum(len(picture) > 1000 for _, _, picture in _plots.draw(groups)) >= 4
 
 
 @needs_matplotlib

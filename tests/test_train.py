@@ -432,7 +432,10 @@ def test_unwritable_folder(tmp_path):
         ),
         ({"layer_sparsity": ("fc=1",)}, r"layer_sparsity='fc=1' is not allowed"),
         ({"layer_sparsity": ("fc=0.5",)}, r"sparsity has 'fc', which no layer matches; the layers are \['0', '3'"),
-        ({"layer_sparsity": ("3=0",), "distribution": "erk"}, r"distribution='erk' is not allowed with layer_sparsity"),
+        (
+            {"layer_sparsity": ("3=0",), "distribution": "erk"},
+            "distribution='erk' has nothing to share out with layer_s",
+        ),
         ({"sparsity": float("nan")}, r"sparsity=nan is not allowed"),
         ({"batch_size": 0}, r"batch_size=0 is not allowed; expected a whole number, at least 1"),
         ({"batch_size": 100_000}, r"batch_size=100000"),

@@ -196,7 +196,7 @@ class Config:
             raise ValueError(f"sparsity={self.sparsity!r} is not allowed; expected a number in [0, 1)")
         if self.layer_sparsity and self.distribution != "uniform":
             raise ValueError(
-                f"distribution={self.distribution!r} is not allowed with layer_sparsity, which leaves nothing to share out"
+                f"distribution={self.distribution!r} has nothing to share out with layer_sparsity; expected uniform"
             )
         self.target()
         if self.resume and self.overwrite:
