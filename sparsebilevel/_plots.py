@@ -95,6 +95,8 @@ def _legend(figure: Figure, axis: Any) -> None:
     unique = dict(zip(labels, handles, strict=True))
     if unique:
         columns = max(1, min(4, 96 // (max(map(len, unique)) + 8)))
+        lines = -(-len(unique) // columns)
+        figure.set_figheight(figure.get_figheight() + 0.19 * max(0, lines - 3))  # not at the cost of the plot
         figure.legend(
             unique.values(), unique.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
         )

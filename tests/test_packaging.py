@@ -50,6 +50,19 @@ def test_config_is_json_and_complete(capsys):
     assert "C++ extension" in capsys.readouterr().out
 
 
+def test_optional_packages_are_imported_where_they_are_needed_and_not_before():
+    code = """
+import sys
+import torch  # which imports some of them itself
+before = set(sys.modules)
+import sparsebilevel.cli, sparsebilevel.training, sparsebilevel.report, sparsebilevel.export, sparsebilevel.data
+from sparsebilevel import __config__, models
+names = [*__config__.info()["optional"], "torch.utils.tensorboard"]
+print([name for name in names if name in sys.modules and name not in before])
+"""
+    assert python(code)[0].strip() == "[]"
+
+
 def test_every_optional_package_belongs_to_a_declared_extra():
     declared = metadata.metadata("sparsebilevel").get_all("Provides-Extra")
     assert {entry["extra"] for entry in __config__.info()["optional"].values()} - {None} <= set(declared)

@@ -220,6 +220,34 @@ def test_masks_that_do_not_fit_the_pattern_are_refused(tmp_path):
     train(make_config(tmp_path / "omp", method="omp", **source))  # which chooses its masks itself
 
 
+def test_a_run_on_folders_of_images(tmp_path, stop_after):
+    """Read by a worker process, with a validation part, and resumed in the middle of an epoch."""
+    try:
+        sb._torchvision.import_torchvision()
+    except ImportError as error:
+        pytest.skip(str(error))
+    from PIL import Image
+
+    for part, samples in (("train", 20), ("val", 4)):
+        for label, colour in (("blue", (20, 40, 200)), ("red", (200, 40, 20))):
+            (tmp_path / "images" / part / label).mkdir(parents=True)
+            for i in range(samples):
+                image = Image.new("RGB", (24 + i, 20), tuple(c + i for c in colour))
+                image.save(tmp_path / "images" / part / label / f"{i}.png")
+    images = {"data": "imagefolder", "data_path": str(tmp_path / "images"), "image_size": 16, "workers": 1}
+    config = make_config(tmp_path / "whole", method="static", arch="resnet20", **images, batch_size=8, epochs=3)
+    config = dataclasses.replace(config, sparsity=0.5, validation=8)
+    result = train(config)
+    assert (result["step"], result["test_acc"]) == (3 * 4, 1.0)
+    assert result["test_acc_selected"] == 1.0
+    config = dataclasses.replace(config, output_dir=str(tmp_path / "parts"), resume=True)
+    stop_after(6)
+    pytest.raises(Interrupted, train, config)
+    stop_after(None)
+    train(config)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_divergence_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
     train(make_config(tmp_path, method="static", epochs=4, max_steps=2))
     before = (tmp_path / "checkpoint.pth").read_bytes()
@@ -490,9 +518,15 @@ def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
 
 
 def test_tensorboard(tmp_path):
-    pytest.importorskip("tensorboard")
-    train(make_config(tmp_path, method="static", epochs=1, tensorboard=True))
-    assert list(tmp_path.glob("events.out.tfevents.*"))
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = make_config(tmp_path, method="bidst", update_freq="2", tensorboard=True)
+    train(dataclasses.replace(config, max_steps=7))  # an epoch, and two steps of the next, which the rest logs again
+    train(dataclasses.replace(config, resume=True))
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    rows = [row for row in read_log(tmp_path) if row["type"] == "epoch"]
+    for name in ("train_loss", "test_acc", "sparsity", "mask_iou"):
+        written = [(scalar.step, scalar.value) for scalar in events.Scalars(name)]
+        assert written == [(row["step"], pytest.approx(row[name])) for row in rows], name
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------

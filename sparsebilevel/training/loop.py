@@ -158,7 +158,7 @@ class Trainer:
                 return results[0]
         self.ranks.barrier()  # everybody has looked at the folder before it changes
         if self.ranks.is_main:
-            self.folder.open(self._resolved(), None if checkpoint is None else checkpoint["log_bytes"], self.step)
+            self.folder.open(self._resolved(), None if checkpoint is None else checkpoint["log_bytes"])
         total = min(sum(phase.steps for phase in self.plan), self.config.max_steps or math.inf)
         self.started = time.perf_counter() - self.elapsed
         self.progress = Progress(self._quiet(), int(total), self.step)

@@ -79,7 +79,7 @@ class RunFolder:
                 "overwrite to start again"
             )
 
-    def open(self, resolved: dict[str, Any], log_bytes: int | None = None, step: int = 0) -> None:
+    def open(self, resolved: dict[str, Any], log_bytes: int | None = None) -> None:
         """Start writing (None), or continue: what the log holds beyond ``log_bytes`` is done again, and cut off."""
         if log_bytes is None:
             for name in FILES:
@@ -89,7 +89,8 @@ class RunFolder:
         self.log.touch()
         os.truncate(self.log, min(log_bytes or 0, self.log.stat().st_size))
         if self.config.tensorboard:
-            self._board = _summary_writer(self.path, step)
+            last = max((row["step"] for row in read_log(self.path) if row["type"] == "epoch"), default=-1)
+            self._board = _summary_writer(self.path, last + 1)  # as the log: what comes after is done again
 
     def log_bytes(self) -> int:
         """Length of the log now."""
@@ -136,10 +137,10 @@ def check_tensorboard() -> None:
         raise ImportError("tensorboard=True needs TensorBoard: pip install 'sparsebilevel[log]'") from error
 
 
-def _summary_writer(path: Path, step: int) -> Any:
+def _summary_writer(path: Path, purge_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(path), purge_step=step + 1)
+    return SummaryWriter(str(path), purge_step=purge_step)
 
 
 def _versions() -> dict[str, str]:
