@@ -57,6 +57,20 @@ def test_every_field_is_a_flag():
     assert all(field.metadata["help"] for field in dataclasses.fields(Config))
 
 
+def test_help_lists_every_flag_under_a_title(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    _, *groups = capsys.readouterr().out.split("\n\n")
+    titles = [group.split(":")[0].strip() for group in groups]
+    assert titles[0].startswith("Train a network")
+    assert {"sparsity", "training", "machine", "run"} < set(titles)
+    own = groups[titles.index("options")]
+    flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(Config)}
+    assert not any(f"{flag} " in own for flag in flags)
+    assert all(any(f"{flag} " in group or f"{flag}," in group for group in groups) for flag in flags)
+    assert "--lr-warmup-epochs" in groups[titles.index("training")]
+
+
 def test_torchvision_names_and_numbers():
     config = config_of("--model", "resnet20", "-b", "8", "--wd", "1e-4", "-j", "2", "--validation", "500")
     assert (config.arch, config.batch_size, config.weight_decay, config.workers) == ("resnet20", 8, 1e-4, 2)

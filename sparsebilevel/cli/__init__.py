@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..training.config import Config, check_fields, field_types, read_config
+from ..training.config import SECTIONS, Config, check_fields, field_types, read_config
 
 ALIASES = {"arch": ("--model",), "batch_size": ("-b",), "weight_decay": ("--wd",), "workers": ("-j",)}
 
@@ -113,25 +113,28 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
     """``--preset``, ``--config`` and a flag for every field; what is not given leaves no trace in the namespace."""
-    parser.add_argument("--preset", metavar="NAME", help="start from a recipe; `sparsebilevel presets` lists them")
-    parser.add_argument(
+    group = parser.add_argument_group("where to start from (flags win over the file, and that over the preset)")
+    group.add_argument("--preset", metavar="NAME", help="start from a recipe; `sparsebilevel presets` lists them")
+    group.add_argument(
         "--config", type=Path, metavar="FILE", help="start from a JSON file, such as a run's config.json"
     )
     types = field_types()
     for field in dataclasses.fields(Config):
+        if field.name in SECTIONS:
+            group = parser.add_argument_group(SECTIONS[field.name])
         kind, optional = types[field.name]
         flags = ("--" + field.name.replace("_", "-"), *ALIASES.get(field.name, ()))
         default = "" if field.default in (None, (), False) else f" [{field.default}]"
         options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
         options["help"] = (field.metadata["help"] + default).replace("%", "%%")
         if kind is bool:
-            parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
+            group.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
         elif kind is tuple:
-            parser.add_argument(*flags, nargs="*", metavar="NAME", **options)
+            group.add_argument(*flags, nargs="*", metavar="NAME", **options)
         else:
             metavar = None if field.metadata["choices"] else kind.__name__.upper()
             convert = _converter(field.name, kind, optional)
-            parser.add_argument(*flags, type=convert, choices=field.metadata["choices"], metavar=metavar, **options)
+            group.add_argument(*flags, type=convert, choices=field.metadata["choices"], metavar=metavar, **options)
 
 
 def _converter(name: str, kind: type, optional: bool) -> Callable[[str], Any]:

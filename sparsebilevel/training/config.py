@@ -2,8 +2,6 @@
 
 Where a moment or an interval is meant, ``"100"`` is optimizer steps, ``"8ep"`` is epochs, and ``"0.75"`` is a fraction
 of the phase in which the method works (`parse_steps`).
-
-This module does not import torch, so that the command line can print its help at once.
 """
 
 from __future__ import annotations
@@ -68,9 +66,20 @@ RUN_FIELDS = (
 )
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None, flag: str | None = None) -> Any:
+# Titles under which the help lists the fields of `Config`: each stands over the field named and those after it.
+SECTIONS = {
+    "method": "method, model and data",
+    "sparsity": "sparsity",
+    "epochs": "training",
+    "update_freq": "options of methods (a method refuses those that it does not have)",
+    "device": "machine",
+    "output_dir": "run",
+}
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     """A field of `Config` with what the command line shows of it."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "flag": flag})
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclasses.dataclass
