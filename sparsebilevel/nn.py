@@ -61,7 +61,7 @@ class SparseMaskedModule(nn.Module):
     def reset_mask(self, generator: torch.Generator | None = None) -> None:
         """Draw a random mask with the layer's exact count; on the meta device there is nothing to draw."""
         if not self.mask.is_meta:
-            self.set_mask(random_mask(self.weight.shape, self.num_kept, self.pattern, generator))
+            self.set_mask(random_mask(self.weight.shape, self.num_kept, self.pattern, generator), check=False)
 
     def reset_parameters(self) -> None:
         """Initialise weight and bias as the dense class does, and draw a new random mask."""

@@ -8,6 +8,7 @@ import gc
 import io
 import logging
 import math
+import pickle
 
 import pytest
 import torch
@@ -618,6 +619,18 @@ def test_layers_with_counts_of_their_own_must_keep_them():
         flat[(flat != value).nonzero()[0]] = value
     with pytest.raises(ValueError, match="'0' keeps 23, not 22; '3' keeps 85, not 86"):
         rigl.load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_copies_and_pickles_have_a_model_of_their_own(name):
+    first = build(name)
+    train(*first, 2)
+    for again in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
+        assert again[2].model is again[0]
+        assert same_masks(masks_of(again[2]), masks_of(first[2]))
+        take_step(*again, 2)
+        assert again[2].step_count == 3
+    assert first[2].step_count == 2
 
 
 # -- models of many kinds ---------------------------------------------------------------------------------------------

@@ -88,10 +88,11 @@ class RigL(SET):
         def withhold_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             # Parameters without a gradient are left alone by every optimizer: no decay, no momentum, no step.
             rigl = this()
-            if rigl is not None and rigl.schedule.is_due(rigl.step_count + 1):
+            if rigl is not None and rigl.paper and rigl.schedule.is_due(rigl.step_count + 1):
                 optimizer.zero_grad(set_to_none=True)
 
-        self._hooks = [opt.register_step_pre_hook(withhold_gradients) for opt in self.optimizers if paper]
+        for opt in self.optimizers if paper else ():
+            opt.register_step_pre_hook(withhold_gradients)
 
     def initialize(self) -> None:
         if self.paper and not self.optimizers:
@@ -100,8 +101,7 @@ class RigL(SET):
 
     def release(self) -> None:
         super().release()
-        for hook in self._hooks:
-            hook.remove()
+        self.paper = False  # else it would go on withholding gradients
 
     def grow_scores(self, masked: MaskedWeight, grads: dict[str, Tensor]) -> Tensor:
         return masked.pattern.group_scores(grads[masked.name].abs())
