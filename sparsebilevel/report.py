@@ -172,8 +172,9 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     )
     for group in ordered:
         rivals = [g for g in ordered if g.subject == group.subject and g.config["method"] == group.config["method"]]
-        shown = [name for name in _distinguishing(rivals) if group.config[name] != _DEFAULTS.get(name)]
-        details = ", ".join(f"{name}={_short(group.config[name])}" for name in shown)
+        values = {name: group.config.get(name) for name in _distinguishing(rivals)}
+        shown = {name: value for name, value in values.items() if value != _DEFAULTS.get(name)}
+        details = ", ".join(f"{name}={_short(value)}" for name, value in shown.items())
         group.label = group.config["method"] + (f" ({details})" if details else "")
     return ordered
 
@@ -186,9 +187,8 @@ def _distinguishing(groups: list[Group]) -> list[str]:
 
     known = dict.fromkeys(name for g in groups for name in g.config)
     names = [name for name in known if name not in {*_REPETITION_FIELDS, "sparsity"} and classes([name]) > 1]
-    for name in sorted(
-        names, key=lambda name: name in _METHOD_FIELDS
-    ):  # a method's own options say most: try them last
+    # A method's own options say most, and are the last to be left out.
+    for name in sorted(names, key=_METHOD_FIELDS.__contains__):
         rest = [other for other in names if other != name]
         names = rest if classes(rest) == classes(names) else names
     return names
