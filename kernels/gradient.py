@@ -17,7 +17,7 @@ first two carries any signal. All three are linear in ``G``, so gradient accumul
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,21 +58,35 @@ def check_masked_operands(
         raise NotImplementedError("masked ops have no forward-mode derivative; use reverse mode, or densify the model")
 
 
-def save_gradient_dtypes(ctx: Any, mask_scores: Tensor | None, grad_sink: Tensor | None) -> None:
-    """Note on ``ctx`` in which dtype the gradients of scores and sink are wanted."""
-    ctx.scores_dtype = None if mask_scores is None else mask_scores.dtype
-    ctx.sink_dtype = None if grad_sink is None else grad_sink.dtype
+class Needs(NamedTuple):
+    """Which gradients a backward must give."""
+
+    input: bool
+    weight: bool
+    scores: bool
+    sink: bool
+    bias: bool
+
+    @property
+    def grad(self) -> bool:
+        """Anything that follows from ``G``."""
+        return self.weight or self.scores or self.sink
 
 
 def distribute_gradient(
-    ctx: Any, grad: Tensor, weight: Tensor, mask: Tensor, positions: Tensor | None, needs: tuple[bool, bool, bool]
+    grad: Tensor, weight: Tensor, mask: Tensor, positions: Tensor | None, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of (weight, mask_scores, grad_sink), where ``needs`` asks, from the one ``G`` of a backward."""
-    grad_weight = effective_weight(grad, mask) if needs[0] else None
-    grad_scores = weight.to(ctx.scores_dtype) * grad.to(ctx.scores_dtype) if needs[1] else None
+    """Gradients of (weight, mask_scores, grad_sink), where ``needs`` asks, from the one ``G`` of a backward.
+
+    Those of scores and sink are float32, or float64 if ``G`` is.
+    """
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    grad_weight = effective_weight(grad, mask) if needs.weight else None
+    grad_scores = weight.to(dtype) * grad.to(dtype) if needs.scores else None
     grad_sink = None
-    if needs[2]:
-        grad_sink = (grad if positions is None else gather_support(grad, positions)).to(ctx.sink_dtype)
+    if needs.sink:
+        # A copy where G itself is wanted: what an op gives back must not share memory.
+        grad_sink = grad.to(dtype, copy=True) if positions is None else gather_support(grad, positions).to(dtype)
     return grad_weight, grad_scores, grad_sink
 
 

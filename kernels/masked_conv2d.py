@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from . import reference
-from .gradient import check_masked_operands, distribute_gradient, register_autocast, save_gradient_dtypes
+from . import plans, reference
+from .dispatch import sparse_support
+from .gradient import Needs, check_masked_operands, distribute_gradient, register_autocast
+from .plans import Geometry
 
 
 @torch.library.custom_op("sparsebilevel::masked_conv2d", mutates_args=())
@@ -28,8 +30,23 @@ def _masked_conv2d(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    z = reference.effective_weight(weight, mask)
-    return torch.ops.aten.convolution(input, z, bias, stride, padding, dilation, False, [0, 0], groups)
+    support = sparse_support("masked_conv2d", input, weight, mask, stride[0] * stride[1])
+    if support is None:
+        z = reference.effective_weight(weight, mask)
+        return torch.ops.aten.convolution(input, z, bias, stride, padding, dilation, False, [0, 0], groups)
+    geometry = Geometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
+    size = input.shape[0], weight.shape[0], *geometry.output_size(input.shape[2:], weight.shape[2:])
+    output = torch.empty(size, memory_format=_memory_format(input, weight))
+    return plans.conv2d(input, weight, support, bias, geometry, output)
+
+
+def _memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
+    """That of oneDNN's convolutions."""
+    return torch.channels_last if _is_channels_last(input) or _is_channels_last(weight) else torch.contiguous_format
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
 @_masked_conv2d.register_fake
@@ -37,36 +54,102 @@ def _(input, weight, mask, bias, mask_scores, grad_sink, positions, stride, padd
     return torch.ops.aten.convolution(input, weight, bias, stride, padding, dilation, False, [0, 0], groups)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    input, weight, mask, bias, mask_scores, grad_sink, positions, *geometry = inputs
-    ctx.save_for_backward(input, weight, mask, positions)
-    ctx.geometry = geometry
-    ctx.bias_sizes = None if bias is None else list(bias.shape)
-    save_gradient_dtypes(ctx, mask_scores, grad_sink)
-
-
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight, mask, positions = ctx.saved_tensors
-    stride, padding, dilation, groups = ctx.geometry
-    need_input, need_weight, _, need_bias, need_scores, need_sink = ctx.needs_input_grad[:6]
-    need_grad = need_weight or need_scores or need_sink
+def _dense_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    positions: Tensor | None,
+    geometry: tuple[Sequence[int], Sequence[int], Sequence[int], int],
+    needs: Needs,
+) -> tuple[Tensor | None, ...]:
+    """Gradients in the order of ``needs``; differentiable."""
+    stride, padding, dilation, groups = geometry
     grad_input, grad, grad_bias = torch.ops.aten.convolution_backward(
         grad_output,
         input,
         reference.effective_weight(weight, mask),
-        ctx.bias_sizes,
+        [weight.shape[0]],
         stride,
         padding,
         dilation,
         False,
         [0, 0],
         groups,
-        [need_input, need_grad, need_bias],
+        [needs.input, needs.grad, needs.bias],
     )
-    grad_weight = grad_scores = grad_sink = None
-    if need_grad:
-        needs = (need_weight, need_scores, need_sink)
-        grad_weight, grad_scores, grad_sink = distribute_gradient(ctx, grad, weight, mask, positions, needs)
+    if needs.grad:
+        return grad_input, *distribute_gradient(grad, weight, mask, positions, needs), grad_bias
+    return grad_input, None, None, None, grad_bias
+
+
+@torch.library.custom_op("sparsebilevel::masked_conv2d_backward", mutates_args=())
+def _masked_conv2d_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    positions: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients that ``needs`` (see Needs) asks for, in its order."""
+    wanted = Needs(*needs)
+    grads: dict[str, Tensor | None] = {}
+    support = sparse_support("masked_conv2d", input, weight, mask, stride[0] * stride[1])
+    if support is not None:
+        geometry = Geometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
+        if wanted.input:
+            grad_input = torch.empty_like(input, memory_format=_memory_format(input, weight))
+            grads["input"] = plans.conv2d_input_grad(grad_output, weight, support, geometry, grad_input)
+        # A dense G is a matter for the dense library.
+        if wanted.grad and not wanted.scores and not (wanted.sink and positions is None):
+            learning = positions if wanted.sink else None
+            grads["weight"], grads["sink"] = plans.conv2d_weight_grad(
+                input, grad_output, weight, mask, learning, geometry
+            )
+        if wanted.bias:
+            grads["bias"] = grad_output.sum((0, 2, 3))
+    missing = Needs(*(need and name not in grads for name, need in zip(Needs._fields, wanted, strict=True)))
+    if any(missing):
+        dense = _dense_backward(
+            grad_output, input, weight, mask, positions, (stride, padding, dilation, groups), missing
+        )
+        grads |= {name: grad for name, grad in zip(Needs._fields, dense, strict=True) if grad is not None}
+    return [grads[name] for name, need in zip(Needs._fields, wanted, strict=True) if need]  # type: ignore[misc]
+
+
+@_masked_conv2d_backward.register_fake
+def _(grad_output, input, weight, mask, positions, stride, padding, dilation, groups, needs):
+    grads = _dense_backward(
+        grad_output, input, weight, mask, positions, (stride, padding, dilation, groups), Needs(*needs)
+    )
+    return [grad for grad in grads if grad is not None]
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    input, weight, mask, _bias, _scores, _sink, positions, *geometry = inputs
+    ctx.save_for_backward(input, weight, mask, positions)
+    ctx.geometry = geometry
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    input, weight, mask, positions = ctx.saved_tensors
+    need_input, need_weight, _, need_bias, need_scores, need_sink = ctx.needs_input_grad[:6]
+    needs = Needs(need_input, need_weight, need_scores, need_sink, need_bias)
+    if torch.is_grad_enabled():  # somebody will differentiate the gradients
+        grads = _dense_backward(grad_output, input, weight, mask, positions, ctx.geometry, needs)
+    else:
+        given = iter(
+            torch.ops.sparsebilevel.masked_conv2d_backward(
+                grad_output, input, weight, mask, positions, *ctx.geometry, needs
+            )
+        )
+        grads = tuple(next(given) if need else None for need in needs)
+    grad_input, grad_weight, grad_scores, grad_sink, grad_bias = grads
     return grad_input, grad_weight, None, grad_bias, grad_scores, grad_sink, None, None, None, None, None
 
 
@@ -78,6 +161,18 @@ register_autocast("masked_conv2d", operands=frozenset({0, 1, 3}))
 def _masked_conv2d_flops(input_shape, weight_shape, *_, out_shape=None, **__) -> int:
     """Executed FLOPs (two a multiply-add) of the dense convolution behind the mask."""
     return conv_flop_count(list(input_shape), list(weight_shape), list(out_shape), transposed=False)
+
+
+@register_flop_formula(torch.ops.sparsebilevel.masked_conv2d_backward)
+def _masked_conv2d_backward_flops(grad_shape, input_shape, weight_shape, _mask, _positions, *geometry, **__) -> int:
+    """Of the dense products that are asked for, counted as torch counts them."""
+    needs = Needs(*geometry[-1])
+    grad, x, w = list(grad_shape), list(input_shape), list(weight_shape)
+    flops = conv_flop_count(grad, w, x, transposed=True) if needs.input else 0
+    if needs.grad:
+        x, grad, w = ([shape[1], shape[0], *shape[2:]] for shape in (x, grad, w))
+        flops += conv_flop_count(x, grad, w, transposed=False)
+    return flops
 
 
 def masked_conv2d(

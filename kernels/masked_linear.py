@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import reference
-from .gradient import check_masked_operands, distribute_gradient, register_autocast, save_gradient_dtypes
+from . import plans, reference
+from .dispatch import sparse_support
+from .gradient import Needs, check_masked_operands, distribute_gradient, register_autocast
+from .plans import Geometry
 
 
 @torch.library.custom_op("sparsebilevel::masked_linear", mutates_args=())
@@ -22,7 +25,18 @@ def _masked_linear(
     grad_sink: Tensor | None,
     positions: Tensor | None,
 ) -> Tensor:
-    return reference.masked_linear(input, weight, mask, bias)
+    rows = input.reshape(-1, input.shape[-1])
+    support = sparse_support("masked_linear", rows, weight, _maps(mask))
+    if support is None:
+        return reference.masked_linear(input, weight, mask, bias)
+    output = input.new_empty(*input.shape[:-1], weight.shape[0])
+    plans.conv2d(_maps(rows), _maps(weight), support, bias, Geometry(), _maps(output.view(-1, weight.shape[0])))
+    return output
+
+
+def _maps(rows: Tensor) -> Tensor:
+    """``[B, K]`` as the 1x1 maps of a convolution."""
+    return rows[:, :, None, None]
 
 
 @_masked_linear.register_fake
@@ -30,26 +44,71 @@ def _(input, weight, mask, bias, mask_scores, grad_sink, positions):
     return torch.nn.functional.linear(input, weight, bias)
 
 
+def _dense_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, mask: Tensor, positions: Tensor | None, needs: Needs
+) -> tuple[Tensor | None, ...]:
+    """Gradients in the order of ``needs``; differentiable."""
+    grad_input = grad_weight = grad_scores = grad_sink = grad_bias = None
+    rows = grad_output.reshape(-1, grad_output.shape[-1])
+    if needs.input:
+        grad_input = grad_output.matmul(reference.effective_weight(weight, mask))
+    if needs.grad:
+        grad = rows.t().mm(input.reshape(-1, input.shape[-1]))
+        grad_weight, grad_scores, grad_sink = distribute_gradient(grad, weight, mask, positions, needs)
+    if needs.bias:
+        grad_bias = rows.sum(0)
+    return grad_input, grad_weight, grad_scores, grad_sink, grad_bias
+
+
+@torch.library.custom_op("sparsebilevel::masked_linear_backward", mutates_args=())
+def _masked_linear_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, mask: Tensor, positions: Tensor | None, needs: Sequence[bool]
+) -> list[Tensor]:
+    """The gradients that ``needs`` (see Needs) asks for, in its order."""
+    wanted = Needs(*needs)
+    grads: dict[str, Tensor | None] = {}
+    rows, grad_rows = input.reshape(-1, input.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
+    support = sparse_support("masked_linear", rows, weight, _maps(mask))
+    if support is not None:
+        if wanted.input:
+            grad_input = torch.empty_like(rows)
+            plans.conv2d_input_grad(_maps(grad_rows), _maps(weight), support, Geometry(), _maps(grad_input))
+            grads["input"] = grad_input.view(input.shape)
+        # A dense G is a matter for the dense library.
+        if wanted.grad and not wanted.scores and not (wanted.sink and positions is None):
+            learning = positions if wanted.sink else None
+            grad_weight, grads["sink"] = plans.conv2d_weight_grad(
+                _maps(rows), _maps(grad_rows), _maps(weight), _maps(mask), learning, Geometry()
+            )
+            grads["weight"] = grad_weight.view(weight.shape)
+    missing = Needs(*(need and name not in grads for name, need in zip(Needs._fields, wanted, strict=True)))
+    if any(missing):
+        dense = _dense_backward(grad_output, input, weight, mask, positions, missing)
+        grads |= {name: grad for name, grad in zip(Needs._fields, dense, strict=True) if grad is not None}
+    return [grads[name] for name, need in zip(Needs._fields, wanted, strict=True) if need]  # type: ignore[misc]
+
+
+@_masked_linear_backward.register_fake
+def _(grad_output, input, weight, mask, positions, needs):
+    grads = _dense_backward(grad_output, input, weight, mask, positions, Needs(*needs))
+    return [grad for grad in grads if grad is not None]
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    input, weight, mask, _bias, mask_scores, grad_sink, positions = inputs
+    input, weight, mask, _bias, _scores, _sink, positions = inputs
     ctx.save_for_backward(input, weight, mask, positions)
-    save_gradient_dtypes(ctx, mask_scores, grad_sink)
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, mask, positions = ctx.saved_tensors
     need_input, need_weight, _, need_bias, need_scores, need_sink, _ = ctx.needs_input_grad
-    grad_input = grad_bias = None
-    grad_weight = grad_scores = grad_sink = None
-    rows = grad_output.reshape(-1, grad_output.shape[-1])
-    if need_input:
-        grad_input = grad_output.matmul(reference.effective_weight(weight, mask))
-    if need_weight or need_scores or need_sink:
-        grad = rows.t().mm(input.reshape(-1, input.shape[-1]))
-        needs = (need_weight, need_scores, need_sink)
-        grad_weight, grad_scores, grad_sink = distribute_gradient(ctx, grad, weight, mask, positions, needs)
-    if need_bias:
-        grad_bias = rows.sum(0)
+    needs = Needs(need_input, need_weight, need_scores, need_sink, need_bias)
+    if torch.is_grad_enabled():  # somebody will differentiate the gradients
+        grads = _dense_backward(grad_output, input, weight, mask, positions, needs)
+    else:
+        given = iter(torch.ops.sparsebilevel.masked_linear_backward(grad_output, input, weight, mask, positions, needs))
+        grads = tuple(next(given) if need else None for need in needs)
+    grad_input, grad_weight, grad_scores, grad_sink, grad_bias = grads
     return grad_input, grad_weight, None, grad_bias, grad_scores, grad_sink, None
 
 
@@ -64,6 +123,13 @@ def _masked_linear_flops(input_shape, weight_shape, *_, **__) -> int:
     for size in input_shape[:-1]:
         rows *= size
     return 2 * rows * weight_shape[0] * weight_shape[1]
+
+
+@register_flop_formula(torch.ops.sparsebilevel.masked_linear_backward)
+def _masked_linear_backward_flops(_grad, input_shape, weight_shape, _mask, _positions, needs, **__) -> int:
+    """As many for each of the two products that are asked for."""
+    wanted = Needs(*needs)
+    return _masked_linear_flops(input_shape, weight_shape) * (wanted.input + wanted.grad)
 
 
 def masked_linear(

@@ -1,6 +1,6 @@
 """Loads the C++ extension, once, and says why where it cannot.
 
-``SPARSEBILEVEL_NATIVE=0`` keeps it unloaded (pure PyTorch); ``SPARSEBILEVEL_ISA=scalar|avx2|avx512`` limits the
+``SPARSEBILEVEL_NATIVE=0`` keeps it unloaded (pure PyTorch); ``SPARSEBILEVEL_CPU=scalar|avx2|avx512`` limits the
 instruction set of its kernels.
 """
 
@@ -30,11 +30,11 @@ def _load() -> tuple[Any, str]:
             stacklevel=2,
         )
         return None, reason
-    isa = os.environ.get("SPARSEBILEVEL_ISA")
+    isa = os.environ.get("SPARSEBILEVEL_CPU")
     if isa:
         allowed = list(module.Isa.__members__)
         if isa not in allowed:
-            raise ValueError(f"SPARSEBILEVEL_ISA={isa!r} is not known; allowed: {', '.join(allowed)}")
+            raise ValueError(f"SPARSEBILEVEL_CPU={isa!r} is not known; allowed: {', '.join(allowed)}")
         module.set_isa(module.Isa.__members__[isa])
     return module, "loaded"
 
@@ -50,3 +50,8 @@ lib, reason = _load()
 def available() -> bool:
     """Whether the C++ kernels can be called."""
     return lib is not None
+
+
+def isa() -> str:
+    """Instruction set that they use."""
+    return lib.isa().name

@@ -41,7 +41,7 @@ class Costs:
         compression: ``params_total / params_nonzero``.
         flops_dense: FLOPs of the same network without masks.
         flops_theoretical: each layer's dense FLOPs times its density.
-        flops_executed: what the kernels chosen today really execute, by torch's FLOP counter.
+        flops_executed: what the kernels really execute in training, by torch's FLOP counter or the non-zeros.
         sparsity: fraction of zeros over the weights of the sparse layers; 0 without sparse layers.
         global_sparsity: fraction of zeros over all convolution and linear weights.
         size_bytes: 4 bytes a stored weight and one bit a weight of each masked layer, batch normalisation folded into
@@ -110,9 +110,12 @@ def count_costs(model: nn.Module, input_shape: Sequence[int], device: torch.devi
     model = unwrap(model)
     rows = _weight_rows(model)
     recorder = _forward_flops(model, input_shape, device)
+    on_sparse_kernels = {name for name, layer in sparse_layers(model) if layer.backend.name == "sparse"}
     for name, row in rows.items():
         dense, executed = recorder.flops.pop(name, (0, 0))
         theoretical = round(dense * row["density"])
+        if name in on_sparse_kernels:  # in training: the one sample counted here took the dense library
+            executed = theoretical
         row.update(flops_dense=dense, flops_theoretical=theoretical, flops_executed=executed)
     other_dense = sum(dense for dense, _ in recorder.flops.values())  # slices of a weight, computed weights
     other_executed = sum(executed for _, executed in recorder.flops.values())
@@ -329,7 +332,7 @@ def measure_layers(
             share = budget_s / len(inputs)
             times = _interleave(_layer_step(sparse, x), _layer_step(densify(sparse), x), repeats, share, x.device)
             layers[name].measured_ratio = times["ratio"]
-            backend, reason = layers[name].backend
+            backend, reason, _ = layers[name].backend
             facts = {"name": name, "shape": list(sparse.weight.shape), "input_shape": list(x.shape)}
             facts |= {"sparsity": sparse.sparsity, "backend": backend, "reason": reason}
             rows.append(facts | times)

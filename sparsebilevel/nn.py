@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
@@ -19,7 +20,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import choose_backend, make_grad_sink, masked_conv2d, masked_linear
+from .kernels import Backend, choose_backend, make_grad_sink, masked_conv2d, masked_linear
 from .kernels.reference import effective_weight
 from .masks import NM, Pattern, Unstructured, global_masks, parse_pattern, random_mask
 from .schedules import layer_counts
@@ -156,18 +157,19 @@ class SparseMaskedModule(nn.Module):
         return 0.0 if self.mask.is_meta or not self.mask.numel() else 1.0 - self.mask.sum().item() / self.mask.numel()
 
     @property
-    def backend(self) -> tuple[str, str]:
-        """Kernel that this layer takes, and why."""
-        return choose_backend(
-            self._op, tuple(self.weight.shape), self.weight.dtype, self.weight.device, 1 - self.sparsity
-        )
+    def backend(self) -> Backend:
+        """Kernel that this layer takes for a batch of 16 or more images, and why."""
+        weight = self.weight
+        non_zeros = 0 if self.mask.is_meta else int(self.mask.sum())
+        stride = math.prod(getattr(self, "stride", (1,)))
+        return choose_backend(self._op, tuple(weight.shape), weight.dtype, weight.device, non_zeros, stride=stride)
 
     def effective_weight(self) -> Tensor:
         """``mask * weight``, differentiable in weight."""
         return effective_weight(self.weight, self.mask)
 
     def extra_repr(self) -> str:
-        name, reason = self.backend
+        name, reason, _ = self.backend
         return (
             f"{super().extra_repr()}, sparsity={self.sparsity:.4f}, pattern={self.pattern}, backend={name} ({reason})"
         )

@@ -975,7 +975,8 @@ def test_the_default_device_changes_nothing(name, pattern):
 # -- what a user reads ------------------------------------------------------------------------------------------------
 
 
-def test_the_printed_table():
+def test_the_printed_table(monkeypatch):
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "dense")
     model = sparse_net(0.5, pattern="filter")
     sparsifier = sb.Static(model)
     text = str(sparsifier)
@@ -987,12 +988,12 @@ def test_the_printed_table():
     assert lines[0].endswith(f"({share:.1f} % of all parameters), step 0, 0 topology changes")
     assert lines[1].split("  ")[0] == "layer"
     for line, (name, layer) in zip(lines[2:5], sb.sparse_layers(model), strict=True):
-        backend, _ = layer.backend
+        backend = layer.backend.name
         assert line.startswith(name)
         for part in ("x".join(map(str, layer.weight.shape)), f"{layer.sparsity:.4f}", "Filter", "not measured"):
             assert part in line
         assert line.endswith(backend)
-    backend, reason = model[0].backend
+    backend, reason, _ = model[0].backend
     assert lines[5] == f"{backend}: {reason} (3 layers)"
     assert "measure_layers" in lines[-1]
     model[0].measured_ratio = 0.5

@@ -102,17 +102,18 @@ def test_from_dense_shares_parameters_and_to_dense_gives_back_the_dense_class():
 
 
 def test_repr_shows_sparsity_pattern_backend_and_reason():
-    text = repr(sb.SparseMaskedLinear(8, 8, sparsity=0.75, pattern="block:2x2"))
+    layer = sb.SparseMaskedLinear(8, 8, sparsity=0.75, pattern="block:2x2")
+    text = repr(layer)
     assert "in_features=8" in text
     assert "sparsity=0.7500" in text
     assert "Block(bh=2, bw=2)" in text
-    assert "backend=dense (" in text
+    assert f"backend={layer.backend.name} ({layer.backend.reason})" in text
 
 
 def test_backend_can_be_forced_and_a_wrong_name_is_refused(monkeypatch):
     layer = sb.SparseMaskedLinear(8, 8)
     monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "dense")
-    assert layer.backend == ("dense", "forced by SPARSEBILEVEL_BACKEND")
+    assert layer.backend == ("dense", "forced by SPARSEBILEVEL_BACKEND", None)
     monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "warp")
     with pytest.raises(ValueError, match="SPARSEBILEVEL_BACKEND='warp' is not known; allowed: auto, dense"):
         repr(layer)

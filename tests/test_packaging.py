@@ -97,7 +97,7 @@ print(binarize(torch.tensor([1.0, 3.0, 2.0]), 2).tolist())
 @pytest.mark.skipif(not native.available(), reason=f"C++ extension: {native.reason}")
 def test_instruction_set_can_be_limited():
     code = "from sparsebilevel.kernels import native; print(native.lib.isa().name)"
-    assert python(code, SPARSEBILEVEL_ISA="scalar")[0].strip() == "scalar"
+    assert python(code, SPARSEBILEVEL_CPU="scalar")[0].strip() == "scalar"
 
 
 @pytest.mark.slow

@@ -6,6 +6,19 @@
 #define SPARSEBILEVEL_X86 1
 #define SPARSEBILEVEL_AVX2 __attribute__((target("avx2,fma,f16c,bmi2")))
 #define SPARSEBILEVEL_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")))
+// The same for a whole region of a file: templates cannot carry a target attribute each. Nothing but code of our own
+// may be inside, since an inline function of a library would be compiled for that instruction set everywhere.
+#define SPARSEBILEVEL_PRAGMA(x) _Pragma(#x)
+#if defined(__clang__)
+#define SPARSEBILEVEL_BEGIN(features) \
+  SPARSEBILEVEL_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define SPARSEBILEVEL_END_ISA SPARSEBILEVEL_PRAGMA(clang attribute pop)
+#else
+#define SPARSEBILEVEL_BEGIN(features) SPARSEBILEVEL_PRAGMA(GCC push_options) SPARSEBILEVEL_PRAGMA(GCC target(features))
+#define SPARSEBILEVEL_END_ISA SPARSEBILEVEL_PRAGMA(GCC pop_options)
+#endif
+#define SPARSEBILEVEL_BEGIN_AVX2 SPARSEBILEVEL_BEGIN("avx2,fma,f16c,bmi2")
+#define SPARSEBILEVEL_BEGIN_AVX512 SPARSEBILEVEL_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")
 #endif
 
 namespace sparsebilevel {

@@ -491,8 +491,10 @@ class Sparsifier:
         reasons: dict[str, list[str]] = {}
         for name, masked in self.weights.items():
             layer = masked.layers[0]
-            ratio = "not measured" if layer.measured_ratio is None else f"{layer.measured_ratio:.2f}x"
-            backend, reason = layer.backend
+            backend, reason, estimate = layer.backend
+            ratio = f"about {estimate:.1f}x" if backend == "sparse" and estimate else "not measured"
+            if layer.measured_ratio is not None:
+                ratio = f"{layer.measured_ratio:.2f}x"
             shape = "x".join(map(str, masked.weight.shape))
             rows.append((name, shape, f"{layer.sparsity:.4f}", type(masked.pattern).__name__, ratio, backend))
             reasons.setdefault(f"{backend}: {reason}", []).append(name)

@@ -1,0 +1,75 @@
+// The inner loops, one table of function pointers for each instruction set.
+//
+// A *line* is 16 float32 of one pixel and channel: 16 images of the batch side by side. Every multiply-add of a sparse
+// convolution is then `line += weight * line`, whatever the position of the weight, and strides, padding and dilation
+// are only a matter of which line. A *tile* is R rows of L lines, held in registers.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace sparsebilevel {
+
+constexpr int kLanes = 16;
+constexpr int kMaxTileRows = 4;
+constexpr int kMaxTileLines = 16;  // in one row of a tile
+
+// The non-zeros entry[begin..end) of one output plane.
+struct EntryRow {
+  int32_t out;
+  uint32_t begin, end;
+};
+
+// A patch of packed input lines; an offset (bytes) leads from `lines` to the first line that a non-zero touches in it,
+// the second row of the tile begins `pitch` bytes further.
+struct Patch {
+  const float* lines;
+  int64_t pitch;
+};
+
+// Where tiles of output lines lie: tile of plane o at lines + o * plane, its rows `pitch` apart (in floats).
+struct Tile {
+  float* lines;
+  int64_t plane, pitch;
+};
+
+struct LineKernels {
+  // out[o] (+)= sum over the row's entries of value * patch. With `first` the tile starts from bias[o] (0 without
+  // bias), else from what it holds.
+  using Forward = void (*)(const int32_t* offsets, const float* values, const EntryRow* row, const EntryRow* last,
+                           Patch patch, Tile out, const float* bias, bool first);
+  // sums[entry] += <patch of the entry, tile of its row's plane>, for the entries of rows [row, last).
+  using WeightGrad = void (*)(const int32_t* offsets, const EntryRow* row, const EntryRow* last, Patch patch,
+                              Tile grad, float* sums);
+
+  // `count` lines of `valid` images <-> `count` consecutive floats of each image, images `image_stride` floats apart.
+  // Lanes of missing images are written as zero, and are not stored.
+  void (*load)(const float* images, int64_t image_stride, int valid, float* lines, int64_t line_step, int64_t count);
+  void (*store)(const float* lines, int64_t line_step, float* images, int64_t image_stride, int valid, int64_t count);
+
+  // planes x count lines; `from` null writes zeros. Steps in floats, between planes and between lines.
+  void (*copy)(const float* from, int64_t from_plane, int64_t from_step, float* to, int64_t to_plane, int64_t to_step,
+               int64_t planes, int64_t count);
+
+  int max_tile;  // lines of a tile that registers hold
+  Forward forward[kMaxTileRows + 1][kMaxTileLines + 1];
+  WeightGrad weight_grad[kMaxTileRows + 1][kMaxTileLines + 1];
+};
+
+const LineKernels& line_kernels_scalar();
+#ifdef SPARSEBILEVEL_X86
+const LineKernels& line_kernels_avx2();
+const LineKernels& line_kernels_avx512();
+#endif
+
+// Those of isa().
+inline const LineKernels& line_kernels() {
+#ifdef SPARSEBILEVEL_X86
+  if (isa() == Isa::avx512) return line_kernels_avx512();
+  if (isa() == Isa::avx2) return line_kernels_avx2();
+#endif
+  return line_kernels_scalar();
+}
+
+}  // namespace sparsebilevel

@@ -1,0 +1,54 @@
+// Line kernels for AVX2 with FMA: half a line in a register.
+#include "line_kernels.h"
+
+#ifdef SPARSEBILEVEL_X86
+#include <immintrin.h>
+
+SPARSEBILEVEL_BEGIN_AVX2
+namespace sparsebilevel {
+namespace {
+
+struct Vector {
+  using Type = __m256;
+  static constexpr int kWidth = 8, kMaxTile = 14;
+  static Type load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, Type v) { _mm256_storeu_ps(p, v); }
+  static Type zero() { return _mm256_setzero_ps(); }
+  static Type broadcast(float x) { return _mm256_set1_ps(x); }
+  static Type fma(Type a, Type b, Type c) { return _mm256_fmadd_ps(a, b, c); }
+  static Type add(Type a, Type b) { return _mm256_add_ps(a, b); }
+  static Type unpack_lo(Type a, Type b) { return _mm256_unpacklo_ps(a, b); }
+  static Type unpack_hi(Type a, Type b) { return _mm256_unpackhi_ps(a, b); }
+  static Type unpack_lo_pair(Type a, Type b) {
+    return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
+  }
+  static Type unpack_hi_pair(Type a, Type b) {
+    return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
+  }
+  static Type fold(const Type* v) {
+    return add(_mm256_permute2f128_ps(v[0], v[1], 0x20), _mm256_permute2f128_ps(v[0], v[1], 0x31));
+  }
+  static void transpose_groups(Type* v) {
+    const Type low = _mm256_permute2f128_ps(v[0], v[1], 0x20);
+    v[1] = _mm256_permute2f128_ps(v[0], v[1], 0x31);
+    v[0] = low;
+  }
+  static __m256i first(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static Type load_first(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
+  static void store_first(float* p, Type v, int n) { _mm256_maskstore_ps(p, first(n), v); }
+};
+
+#include "line_kernels_inc.h"
+
+}  // namespace
+
+const LineKernels& line_kernels_avx2() {
+  static const LineKernels table = make_table();
+  return table;
+}
+
+}  // namespace sparsebilevel
+SPARSEBILEVEL_END_ISA
+#endif

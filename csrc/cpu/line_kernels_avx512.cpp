@@ -1,0 +1,56 @@
+// Line kernels for AVX-512: a line is a register.
+#include "line_kernels.h"
+
+#ifdef SPARSEBILEVEL_X86
+#include <immintrin.h>
+
+SPARSEBILEVEL_BEGIN_AVX512
+namespace sparsebilevel {
+namespace {
+
+struct Vector {
+  using Type = __m512;
+  static constexpr int kWidth = 16, kMaxTile = 28;
+  static Type load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, Type v) { _mm512_storeu_ps(p, v); }
+  static Type zero() { return _mm512_setzero_ps(); }
+  static Type broadcast(float x) { return _mm512_set1_ps(x); }
+  static Type fma(Type a, Type b, Type c) { return _mm512_fmadd_ps(a, b, c); }
+  static Type add(Type a, Type b) { return _mm512_add_ps(a, b); }
+  static Type unpack_lo(Type a, Type b) { return _mm512_unpacklo_ps(a, b); }
+  static Type unpack_hi(Type a, Type b) { return _mm512_unpackhi_ps(a, b); }
+  static Type unpack_lo_pair(Type a, Type b) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  }
+  static Type unpack_hi_pair(Type a, Type b) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  }
+  static Type fold_two(Type a, Type b) {
+    return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+  static Type fold(const Type* v) { return fold_two(fold_two(v[0], v[1]), fold_two(v[2], v[3])); }
+  static void transpose_groups(Type* v) {
+    const Type ab_even = _mm512_shuffle_f32x4(v[0], v[1], 0x88), ab_odd = _mm512_shuffle_f32x4(v[0], v[1], 0xdd);
+    const Type cd_even = _mm512_shuffle_f32x4(v[2], v[3], 0x88), cd_odd = _mm512_shuffle_f32x4(v[2], v[3], 0xdd);
+    v[0] = _mm512_shuffle_f32x4(ab_even, cd_even, 0x88);
+    v[1] = _mm512_shuffle_f32x4(ab_odd, cd_odd, 0x88);
+    v[2] = _mm512_shuffle_f32x4(ab_even, cd_even, 0xdd);
+    v[3] = _mm512_shuffle_f32x4(ab_odd, cd_odd, 0xdd);
+  }
+  static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+  static Type load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+  static void store_first(float* p, Type v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
+};
+
+#include "line_kernels_inc.h"
+
+}  // namespace
+
+const LineKernels& line_kernels_avx512() {
+  static const LineKernels table = make_table();
+  return table;
+}
+
+}  // namespace sparsebilevel
+SPARSEBILEVEL_END_ISA
+#endif

@@ -1,0 +1,42 @@
+// Line kernels for any processor: groups of four lanes as the compiler's own vector type.
+#include "line_kernels.h"
+
+namespace sparsebilevel {
+namespace {
+
+struct Vector {
+  typedef float Type __attribute__((vector_size(16), aligned(4)));
+  typedef int32_t Index __attribute__((vector_size(16)));
+  static constexpr int kWidth = 4, kMaxTile = 12;
+  static Type load(const float* p) { return *reinterpret_cast<const Type*>(p); }
+  static void store(float* p, Type v) { *reinterpret_cast<Type*>(p) = v; }
+  static Type zero() { return Type{}; }
+  static Type broadcast(float x) { return Type{x, x, x, x}; }
+  static Type fma(Type a, Type b, Type c) { return a * b + c; }
+  static Type add(Type a, Type b) { return a + b; }
+  static Type unpack_lo(Type a, Type b) { return Type{a[0], b[0], a[1], b[1]}; }
+  static Type unpack_hi(Type a, Type b) { return Type{a[2], b[2], a[3], b[3]}; }
+  static Type unpack_lo_pair(Type a, Type b) { return Type{a[0], a[1], b[0], b[1]}; }
+  static Type unpack_hi_pair(Type a, Type b) { return Type{a[2], a[3], b[2], b[3]}; }
+  static Type fold(const Type* v) { return v[0]; }
+  static void transpose_groups(Type*) {}
+  static Type load_first(const float* p, int n) {
+    Type v = zero();
+    for (int i = 0; i < n; ++i) v[i] = p[i];
+    return v;
+  }
+  static void store_first(float* p, Type v, int n) {
+    for (int i = 0; i < n; ++i) p[i] = v[i];
+  }
+};
+
+#include "line_kernels_inc.h"
+
+}  // namespace
+
+const LineKernels& line_kernels_scalar() {
+  static const LineKernels table = make_table();
+  return table;
+}
+
+}  // namespace sparsebilevel

@@ -1,0 +1,511 @@
+// The convolution is cut into strips: a few pixel rows, at most eight columns wide, of one block of 16 images. For a
+// strip, the input planes are taken block by block; of each block, the lines that the next tile needs are packed into a
+// small buffer (with zeros beyond the edge), where every kernel tap is at a fixed offset, and all output planes are
+// updated from there: while a tile is worked on, its patch stays in the L1 cache. Packing also is the conversion: it
+// reads ordinary tensors, transposing on the way.
+#include "masked_conv2d.h"
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <stdexcept>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __linux__
+#include <unistd.h>
+#endif
+
+namespace sparsebilevel {
+namespace {
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t floor_divide(int64_t a, int64_t b) { return a >= 0 ? a / b : -divide_up(-a, b); }
+int64_t odd(int64_t n) { return n | 1; }  // planes an odd number of lines apart do not fall on the same cache sets
+
+struct Caches {
+  int64_t l1, l2;
+};
+
+const Caches& caches() {
+  static const Caches sizes = [] {
+    Caches c{0, 0};
+#if defined(__linux__) && defined(_SC_LEVEL1_DCACHE_SIZE)
+    c.l1 = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+    c.l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return Caches{c.l1 > 0 ? c.l1 : 32 << 10, c.l2 > 0 ? c.l2 : 512 << 10};
+  }();
+  return sizes;
+}
+
+// Memory of one thread, reused from call to call.
+class Scratch {
+ public:
+  float* floats(int64_t count) {
+    if (count > size_) {
+      data_.reset();
+      data_.reset(static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t{64})));
+      size_ = count;
+    }
+    return data_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
+  };
+  std::unique_ptr<float, Free> data_;
+  int64_t size_ = 0;
+};
+
+thread_local Scratch patch_scratch, tile_scratch;
+
+// Where a kernel tap reads: `shift` pixels further in the phase `phase` of a grid that takes every `step`-th pixel.
+struct Tap {
+  int64_t phase, shift;
+};
+
+Tap forward_tap(int64_t tap, int64_t stride, int64_t padding, int64_t dilation) {
+  const int64_t distance = tap * dilation - padding;
+  const int64_t shift = floor_divide(distance, stride);
+  return {distance - shift * stride, shift};
+}
+
+// The transposed direction: which phase of the input's gradient the tap contributes to, and from which output pixel.
+Tap backward_tap(int64_t tap, int64_t stride, int64_t padding, int64_t dilation) {
+  const Tap forward = forward_tap(tap, stride, padding, dilation);
+  return {forward.phase, -forward.shift};
+}
+
+Tiling choose_tiling(int64_t grid_h, int64_t grid_w, int64_t halo_h, int64_t halo_w, int64_t image_blocks,
+                     int64_t planes, double entries_per_plane_pair, int max_tile) {
+  constexpr int64_t kWide = 8, kGoodTile = 16;
+  Tiling t{};
+  t.tile_cols = static_cast<int>(divide_up(grid_w, divide_up(grid_w, kWide)));
+  t.tile_blocks = 1;
+  if (t.tile_cols <= kWide / 2) {
+    const int64_t wanted = grid_h == 1 ? std::min<int64_t>(kMaxTileLines, max_tile) : kWide;
+    t.tile_blocks = static_cast<int>(std::clamp<int64_t>(wanted / t.tile_cols, 1, std::max<int64_t>(image_blocks, 1)));
+  }
+  const int64_t lines = t.tile_cols * t.tile_blocks;
+  const int64_t good = std::min<int64_t>(kGoodTile, max_tile);
+  t.tile_rows = static_cast<int>(std::clamp<int64_t>(good / lines, 1, std::min<int64_t>(kMaxTileRows, grid_h)));
+  const int64_t strip = divide_up(grid_h, divide_up(grid_h, 8));
+  t.strip_rows = static_cast<int>(divide_up(strip, t.tile_rows) * t.tile_rows);
+
+  // As many planes as fit into L1; more of them if an output plane would find next to nothing to do in a block.
+  const int64_t window = (t.tile_rows + halo_h) * (t.tile_cols + halo_w) * t.tile_blocks * kLanes * sizeof(float);
+  int64_t block = std::max<int64_t>(4, (caches().l1 * 13 / 16 / window + 2) / 4 * 4);
+  const int64_t most = std::max(block, caches().l2 / 4 / window);
+  while (block < most && block * entries_per_plane_pair < 5) block += 4;
+  t.planes_per_block = static_cast<int>(std::min(block, std::max<int64_t>(planes, 1)));
+  return t;
+}
+
+}  // namespace
+
+// A rectangle of grid pixels, of image blocks [block, block + blocks).
+struct ConvPlan::Window {
+  int64_t row_begin, row_end, col_begin, col_end, block, blocks;
+};
+
+ConvPlan::ConvPlan(const ConvShape& shape, bool input_gradient, const int64_t* positions, int64_t count,
+                   int64_t images) {
+  build(shape, input_gradient, positions, count, images, nullptr);
+}
+
+ConvPlan::ConvPlan(const ConvShape& shape, bool input_gradient, const int64_t* positions, int64_t count,
+                   Tiling tiling) {
+  build(shape, input_gradient, positions, count, 0, &tiling);
+}
+
+void ConvPlan::build(const ConvShape& s, bool input_gradient, const int64_t* positions, int64_t count, int64_t images,
+                     const Tiling* tiling) {
+  const int64_t group_in = s.channels / s.groups, group_out = s.out_channels / s.groups;
+  const int64_t taps = s.kernel_h * s.kernel_w, fan_in = group_in * taps;
+  if (s.out_channels * fan_in > UINT32_MAX) throw std::length_error("a weight of more than 2^32 elements");
+  count_ = count;
+
+  // The two sides and the phases on the strided one.
+  Side input{s.channels, s.height, s.width, 1, 1, {{0, 0}}}, output{s.out_channels, s.out_height, s.out_width, 1, 1, {{0, 0}}};
+  input.step_h = s.stride_h;
+  input.step_w = s.stride_w;
+  const int64_t all_phases = s.stride_h * s.stride_w;
+  std::vector<int64_t> phase_of(all_phases, -1);  // index into input.phases
+  const auto tap_of = input_gradient ? backward_tap : forward_tap;
+  std::vector<Tap> row_taps(s.kernel_h), col_taps(s.kernel_w);
+  for (int64_t r = 0; r < s.kernel_h; ++r) row_taps[r] = tap_of(r, s.stride_h, s.padding_h, s.dilation_h);
+  for (int64_t c = 0; c < s.kernel_w; ++c) col_taps[c] = tap_of(c, s.stride_w, s.padding_w, s.dilation_w);
+  std::vector<bool> used(all_phases, input_gradient);  // a gradient is written (as zero) where no tap leads, too
+  for (const Tap& row : row_taps)
+    for (const Tap& col : col_taps) used[row.phase * s.stride_w + col.phase] = true;
+  input.phases.clear();
+  for (int64_t p = 0; p < all_phases; ++p) {
+    if (!used[p]) continue;
+    phase_of[p] = static_cast<int64_t>(input.phases.size());
+    input.phases.push_back({p / s.stride_w, p % s.stride_w});
+  }
+  in_ = input_gradient ? output : input;
+  out_ = input_gradient ? input : output;
+  grid_h_ = divide_up(out_.height, out_.step_h);
+  grid_w_ = divide_up(out_.width, out_.step_w);
+  const auto by_shift = [](const Tap& a, const Tap& b) { return a.shift < b.shift; };
+  const auto [low_row, high_row] = std::minmax_element(row_taps.begin(), row_taps.end(), by_shift);
+  const auto [low_col, high_col] = std::minmax_element(col_taps.begin(), col_taps.end(), by_shift);
+  min_row_shift_ = low_row->shift;
+  max_row_shift_ = high_row->shift;
+  min_col_shift_ = low_col->shift;
+  max_col_shift_ = high_col->shift;
+  const int64_t halo_h = max_row_shift_ - min_row_shift_, halo_w = max_col_shift_ - min_col_shift_;
+
+  int64_t real = 0;
+  for (int64_t i = 0; i < count; ++i) real += positions[i] >= 0;
+  const double pairs = static_cast<double>(in_.planes()) * static_cast<double>(out_.planes()) / s.groups;
+  tiling_ = tiling ? *tiling
+                   : choose_tiling(grid_h_, grid_w_, halo_h, halo_w, divide_up(images, kLanes), in_.planes(),
+                                   real / std::max(pairs, 1.0), line_kernels().max_tile);
+
+  // Blocks of planes; none spans two phases.
+  std::vector<int64_t> block_of(in_.planes());
+  for (size_t phase = 0; phase < in_.phases.size(); ++phase) {
+    const int64_t parts = divide_up(in_.channels, tiling_.planes_per_block);
+    const int64_t size = divide_up(divide_up(in_.channels, parts), 4) * 4;
+    for (int64_t c = 0; c < in_.channels; c += size) {
+      const int64_t first = static_cast<int64_t>(phase) * in_.channels + c;
+      blocks_.push_back({first, std::min(size, in_.channels - c), 0, 0});
+      for (int64_t p = first; p < first + blocks_.back().count; ++p)
+        block_of[p] = static_cast<int64_t>(blocks_.size()) - 1;
+    }
+  }
+
+  // Counting sort of the positions by (block, output plane); positions that ascend keep their order.
+  const int64_t out_planes = out_.planes(), line_row = (tiling_.tile_cols + halo_w) * tiling_.tile_blocks;
+  const int64_t line_plane = odd((tiling_.strip_rows + halo_h) * line_row);
+  struct Place {
+    int64_t out, in, memory;
+    const Tap *row, *col;
+  };
+  const auto place = [&](int64_t position) {
+    const int64_t o = position / fan_in, inner = position % fan_in;
+    const int64_t channel = o / group_out * group_in + inner / taps, tap = inner % taps;
+    const Tap &row = row_taps[tap / s.kernel_w], &col = col_taps[tap % s.kernel_w];
+    const int64_t plane = phase_of[row.phase * s.stride_w + col.phase] * s.channels + channel;
+    const int64_t memory = o * s.weight_strides[0] + inner / taps * s.weight_strides[1] +
+                           tap / s.kernel_w * s.weight_strides[2] + tap % s.kernel_w * s.weight_strides[3];
+    return input_gradient ? Place{plane, o, memory, &row, &col} : Place{o, plane, memory, &row, &col};
+  };
+  std::vector<uint32_t> starts(blocks_.size() * out_planes + 1, 0);
+  for (int64_t i = 0; i < count; ++i) {
+    if (positions[i] < 0) continue;
+    const Place at = place(positions[i]);
+    ++starts[block_of[at.in] * out_planes + at.out + 1];
+  }
+  for (size_t b = 0; b < blocks_.size(); ++b) {
+    blocks_[b].row_begin = static_cast<int64_t>(rows_.size());
+    for (int64_t o = 0; o < out_planes; ++o) {
+      const size_t bucket = b * out_planes + o;
+      const uint32_t begin = starts[bucket], entries = starts[bucket + 1];
+      starts[bucket + 1] += begin;
+      // The first block starts every sum, so it has a row for every plane.
+      if (entries > 0 || b == 0) rows_.push_back({static_cast<int32_t>(o), begin, begin + entries});
+    }
+    blocks_[b].row_end = static_cast<int64_t>(rows_.size());
+  }
+  offsets_.resize(real);
+  places_.resize(real);
+  sources_.resize(real);
+  for (int64_t i = 0; i < count; ++i) {
+    if (positions[i] < 0) continue;
+    const Place at = place(positions[i]);
+    const int64_t block = block_of[at.in], k = starts[block * out_planes + at.out]++;
+    const int64_t line = (at.in - blocks_[block].first) * line_plane + (at.row->shift - min_row_shift_) * line_row +
+                         (at.col->shift - min_col_shift_) * tiling_.tile_blocks;
+    if (line * kLanes * static_cast<int64_t>(sizeof(float)) > INT32_MAX) throw std::length_error("a kernel too large to pack");
+    offsets_[k] = static_cast<int32_t>(line * kLanes * sizeof(float));
+    places_[k] = static_cast<uint32_t>(at.memory);
+    sources_[k] = static_cast<uint32_t>(i);
+  }
+}
+
+// Packs `window` of planes [plane, plane + count) into lines [plane][row][col][image block].
+void ConvPlan::pack(const Maps& maps, const Side& side, int64_t plane, int64_t count, const Window& window,
+                    float* lines, int64_t line_plane, int64_t line_row) const {
+  const Phase& phase = side.phases[plane / side.channels];
+  const int64_t channel = plane % side.channels, tile_blocks = tiling_.tile_blocks;
+  const LineKernels& kernels = line_kernels();
+  // Columns that exist in the maps: phase.col + x * step in [0, width).
+  const int64_t cols = divide_up(side.width - phase.col, side.step_w), rows = divide_up(side.height - phase.row, side.step_h);
+  const int64_t left = std::clamp<int64_t>(0, window.col_begin, window.col_end);
+  const int64_t right = std::clamp<int64_t>(cols, left, window.col_end);
+  for (int64_t y = window.row_begin; y < window.row_end; ++y, lines += line_row * kLanes) {
+    const auto clear = [&](int64_t begin, int64_t end) {
+      kernels.copy(nullptr, 0, 0, lines + (begin - window.col_begin) * tile_blocks * kLanes, line_plane * kLanes, kLanes,
+                   count, (end - begin) * tile_blocks);
+    };
+    if (y < 0 || y >= rows || left == right) {
+      clear(window.col_begin, window.col_end);
+      continue;
+    }
+    if (window.col_begin < left) clear(window.col_begin, left);
+    if (right < window.col_end) clear(right, window.col_end);
+    for (int64_t b = 0; b < tile_blocks; ++b) {
+      const int64_t first_image = (window.block + b) * kLanes;
+      const int valid = static_cast<int>(std::clamp<int64_t>(maps.images - first_image, 0, kLanes));
+      float* to = lines + ((left - window.col_begin) * tile_blocks + b) * kLanes;
+      if (b >= window.blocks || valid == 0) {
+        kernels.copy(nullptr, 0, 0, to, line_plane * kLanes, tile_blocks * kLanes, count, right - left);
+        continue;
+      }
+      if (maps.lines) {
+        const float* from = maps.data + (((window.block + b) * side.channels + channel) * side.height + y * side.step_h + phase.row) * side.width * kLanes +
+                            (left * side.step_w + phase.col) * kLanes;
+        kernels.copy(from, side.height * side.width * kLanes, side.step_w * kLanes, to, line_plane * kLanes,
+                     tile_blocks * kLanes, count, right - left);
+        continue;
+      }
+      const int64_t step = side.step_w * maps.stride_w;
+      const float* from = maps.data + first_image * maps.stride_n + channel * maps.stride_c +
+                          (y * side.step_h + phase.row) * maps.stride_h + (left * side.step_w + phase.col) * maps.stride_w;
+      if (maps.stride_c == 1) {
+        for (int64_t x = 0; x < right - left; ++x)
+          kernels.load(from + x * step, maps.stride_n, valid, to + x * tile_blocks * kLanes, line_plane * kLanes, count);
+      } else if (step == 1) {
+        for (int64_t p = 0; p < count; ++p)
+          kernels.load(from + p * maps.stride_c, maps.stride_n, valid, to + p * line_plane * kLanes, tile_blocks * kLanes,
+               right - left);
+      } else {
+        for (int64_t p = 0; p < count; ++p)
+          for (int64_t x = 0; x < right - left; ++x)
+            kernels.load(from + p * maps.stride_c + x * step, maps.stride_n, valid,
+                 to + (p * line_plane + x * tile_blocks) * kLanes, 0, 1);
+      }
+    }
+  }
+}
+
+// The way back, for pixels that exist: from lines [plane][row][col][image block] to the maps.
+void ConvPlan::unpack(const Maps& maps, const Side& side, int64_t plane, int64_t count, const Window& window,
+                      const float* lines, int64_t line_plane, int64_t line_row) const {
+  const Phase& phase = side.phases[plane / side.channels];
+  const int64_t channel = plane % side.channels, tile_blocks = tiling_.tile_blocks;
+  const LineKernels& kernels = line_kernels();
+  const int64_t cols = std::min(window.col_end, divide_up(side.width - phase.col, side.step_w)) - window.col_begin;
+  const int64_t rows = std::min(window.row_end, divide_up(side.height - phase.row, side.step_h));
+  const int64_t step = side.step_w * maps.stride_w;
+  for (int64_t y = window.row_begin; y < rows; ++y, lines += line_row * kLanes) {
+    for (int64_t b = 0; b < window.blocks; ++b) {
+      const int64_t first_image = (window.block + b) * kLanes;
+      const int valid = static_cast<int>(std::min<int64_t>(maps.images - first_image, kLanes));
+      const float* from = lines + b * kLanes;
+      const int64_t map_row = y * side.step_h + phase.row, map_col = window.col_begin * side.step_w + phase.col;
+      if (maps.lines) {
+        float* to = maps.data + (((window.block + b) * side.channels + channel) * side.height + map_row) * side.width * kLanes + map_col * kLanes;
+        kernels.copy(from, line_plane * kLanes, tile_blocks * kLanes, to, side.height * side.width * kLanes,
+                     side.step_w * kLanes, count, cols);
+        continue;
+      }
+      float* to = maps.data + first_image * maps.stride_n + channel * maps.stride_c + map_row * maps.stride_h + map_col * maps.stride_w;
+      if (maps.stride_c == 1) {
+        for (int64_t x = 0; x < cols; ++x)
+          kernels.store(from + x * tile_blocks * kLanes, line_plane * kLanes, to + x * step, maps.stride_n, valid, count);
+      } else if (step == 1) {
+        for (int64_t p = 0; p < count; ++p)
+          kernels.store(from + p * line_plane * kLanes, tile_blocks * kLanes, to + p * maps.stride_c, maps.stride_n, valid,
+                cols);
+      } else {
+        for (int64_t p = 0; p < count; ++p)
+          for (int64_t x = 0; x < cols; ++x)
+            kernels.store(from + (p * line_plane + x * tile_blocks) * kLanes, 0, to + p * maps.stride_c + x * step,
+                  maps.stride_n, valid, 1);
+      }
+    }
+  }
+}
+
+// Output planes that one thread takes through all blocks of a strip: as many as keep the strip's sums in half of L2
+// (what they read is packed again for every chunk), fewer if there would not be work for every thread.
+int64_t ConvPlan::chunk_rows(int64_t strips, int threads) const {
+  const int64_t planes = out_.planes();
+  const int64_t strip = int64_t{tiling_.strip_rows} * tiling_.tile_cols * tiling_.tile_blocks * kLanes * sizeof(float);
+  int64_t chunks = divide_up(planes * strip, std::max<int64_t>(caches().l2 / 2, strip));
+  while (threads > 1 && strips * chunks < 4 * threads && planes / (chunks + 1) >= 16) ++chunks;
+  return divide_up(divide_up(planes, chunks), 4) * 4;
+}
+
+// Calls visit(phase-pure part of planes [first, last)).
+template <typename Visit>
+static void for_each_part(int64_t first, int64_t last, int64_t channels, Visit visit) {
+  while (first < last) {
+    const int64_t end = std::min(last, (first / channels + 1) * channels);
+    visit(first, end - first);
+    first = end;
+  }
+}
+
+void ConvPlan::forward(const float* weight, const Maps& in, const Maps& out, const float* bias, bool accumulate,
+                       int threads) const {
+  const LineKernels& kernels = line_kernels();
+  const int64_t images = in.images, image_blocks = divide_up(images, kLanes);
+  const int64_t groups = divide_up(image_blocks, tiling_.tile_blocks);
+  const int64_t strips_h = divide_up(grid_h_, tiling_.strip_rows), strips_w = divide_up(grid_w_, tiling_.tile_cols);
+  const int64_t strips = groups * strips_h * strips_w, chunk = chunk_rows(strips, threads);
+  const int64_t chunks = divide_up(out_.planes(), chunk), items = strips * chunks;
+  const int64_t halo_h = max_row_shift_ - min_row_shift_, halo_w = max_col_shift_ - min_col_shift_;
+  const int64_t line_row = (tiling_.tile_cols + halo_w) * tiling_.tile_blocks;
+  const int64_t line_plane = odd((tiling_.strip_rows + halo_h) * line_row);
+  const int64_t tile_row = tiling_.tile_cols * tiling_.tile_blocks, tile_plane = odd(tiling_.strip_rows * tile_row);
+  // Sums can be formed where they belong if the output is made of lines, pixel after pixel.
+  const bool direct = out.lines && out_.step_h == 1 && out_.step_w == 1 && tiling_.tile_blocks == 1;
+  int64_t most_planes = 0;
+  for (const PlaneBlock& block : blocks_) most_planes = std::max(most_planes, block.count);
+
+  const int64_t entries = non_zeros();
+  std::unique_ptr<float[]> values(new float[std::max<int64_t>(entries, 1)]);
+#pragma omp parallel num_threads(std::max(threads, 1))
+  {
+#pragma omp for schedule(static)
+    for (int64_t k = 0; k < entries; ++k) values[k] = weight[places_[k]];
+    float* patch = patch_scratch.floats(most_planes * line_plane * kLanes);
+    float* sums = direct ? nullptr : tile_scratch.floats(chunk * tile_plane * kLanes);
+    // Consecutive items share their images, and a thread takes consecutive items: so the thread that writes a line is
+    // likely to be the one that reads it in the next layer.
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < items; ++item) {
+      const int64_t first_out = item % chunks * chunk, last_out = std::min(first_out + chunk, out_.planes());
+      const int64_t strip = item / chunks, group = strip / (strips_h * strips_w);
+      const int64_t row = strip / strips_w % strips_h * tiling_.strip_rows, col = strip % strips_w * tiling_.tile_cols;
+      const int64_t row_end = std::min<int64_t>(row + tiling_.strip_rows, grid_h_);
+      const int64_t width = std::min<int64_t>(tiling_.tile_cols, grid_w_ - col);
+      const int64_t lines = width * tiling_.tile_blocks, image_block = group * tiling_.tile_blocks;
+      Window window{0, 0, col + min_col_shift_, col + width + max_col_shift_, image_block,
+                    std::min<int64_t>(tiling_.tile_blocks, image_blocks - image_block)};
+      for (const PlaneBlock& block : blocks_) {
+        const auto before = [](const EntryRow& r, int64_t o) { return r.out < o; };
+        const EntryRow* rows_end = rows_.data() + block.row_end;
+        const EntryRow* begin = std::lower_bound(rows_.data() + block.row_begin, rows_end, first_out, before);
+        const EntryRow* end = std::lower_bound(begin, rows_end, last_out, before);
+        if (begin == end) continue;
+        const bool first = &block == blocks_.data() && !accumulate;
+        window.row_end = row + min_row_shift_;
+        for (int64_t y = row, next; y < row_end; y = next) {
+          next = std::min<int64_t>(y + tiling_.tile_rows, row_end);
+          window.row_begin = window.row_end;
+          window.row_end = next + max_row_shift_;
+          pack(in, in_, block.first, block.count, window,
+               patch + (window.row_begin - row - min_row_shift_) * line_row * kLanes, line_plane, line_row);
+          Tile tile;
+          if (direct) {
+            tile.plane = out_.height * out_.width * kLanes;
+            tile.pitch = out_.width * kLanes;
+            tile.lines = out.data + image_block * out_.channels * tile.plane + y * tile.pitch + col * kLanes;
+          } else {
+            tile.plane = tile_plane * kLanes;
+            tile.pitch = tile_row * kLanes;
+            tile.lines = sums - first_out * tile.plane + (y - row) * tile.pitch;
+          }
+          const Patch from{patch + (y - row) * line_row * kLanes, line_row * kLanes * static_cast<int64_t>(sizeof(float))};
+          kernels.forward[next - y][lines](offsets_.data(), values.get(), begin, end, from, tile, bias, first);
+        }
+      }
+      if (!direct) {
+        const Window written{row, row_end, col, col + width, image_block, window.blocks};
+        for_each_part(first_out, last_out, out_.channels, [&](int64_t plane, int64_t count) {
+          unpack(out, out_, plane, count, written, sums + (plane - first_out) * tile_plane * kLanes, tile_plane,
+                 tile_row);
+        });
+      }
+    }
+  }
+}
+
+void ConvPlan::weight_grad(const Maps& in, const Maps& grad_out, float* grads, bool scatter,
+                           int threads) const {
+  const LineKernels& kernels = line_kernels();
+  const int64_t images = in.images, image_blocks = divide_up(images, kLanes);
+  const int64_t groups = divide_up(image_blocks, tiling_.tile_blocks);
+  const int64_t strips_h = divide_up(grid_h_, tiling_.strip_rows), strips_w = divide_up(grid_w_, tiling_.tile_cols);
+  const int64_t strips = groups * strips_h * strips_w;
+  const int64_t halo_h = max_row_shift_ - min_row_shift_, halo_w = max_col_shift_ - min_col_shift_;
+  const int64_t line_row = (tiling_.tile_cols + halo_w) * tiling_.tile_blocks;
+  const int64_t line_plane = odd((tiling_.strip_rows + halo_h) * line_row);
+  const int64_t tile_row = tiling_.tile_cols * tiling_.tile_blocks, tile_plane = odd(tiling_.strip_rows * tile_row);
+  const bool direct = grad_out.lines && tiling_.tile_blocks == 1;
+  int64_t most_planes = 0;
+  for (const PlaneBlock& block : blocks_) most_planes = std::max(most_planes, block.count);
+
+  // The strips are summed in parts, each on its own, and the parts in their order: how many there are must not depend
+  // on the number of threads. Within a part the output planes can be shared out freely.
+  const int64_t entries = non_zeros();
+  const int64_t parts = std::clamp<int64_t>((1 << 19) / std::max<int64_t>(entries, 1), 1, std::min<int64_t>(strips, 16));
+  const int64_t chunk = chunk_rows(parts, threads), chunks = divide_up(out_.planes(), chunk);
+  std::unique_ptr<float[]> sums(new float[std::max<int64_t>(parts * entries, 1)]);
+#pragma omp parallel num_threads(std::max(threads, 1))
+  {
+    float* patch = patch_scratch.floats(most_planes * line_plane * kLanes);
+    float* tiles = direct ? nullptr : tile_scratch.floats(chunk * tile_plane * kLanes);
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < parts * chunks; ++task) {
+      const int64_t part = task / chunks, first_out = task % chunks * chunk;
+      const int64_t last_out = std::min(first_out + chunk, out_.planes());
+      float* part_sums = sums.get() + part * entries;
+      const auto before = [](const EntryRow& r, int64_t o) { return r.out < o; };
+      for (const PlaneBlock& block : blocks_) {
+        const EntryRow* rows_end = rows_.data() + block.row_end;
+        const EntryRow* begin = std::lower_bound(rows_.data() + block.row_begin, rows_end, first_out, before);
+        const EntryRow* end = std::lower_bound(begin, rows_end, last_out, before);
+        if (begin != end) std::fill(part_sums + begin->begin, part_sums + (end - 1)->end, 0.0f);
+      }
+      for (int64_t strip = strips * part / parts; strip < strips * (part + 1) / parts; ++strip) {
+        const int64_t group = strip / (strips_h * strips_w);
+        const int64_t row = strip / strips_w % strips_h * tiling_.strip_rows, col = strip % strips_w * tiling_.tile_cols;
+        const int64_t row_end = std::min<int64_t>(row + tiling_.strip_rows, grid_h_);
+        const int64_t width = std::min<int64_t>(tiling_.tile_cols, grid_w_ - col);
+        const int64_t lines = width * tiling_.tile_blocks, image_block = group * tiling_.tile_blocks;
+        Window window{row, row_end, col, col + width, image_block,
+                      std::min<int64_t>(tiling_.tile_blocks, image_blocks - image_block)};
+        if (!direct)
+          pack(grad_out, out_, first_out, last_out - first_out, window, tiles, tile_plane, tile_row);
+        window.col_begin = col + min_col_shift_;
+        window.col_end = col + width + max_col_shift_;
+        for (const PlaneBlock& block : blocks_) {
+          const EntryRow* rows_end = rows_.data() + block.row_end;
+          const EntryRow* begin = std::lower_bound(rows_.data() + block.row_begin, rows_end, first_out, before);
+          const EntryRow* end = std::lower_bound(begin, rows_end, last_out, before);
+          if (begin == end || begin->begin == (end - 1)->end) continue;
+          window.row_end = row + min_row_shift_;
+          for (int64_t y = row, next; y < row_end; y = next) {
+            next = std::min<int64_t>(y + tiling_.tile_rows, row_end);
+            window.row_begin = window.row_end;
+            window.row_end = next + max_row_shift_;
+            pack(in, in_, block.first, block.count, window,
+                 patch + (window.row_begin - row - min_row_shift_) * line_row * kLanes, line_plane, line_row);
+            Tile tile;
+            if (direct) {
+              tile.plane = out_.height * out_.width * kLanes;
+              tile.pitch = out_.width * kLanes;
+              tile.lines = grad_out.data + image_block * out_.channels * tile.plane + y * tile.pitch + col * kLanes;
+            } else {
+              tile.plane = tile_plane * kLanes;
+              tile.pitch = tile_row * kLanes;
+              tile.lines = tiles - first_out * tile.plane + (y - row) * tile.pitch;
+            }
+            const Patch from{patch + (y - row) * line_row * kLanes, line_row * kLanes * static_cast<int64_t>(sizeof(float))};
+            kernels.weight_grad[next - y][lines](offsets_.data(), begin, end, from, tile, part_sums);
+          }
+        }
+      }
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < (scatter ? 0 : count_); ++i) grads[i] = 0.0f;  // padding
+#pragma omp for schedule(static)
+    for (int64_t k = 0; k < entries; ++k) {
+      float sum = 0;
+      for (int64_t part = 0; part < parts; ++part) sum += sums[part * entries + k];
+      grads[scatter ? places_[k] : sources_[k]] = sum;
+    }
+  }
+}
+
+}  // namespace sparsebilevel

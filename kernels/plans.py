@@ -1,0 +1,181 @@
+"""The sparse CPU kernels as Python calls: convolutions over the non-zeros of a mask (csrc/cpu/masked_conv2d.h).
+
+A *plan* holds the index lists of one mask for one pass and shape. Building it takes time linear in the non-zeros, so
+plans are kept, and found again by the mask's content: a mask that was changed in any way whatever, in place, by loading
+or by the garbage collector's reuse of its memory, never meets an old plan. The comparison reads one byte a weight.
+
+A linear layer is a 1x1 convolution on 1x1 maps.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import native
+from .reference import gather_support
+
+_LANES = 16  # images of a block, see csrc/cpu/line_kernels.h
+
+
+class Geometry(NamedTuple):
+    """What a convolution is, beside its operands."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def output_size(self, input_size: Sequence[int], kernel_size: Sequence[int]) -> tuple[int, int]:
+        """``[P, Q]`` for maps of ``[H, W]``."""
+        height, width = (
+            (size + 2 * p - d * (k - 1) - 1) // s + 1
+            for size, k, s, p, d in zip(input_size, kernel_size, self.stride, self.padding, self.dilation, strict=True)
+        )
+        return height, width
+
+
+class Support:
+    """Sorted flat positions of a weight, and the plans made for them."""
+
+    def __init__(self, positions: Tensor) -> None:
+        self.positions = positions
+        self._plans: dict[tuple, Any] = {}
+
+    def plan(self, input_gradient: bool, maps: Tensor, weight: Tensor, geometry: Geometry) -> Any:
+        """Plan for input maps ``[B, C, H, W]`` of the forward pass; the gradient's runs the other way."""
+        images, channels, *size = maps.shape
+        # The number of images is only a matter of how the work is cut up.
+        key = (input_gradient, -(-images // _LANES), channels, *size, geometry, weight.stride(), native.lib.isa())
+        plan = self._plans.get(key)
+        if plan is None:
+            out_size = geometry.output_size(size, weight.shape[2:])
+            shape = [channels, *size, weight.shape[0], *out_size, *weight.shape[2:]]
+            shape += [*geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups, *weight.stride()]
+            positions = self.positions
+            plan = native.lib.ConvPlan(shape, input_gradient, positions.data_ptr(), positions.numel(), images)
+            self._plans[key] = plan
+        return plan
+
+
+class LearningSupport(Support):
+    """Active weights together with positions of a search space, sorted.
+
+    Attributes:
+        wanted: int64 ``[capacity]``, where each position of the search space is in ``positions``; -1 is padding.
+        active: bool, which of ``positions`` are active.
+    """
+
+    def __init__(self, active: Tensor, search: Tensor) -> None:
+        positions = torch.cat([active, search[search >= 0]]).unique()
+        super().__init__(positions)
+        self.wanted = torch.where(search >= 0, torch.searchsorted(positions, search), -1)
+        self.active = torch.isin(positions, active)
+
+
+class _Memory:
+    """Supports by the content of the tensors that they were made from, the least recently used forgotten."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._kept: OrderedDict[tuple, tuple[tuple[Tensor, ...], Any]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, make: Any, *tensors: Tensor) -> Any:
+        # The address only says where to look.
+        key = (make, *((t.data_ptr(), t.shape) for t in tensors))
+        with self._lock:
+            kept = self._kept.get(key)
+            if kept is not None and all(map(torch.equal, kept[0], tensors)):
+                self._kept.move_to_end(key)
+                return kept[1]
+        made = make(*tensors)
+        with self._lock:
+            self._kept[key] = tuple(t.clone() for t in tensors), made
+            while len(self._kept) > self._capacity:
+                self._kept.popitem(last=False)
+        return made
+
+
+_memory = _Memory(capacity=4096)
+
+
+def _active(mask: Tensor) -> Support:
+    return Support(mask.reshape(-1).nonzero().squeeze(1))
+
+
+def _learning(mask: Tensor, positions: Tensor) -> LearningSupport:
+    return LearningSupport(active_support(mask).positions, positions)
+
+
+def active_support(mask: Tensor) -> Support:
+    """Where ``mask`` (bool) is True."""
+    return _memory.find(_active, mask)
+
+
+def learning_support(mask: Tensor, positions: Tensor) -> LearningSupport:
+    """Where ``mask`` is True, and at ``positions`` (int64 ``[capacity]``, negative = padding)."""
+    return _memory.find(_learning, mask, positions)
+
+
+def _is_fast(maps: Tensor, step: int) -> bool:
+    """Channels or, if no pixel is passed over, columns are next to each other: what kernels transpose on the way."""
+    return maps.stride(1) == 1 or (maps.stride(3) == 1 and step == 1)
+
+
+def _readable(maps: Tensor, step: int = 1) -> Tensor:
+    return maps if _is_fast(maps, step) else maps.contiguous(memory_format=torch.channels_last)
+
+
+def _maps(tensor: Tensor) -> tuple:
+    return (tensor.data_ptr(), tensor.shape[0], *tensor.stride(), False)
+
+
+def conv2d(
+    input: Tensor, weight: Tensor, support: Support, bias: Tensor | None, geometry: Geometry, output: Tensor
+) -> Tensor:
+    """Convolution with ``weight`` at ``support``, zero elsewhere, written into ``output``. Float32, any strides."""
+    plan = support.plan(False, input, weight, geometry)
+    input = _readable(input, geometry.stride[1])
+    bias = None if bias is None else bias.contiguous()
+    address = 0 if bias is None else bias.data_ptr()
+    plan.forward(weight.data_ptr(), _maps(input), _maps(output), address, False, torch.get_num_threads())
+    return output
+
+
+def conv2d_input_grad(
+    grad_output: Tensor, weight: Tensor, support: Support, geometry: Geometry, grad_input: Tensor
+) -> Tensor:
+    """Gradient of the input ``[B, C, H, W]``, written into ``grad_input``."""
+    plan = support.plan(True, grad_input, weight, geometry)
+    grad_output = _readable(grad_output)
+    result = grad_input
+    if not _is_fast(result, geometry.stride[1]):
+        result = torch.empty_like(grad_input, memory_format=torch.channels_last)
+    plan.forward(weight.data_ptr(), _maps(grad_output), _maps(result), 0, False, torch.get_num_threads())
+    return grad_input if result is grad_input else grad_input.copy_(result)
+
+
+def conv2d_weight_grad(
+    input: Tensor, grad_output: Tensor, weight: Tensor, mask: Tensor, positions: Tensor | None, geometry: Geometry
+) -> tuple[Tensor, Tensor | None]:
+    """``m * G`` as a dense tensor, and ``G`` at ``positions`` (int64 ``[capacity]``, negative = padding) if given."""
+    threads = torch.get_num_threads()
+    input, grad_output = _readable(input, geometry.stride[1]), _readable(grad_output)
+    maps = _maps(input), _maps(grad_output)
+    if positions is None:
+        grad_weight = torch.zeros_like(weight)
+        plan = active_support(mask).plan(False, input, weight, geometry)
+        plan.weight_grad(*maps, grad_weight.data_ptr(), True, threads)
+        return grad_weight, None
+    support = learning_support(mask, positions)
+    grads = input.new_empty(support.positions.numel())
+    support.plan(False, input, weight, geometry).weight_grad(*maps, grads.data_ptr(), False, threads)
+    dense = torch.zeros(weight.shape)
+    dense.view(-1)[support.positions] = torch.where(support.active, grads, 0)
+    return dense, gather_support(grads, support.wanted)
