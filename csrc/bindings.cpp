@@ -1,19 +1,25 @@
 // The table of contents: every function that Python can call. Tensors arrive as addresses and sizes, checked by
 // kernels/*.py; thread counts are passed in, and the GIL is released while a kernel runs. This is the only file that
 // sees Python, so a new Python or pybind11 recompiles nothing else.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <tuple>
+#include <variant>
 
 #include "build_info.h"
+#include "cpu/batch_norm.h"
 #include "cpu/binarize.h"
 #include "cpu/isa.h"
+#include "cpu/lines.h"
 #include "cpu/masked_conv2d.h"
+#include "cpu/pool.h"
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -36,12 +42,25 @@ int openmp_max_threads() {
 #endif
 }
 
-// Maps cross the border as (address, images, stride_n, stride_c, stride_h, stride_w, lines).
-using MapsArguments = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool>;
+// Maps cross the border as (address, images, (stride_n, stride_c, stride_h, stride_w)), or in lines as
+// (address, images, None) or (address, images, (scale, shift, relu)).
+using Strides = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+using Affine = std::tuple<uintptr_t, uintptr_t, bool>;
+using MapsArguments = std::tuple<uintptr_t, int64_t, std::variant<std::monostate, Affine, Strides>>;
 
 Maps maps(const MapsArguments& a) {
-  const auto [data, images, n, c, h, w, lines] = a;
-  return {pointer<float>(data), images, n, c, h, w, lines};
+  const auto& [data, images, rest] = a;
+  Maps maps{pointer<float>(data), images, 0, 0, 0, 0, true};
+  if (const auto* affine = std::get_if<Affine>(&rest)) {
+    const auto [scale, shift, relu] = *affine;
+    maps.scale = pointer<const float>(scale);
+    maps.shift = pointer<const float>(shift);
+    maps.relu = relu;
+  } else if (const auto* strides = std::get_if<Strides>(&rest)) {
+    std::tie(maps.stride_n, maps.stride_c, maps.stride_h, maps.stride_w) = *strides;
+    maps.lines = false;
+  }
+  return maps;
 }
 
 }  // namespace
@@ -99,4 +118,70 @@ PYBIND11_MODULE(_C, m) {
         const Tiling& t = plan.tiling();
         return std::array<int, 5>{t.tile_rows, t.tile_cols, t.tile_blocks, t.strip_rows, t.planes_per_block};
       });
+
+  m.def(
+      "batch_norm_terms",
+      [](const std::array<int64_t, 3>& shape, uintptr_t lines, uintptr_t weight, uintptr_t bias, double epsilon,
+         uintptr_t running_mean, uintptr_t running_variance, double momentum, uintptr_t terms, int threads) {
+        auto* t = pointer<float>(terms);  // [4, channels]
+        const int64_t n = shape[1];
+        batch_norm_terms({shape[0], n, shape[2]}, pointer<const float>(lines), pointer<const float>(weight),
+                         pointer<const float>(bias), epsilon, pointer<float>(running_mean),
+                         pointer<float>(running_variance), momentum, {t, t + n, t + 2 * n, t + 3 * n}, threads);
+      },
+      py::arg("shape"), py::arg("lines"), py::arg("weight"), py::arg("bias"), py::arg("epsilon"),
+      py::arg("running_mean"), py::arg("running_variance"), py::arg("momentum"), py::arg("terms"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "batch_norm_forward",
+      [](const std::array<int64_t, 3>& shape, uintptr_t lines, uintptr_t residual, uintptr_t scale, uintptr_t shift,
+         bool relu, uintptr_t out, int threads) {
+        batch_norm_forward({shape[0], shape[1], shape[2]}, pointer<const float>(lines), pointer<const float>(residual),
+                           pointer<const float>(scale), pointer<const float>(shift), relu, pointer<float>(out), threads);
+      },
+      py::arg("shape"), py::arg("lines"), py::arg("residual"), py::arg("scale"), py::arg("shift"), py::arg("relu"),
+      py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "batch_norm_backward",
+      [](const std::array<int64_t, 3>& shape, uintptr_t grad, uintptr_t lines, uintptr_t activation, uintptr_t scale,
+         uintptr_t shift, uintptr_t mean, uintptr_t inverse, bool relu, bool training, uintptr_t grad_lines,
+         uintptr_t grad_residual, uintptr_t grad_weight, uintptr_t grad_bias, int threads) {
+        batch_norm_backward({shape[0], shape[1], shape[2]}, pointer<const float>(grad), pointer<const float>(lines),
+                            pointer<const float>(activation), pointer<const float>(scale), pointer<const float>(shift),
+                            pointer<const float>(mean), pointer<const float>(inverse), relu, training,
+                            pointer<float>(grad_lines), pointer<float>(grad_residual), pointer<float>(grad_weight),
+                            pointer<float>(grad_bias), threads);
+      },
+      py::arg("shape"), py::arg("grad"), py::arg("lines"), py::arg("activation"), py::arg("scale"), py::arg("shift"),
+      py::arg("mean"), py::arg("inverse"), py::arg("relu"), py::arg("training"), py::arg("grad_lines"),
+      py::arg("grad_residual"), py::arg("grad_weight"), py::arg("grad_bias"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "to_lines",
+      [](const MapsArguments& from, const std::array<int64_t, 3>& s, uintptr_t lines, int threads) {
+        to_lines(maps(from), s[0], s[1], s[2], pointer<float>(lines), threads);
+      },
+      py::arg("maps"), py::arg("shape"), py::arg("lines"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "from_lines",
+      [](uintptr_t lines, const MapsArguments& to, const std::array<int64_t, 3>& s, int threads) {
+        from_lines(pointer<const float>(lines), maps(to), s[0], s[1], s[2], threads);
+      },
+      py::arg("lines"), py::arg("maps"), py::arg("shape"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+
+  // A writable float32 array of `count` elements from the pool, which gets it back when the last reference is gone.
+  m.def("pool_array", [](int64_t count) {
+    auto* memory = static_cast<float*>(pool_allocate(count * static_cast<int64_t>(sizeof(float))));
+    return py::array_t<float>(count, memory, py::capsule(memory, [](void* p) { pool_free(p); }));
+  });
+  m.def("pool_release", &pool_release);
+  m.def("pool_in_use", &pool_in_use);
+  m.def("pool_waiting", &pool_waiting);
+
+  m.def("same_bytes", [](uintptr_t a, uintptr_t b, int64_t count) {
+    return std::memcmp(pointer<const char>(a), pointer<const char>(b), count) == 0;
+  });
 }

@@ -96,8 +96,10 @@ def _choose(
     return Backend("sparse", f"sparse CPU kernel, {native.isa()}", ratio)
 
 
-def sparse_support(op: str, input: Tensor, weight: Tensor, mask: Tensor, stride: int = 1) -> Support | None:
-    """Support of ``mask`` if the sparse kernels take this op (batch first), else None."""
+def sparse_support(
+    op: str, input: Tensor, weight: Tensor, mask: Tensor, stride: int = 1, images: int | None = None
+) -> Support | None:
+    """Support of ``mask`` if the sparse kernels take this op on so many ``images`` (by default the first size)."""
     if input.device.type != "cpu" or not native.available() or not input.numel() or not mask.numel():
         return None
     if input.dtype != torch.float32 or weight.dtype != torch.float32:
@@ -110,6 +112,6 @@ def sparse_support(op: str, input: Tensor, weight: Tensor, mask: Tensor, stride:
         weight.device,
         support.positions.numel(),
         stride=stride,
-        images=input.shape[0],
+        images=input.shape[0] if images is None else images,
     )
     return support if chosen.name == "sparse" else None

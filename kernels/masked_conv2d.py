@@ -109,7 +109,7 @@ def _masked_conv2d_backward(
         if wanted.grad and not wanted.scores and not (wanted.sink and positions is None):
             learning = positions if wanted.sink else None
             grads["weight"], grads["sink"] = plans.conv2d_weight_grad(
-                input, grad_output, weight, mask, learning, geometry
+                input, grad_output, weight, support, mask, learning, geometry
             )
         if wanted.bias:
             grads["bias"] = grad_output.sum((0, 2, 3))

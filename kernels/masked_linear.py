@@ -78,7 +78,7 @@ def _masked_linear_backward(
         if wanted.grad and not wanted.scores and not (wanted.sink and positions is None):
             learning = positions if wanted.sink else None
             grad_weight, grads["sink"] = plans.conv2d_weight_grad(
-                _maps(rows), _maps(grad_rows), _maps(weight), _maps(mask), learning, Geometry()
+                _maps(rows), _maps(grad_rows), _maps(weight), support, _maps(mask), learning, Geometry()
             )
             grads["weight"] = grad_weight.view(weight.shape)
     missing = Needs(*(need and name not in grads for name, need in zip(Needs._fields, wanted, strict=True)))

@@ -47,9 +47,9 @@ class Support:
         self.positions = positions
         self._plans: dict[tuple, Any] = {}
 
-    def plan(self, input_gradient: bool, maps: Tensor, weight: Tensor, geometry: Geometry) -> Any:
-        """Plan for input maps ``[B, C, H, W]`` of the forward pass; the gradient's runs the other way."""
-        images, channels, *size = maps.shape
+    def plan(self, input_gradient: bool, maps: Sequence[int], weight: Tensor, geometry: Geometry) -> Any:
+        """Plan for input maps of shape ``[B, C, H, W]`` in the forward pass; the gradient's runs the other way."""
+        images, channels, *size = maps
         # The number of images is only a matter of how the work is cut up.
         key = (input_gradient, -(-images // _LANES), channels, *size, geometry, weight.stride(), native.lib.isa())
         plan = self._plans.get(key)
@@ -78,6 +78,13 @@ class LearningSupport(Support):
         self.active = torch.isin(positions, active)
 
 
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """torch.equal of tensors of one shape and type, but faster where that is possible."""
+    if a.stride() == b.stride() and (a.is_contiguous() or a.is_contiguous(memory_format=torch.channels_last)):
+        return native.lib.same_bytes(a.data_ptr(), b.data_ptr(), a.numel() * a.element_size())
+    return torch.equal(a, b)
+
+
 class _Memory:
     """Supports by the content of the tensors that they were made from, the least recently used forgotten."""
 
@@ -88,10 +95,10 @@ class _Memory:
 
     def find(self, make: Any, *tensors: Tensor) -> Any:
         # The address only says where to look.
-        key = (make, *((t.data_ptr(), t.shape) for t in tensors))
+        key = (make, *((t.data_ptr(), t.shape, t.dtype) for t in tensors))
         with self._lock:
             kept = self._kept.get(key)
-            if kept is not None and all(map(torch.equal, kept[0], tensors)):
+            if kept is not None and all(map(_equal, kept[0], tensors)):
                 self._kept.move_to_end(key)
                 return kept[1]
         made = make(*tensors)
@@ -133,14 +140,14 @@ def _readable(maps: Tensor, step: int = 1) -> Tensor:
 
 
 def _maps(tensor: Tensor) -> tuple:
-    return (tensor.data_ptr(), tensor.shape[0], *tensor.stride(), False)
+    return tensor.data_ptr(), tensor.shape[0], tensor.stride()
 
 
 def conv2d(
     input: Tensor, weight: Tensor, support: Support, bias: Tensor | None, geometry: Geometry, output: Tensor
 ) -> Tensor:
     """Convolution with ``weight`` at ``support``, zero elsewhere, written into ``output``. Float32, any strides."""
-    plan = support.plan(False, input, weight, geometry)
+    plan = support.plan(False, input.shape, weight, geometry)
     input = _readable(input, geometry.stride[1])
     bias = None if bias is None else bias.contiguous()
     address = 0 if bias is None else bias.data_ptr()
@@ -152,7 +159,7 @@ def conv2d_input_grad(
     grad_output: Tensor, weight: Tensor, support: Support, geometry: Geometry, grad_input: Tensor
 ) -> Tensor:
     """Gradient of the input ``[B, C, H, W]``, written into ``grad_input``."""
-    plan = support.plan(True, grad_input, weight, geometry)
+    plan = support.plan(True, grad_input.shape, weight, geometry)
     grad_output = _readable(grad_output)
     result = grad_input
     if not _is_fast(result, geometry.stride[1]):
@@ -162,20 +169,41 @@ def conv2d_input_grad(
 
 
 def conv2d_weight_grad(
-    input: Tensor, grad_output: Tensor, weight: Tensor, mask: Tensor, positions: Tensor | None, geometry: Geometry
+    input: Tensor,
+    grad_output: Tensor,
+    weight: Tensor,
+    support: Support,
+    mask: Tensor,
+    positions: Tensor | None,
+    geometry: Geometry,
 ) -> tuple[Tensor, Tensor | None]:
     """``m * G`` as a dense tensor, and ``G`` at ``positions`` (int64 ``[capacity]``, negative = padding) if given."""
-    threads = torch.get_num_threads()
     input, grad_output = _readable(input, geometry.stride[1]), _readable(grad_output)
     maps = _maps(input), _maps(grad_output)
+    return weight_grad(*maps, input.shape, weight, support, mask, positions, geometry)
+
+
+def weight_grad(
+    input: tuple,
+    grad_output: tuple,
+    input_shape: Sequence[int],
+    weight: Tensor,
+    support: Support,
+    mask: Tensor,
+    positions: Tensor | None,
+    geometry: Geometry,
+) -> tuple[Tensor, Tensor | None]:
+    """The same for maps as the extension takes them, ``input_shape`` being ``[B, C, H, W]``."""
+    threads = torch.get_num_threads()
     if positions is None:
         grad_weight = torch.zeros_like(weight)
-        plan = active_support(mask).plan(False, input, weight, geometry)
-        plan.weight_grad(*maps, grad_weight.data_ptr(), True, threads)
+        plan = support.plan(False, input_shape, weight, geometry)
+        plan.weight_grad(input, grad_output, grad_weight.data_ptr(), True, threads)
         return grad_weight, None
-    support = learning_support(mask, positions)
-    grads = input.new_empty(support.positions.numel())
-    support.plan(False, input, weight, geometry).weight_grad(*maps, grads.data_ptr(), False, threads)
+    learning = learning_support(mask, positions)
+    grads = torch.empty(learning.positions.numel())
+    plan = learning.plan(False, input_shape, weight, geometry)
+    plan.weight_grad(input, grad_output, grads.data_ptr(), False, threads)
     dense = torch.zeros(weight.shape)
-    dense.view(-1)[support.positions] = torch.where(support.active, grads, 0)
-    return dense, gather_support(grads, support.wanted)
+    dense.view(-1)[learning.positions] = torch.where(learning.active, grads, 0)
+    return dense, gather_support(grads, learning.wanted)

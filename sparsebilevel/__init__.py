@@ -10,6 +10,7 @@ if find_spec("sparsebilevel.kernels") is None:
     )
 
 # ruff: noqa: E402
+from .layout import optimize_for_cpu
 from .masks import NM, Block, Channel, Filter, Pattern, Unstructured
 from .methods import HYDRA, IMP, METHODS, OMP, SET, BiDST, BiP, RigL, Sparsifier, Static
 from .nn import SparseMaskedConv2d, SparseMaskedLinear, densify, sparse_layers, sparsify
@@ -36,6 +37,7 @@ __all__ = [
     "Static",
     "Unstructured",
     "densify",
+    "optimize_for_cpu",
     "sparse_layers",
     "sparsify",
 ]

@@ -34,6 +34,12 @@ struct Tile {
   int64_t plane, pitch;
 };
 
+// Of one channel: activation = scale * line + shift; mean of the lines; a, b, c of the gradient.
+struct NormalizeTerms {
+  float scale, shift, mean, a, b, c;
+  bool relu;
+};
+
 struct LineKernels {
   // out[o] (+)= sum over the row's entries of value * patch. With `first` the tile starts from bias[o] (0 without
   // bias), else from what it holds.
@@ -51,6 +57,26 @@ struct LineKernels {
   // planes x count lines; `from` null writes zeros. Steps in floats, between planes and between lines.
   void (*copy)(const float* from, int64_t from_plane, int64_t from_step, float* to, int64_t to_plane, int64_t to_step,
                int64_t planes, int64_t count);
+
+  // As copy, of scale[p] * line + shift[p], with `relu` no less than zero.
+  void (*copy_affine)(const float* from, int64_t from_plane, int64_t from_step, float* to, int64_t to_plane,
+                      int64_t to_step, int64_t planes, int64_t count, const float* scale, const float* shift,
+                      bool relu);
+
+  // Batch normalization, `count` lines of one channel, lanes of missing images left out of every sum.
+  // Mean of the values and sum of their squared distances from it.
+  void (*moments)(const float* lines, int64_t count, int valid, double* mean, double* squares);
+  // out = scale * lines + shift (+ residual), with `relu` no less than zero.
+  void (*normalize)(const float* lines, const float* residual, float scale, float shift, bool relu, float* out,
+                    int64_t count);
+  // The gradient before the activation is grad, or with `relu` grad where the activation is positive: `activation`,
+  // or scale * lines + shift if that is null. Its sum, and that of its products with lines - mean.
+  void (*normalize_sums)(const float* grad, const float* lines, const float* activation, NormalizeTerms terms,
+                         int64_t count, int valid, double* sum, double* products);
+  // grad_lines = a * <that gradient> + b * (lines - mean) + c, lanes of missing images zero; may be `grad` itself.
+  // `before`, if not null, receives the gradient before the activation.
+  void (*normalize_grad)(const float* grad, const float* lines, const float* activation, NormalizeTerms terms,
+                         int64_t count, int valid, float* grad_lines, float* before);
 
   int max_tile;  // lines of a tile that registers hold
   Forward forward[kMaxTileRows + 1][kMaxTileLines + 1];

@@ -36,6 +36,9 @@ struct Vector {
   static __m256i first(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
+  static Type max(Type a, Type b) { return _mm256_max_ps(a, b); }
+  static Type keep_first(Type v, int n) { return _mm256_and_ps(v, _mm256_castsi256_ps(first(n))); }
+  static Type where_positive(Type x, Type v) { return _mm256_and_ps(v, _mm256_cmp_ps(x, zero(), _CMP_GT_OQ)); }
   static Type load_first(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
   static void store_first(float* p, Type v, int n) { _mm256_maskstore_ps(p, first(n), v); }
 };

@@ -38,6 +38,13 @@ struct Vector {
     v[3] = _mm512_shuffle_f32x4(ab_odd, cd_odd, 0xdd);
   }
   static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+  static Type max(Type a, Type b) { return _mm512_max_ps(a, b); }
+  static Type keep_first(Type v, int n) {
+    return n >= kWidth ? v : _mm512_maskz_mov_ps(n > 0 ? first(n) : 0, v);
+  }
+  static Type where_positive(Type x, Type v) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, zero(), _CMP_GT_OQ), v);
+  }
   static Type load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
   static void store_first(float* p, Type v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
 };

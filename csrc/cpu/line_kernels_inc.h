@@ -1,7 +1,9 @@
 // Bodies of line_kernels.h, included once for each instruction set inside a namespace of its own, after a struct
-// `Vector` with: Type, kWidth (lanes: 4, 8 or 16), load, store, zero, broadcast, fma, add, and on each group of four
-// lanes unpack_lo/hi (32 bits) and unpack_lo/hi_pair (64 bits); `fold`, which adds up the groups of kWidth / 4 vectors
-// into one; `transpose_groups`, of kWidth / 4 vectors; load_groups and store_groups, four floats to or from each of kWidth / 4 addresses.
+// `Vector` with: Type, kWidth (lanes: 4, 8 or 16), kMaxTile; load, store, zero, broadcast, fma, add, max (the second
+// argument if one is NaN); load_first, store_first, which touch the first n floats only; keep_first, with zero in all
+// lanes but the first n; where_positive(x, v), v where x > 0 and else zero; on each group of four lanes unpack_lo/hi
+// (32 bits) and unpack_lo/hi_pair (64 bits); of kWidth / 4 vectors, fold, which adds up their groups into one, and
+// transpose_groups.
 // No lambdas, no standard library: their code would be compiled for this instruction set and linked into the others.
 
 template <int R, int L>
@@ -159,6 +161,114 @@ void copy(const float* from, int64_t from_plane, int64_t from_step, float* to, i
   }
 }
 
+void copy_affine(const float* from, int64_t from_plane, int64_t from_step, float* to, int64_t to_plane,
+                 int64_t to_step, int64_t planes, int64_t count, const float* scale, const float* shift, bool relu) {
+  for (int64_t p = 0; p < planes; ++p, to += to_plane, from += from_plane) {
+    const Vector::Type a = Vector::broadcast(scale[p]), b = Vector::broadcast(shift[p]);
+    for (int64_t x = 0; x < count; ++x) {
+      for (int lane = 0; lane < kLanes; lane += Vector::kWidth) {
+        const Vector::Type y = Vector::fma(a, Vector::load(from + x * from_step + lane), b);
+        Vector::store(to + x * to_step + lane, relu ? Vector::max(Vector::zero(), y) : y);
+      }
+    }
+  }
+}
+
+// float32 sums of this many lines at most go into one double: long sums in float32 lose digits.
+constexpr int64_t kFlush = 128;
+
+inline double add_up(Vector::Type v) {
+  alignas(64) float lanes[Vector::kWidth];
+  Vector::store(lanes, v);
+  double sum = 0;
+  for (int i = 0; i < Vector::kWidth; ++i) sum += lanes[i];
+  return sum;
+}
+
+void moments(const float* lines, int64_t count, int valid, double* mean, double* squares) {
+  double all = 0, all_mean = 0, all_squares = 0;  // of the chunks so far; joined as in Chan et al. (1983)
+  for (int64_t begin = 0; begin < count; begin += kFlush) {
+    const int64_t end = begin + kFlush < count ? begin + kFlush : count;
+    double sum = 0, distance = 0;
+    for (int lane = 0; lane < valid; lane += Vector::kWidth) {
+      Vector::Type s = Vector::zero();
+      for (int64_t i = begin; i < end; ++i) s = Vector::add(s, Vector::load(lines + i * kLanes + lane));
+      sum += add_up(Vector::keep_first(s, valid - lane));
+    }
+    const double n = static_cast<double>((end - begin) * valid), chunk_mean = sum / n;
+    const Vector::Type center = Vector::broadcast(static_cast<float>(-chunk_mean));
+    for (int lane = 0; lane < valid; lane += Vector::kWidth) {
+      Vector::Type s = Vector::zero();
+      for (int64_t i = begin; i < end; ++i) {
+        const Vector::Type d = Vector::add(Vector::load(lines + i * kLanes + lane), center);
+        s = Vector::fma(d, d, s);
+      }
+      distance += add_up(Vector::keep_first(s, valid - lane));
+    }
+    const double delta = chunk_mean - all_mean;
+    all_squares += distance + delta * delta * all * n / (all + n);
+    all_mean += delta * n / (all + n);
+    all += n;
+  }
+  *mean = all_mean;
+  *squares = all_squares;
+}
+
+void normalize(const float* lines, const float* residual, float scale, float shift, bool relu, float* out,
+               int64_t count) {
+  const Vector::Type a = Vector::broadcast(scale), b = Vector::broadcast(shift), zero = Vector::zero();
+  for (int64_t i = 0; i < count * kLanes; i += Vector::kWidth) {
+    Vector::Type y = Vector::fma(a, Vector::load(lines + i), b);
+    if (residual) y = Vector::add(y, Vector::load(residual + i));
+    Vector::store(out + i, relu ? Vector::max(zero, y) : y);
+  }
+}
+
+inline Vector::Type before_activation(const float* grad, const float* lines, const float* activation,
+                                      const NormalizeTerms& t) {
+  const Vector::Type g = Vector::load(grad);
+  if (!t.relu) return g;
+  const Vector::Type y = activation ? Vector::load(activation)
+                                    : Vector::fma(Vector::broadcast(t.scale), Vector::load(lines), Vector::broadcast(t.shift));
+  return Vector::where_positive(y, g);
+}
+
+void normalize_sums(const float* grad, const float* lines, const float* activation, NormalizeTerms t, int64_t count,
+                    int valid, double* sum, double* products) {
+  *sum = *products = 0;
+  const Vector::Type center = Vector::broadcast(-t.mean);
+  for (int64_t begin = 0; begin < count; begin += kFlush) {
+    const int64_t end = begin + kFlush < count ? begin + kFlush : count;
+    for (int lane = 0; lane < valid; lane += Vector::kWidth) {
+      Vector::Type s = Vector::zero(), p = Vector::zero();
+      for (int64_t i = begin * kLanes + lane; i < end * kLanes; i += kLanes) {
+        const Vector::Type g = before_activation(grad + i, lines + i, activation ? activation + i : nullptr, t);
+        s = Vector::add(s, g);
+        p = Vector::fma(g, Vector::add(Vector::load(lines + i), center), p);
+      }
+      *sum += add_up(Vector::keep_first(s, valid - lane));
+      *products += add_up(Vector::keep_first(p, valid - lane));
+    }
+  }
+}
+
+void normalize_grad(const float* grad, const float* lines, const float* activation, NormalizeTerms t, int64_t count,
+                    int valid, float* grad_lines, float* before) {
+  const Vector::Type a = Vector::broadcast(t.a), b = Vector::broadcast(t.b), c = Vector::broadcast(t.c);
+  const Vector::Type center = Vector::broadcast(-t.mean);
+  for (int64_t i = 0; i < count * kLanes; i += Vector::kWidth) {
+    Vector::Type g = before_activation(grad + i, lines + i, activation ? activation + i : nullptr, t);
+    Vector::Type d = Vector::fma(a, g, Vector::fma(b, Vector::add(Vector::load(lines + i), center), c));
+    if (valid < kLanes) {
+      const int here = valid - static_cast<int>(i % kLanes);
+      g = Vector::keep_first(g, here);
+      d = Vector::keep_first(d, here);
+    }
+    if (before) Vector::store(before + i, g);
+    Vector::store(grad_lines + i, d);
+  }
+}
+
 template <int R, int L>
 constexpr void add_tile(LineKernels& table) {
   if constexpr (R * L <= Vector::kMaxTile) {
@@ -180,6 +290,11 @@ LineKernels make_table() {
   table.load = load;
   table.store = store;
   table.copy = copy;
+  table.copy_affine = copy_affine;
+  table.moments = moments;
+  table.normalize = normalize;
+  table.normalize_sums = normalize_sums;
+  table.normalize_grad = normalize_grad;
   table.max_tile = Vector::kMaxTile;
   add_tiles<1>(table);
   add_tiles<2>(table);

@@ -20,6 +20,12 @@ struct Vector {
   static Type unpack_hi_pair(Type a, Type b) { return Type{a[2], a[3], b[2], b[3]}; }
   static Type fold(const Type* v) { return v[0]; }
   static void transpose_groups(Type*) {}
+  static Type max(Type a, Type b) { return a > b ? a : b; }
+  static Type keep_first(Type v, int n) {
+    for (int i = n < 0 ? 0 : n; i < kWidth; ++i) v[i] = 0;
+    return v;
+  }
+  static Type where_positive(Type x, Type v) { return x > zero() ? v : zero(); }
   static Type load_first(const float* p, int n) {
     Type v = zero();
     for (int i = 0; i < n; ++i) v[i] = p[i];

@@ -261,8 +261,12 @@ void ConvPlan::pack(const Maps& maps, const Side& side, int64_t plane, int64_t c
       if (maps.lines) {
         const float* from = maps.data + (((window.block + b) * side.channels + channel) * side.height + y * side.step_h + phase.row) * side.width * kLanes +
                             (left * side.step_w + phase.col) * kLanes;
-        kernels.copy(from, side.height * side.width * kLanes, side.step_w * kLanes, to, line_plane * kLanes,
-                     tile_blocks * kLanes, count, right - left);
+        const int64_t from_plane = side.height * side.width * kLanes, from_step = side.step_w * kLanes;
+        if (maps.scale)
+          kernels.copy_affine(from, from_plane, from_step, to, line_plane * kLanes, tile_blocks * kLanes, count,
+                              right - left, maps.scale + channel, maps.shift + channel, maps.relu);
+        else
+          kernels.copy(from, from_plane, from_step, to, line_plane * kLanes, tile_blocks * kLanes, count, right - left);
         continue;
       }
       const int64_t step = side.step_w * maps.stride_w;
@@ -381,6 +385,12 @@ void ConvPlan::forward(const float* weight, const Maps& in, const Maps& out, con
       const int64_t lines = width * tiling_.tile_blocks, image_block = group * tiling_.tile_blocks;
       Window window{0, 0, col + min_col_shift_, col + width + max_col_shift_, image_block,
                     std::min<int64_t>(tiling_.tile_blocks, image_blocks - image_block)};
+      const Window written{row, row_end, col, col + width, image_block, window.blocks};
+      if (accumulate && !direct) {
+        for_each_part(first_out, last_out, out_.channels, [&](int64_t plane, int64_t count) {
+          pack(out, out_, plane, count, written, sums + (plane - first_out) * tile_plane * kLanes, tile_plane, tile_row);
+        });
+      }
       for (const PlaneBlock& block : blocks_) {
         const auto before = [](const EntryRow& r, int64_t o) { return r.out < o; };
         const EntryRow* rows_end = rows_.data() + block.row_end;
@@ -410,7 +420,6 @@ void ConvPlan::forward(const float* weight, const Maps& in, const Maps& out, con
         }
       }
       if (!direct) {
-        const Window written{row, row_end, col, col + width, image_block, window.blocks};
         for_each_part(first_out, last_out, out_.channels, [&](int64_t plane, int64_t count) {
           unpack(out, out_, plane, count, written, sums + (plane - first_out) * tile_plane * kLanes, tile_plane,
                  tile_row);

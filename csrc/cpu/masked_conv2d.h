@@ -19,11 +19,16 @@ struct ConvShape {
 };
 
 // A batch of feature maps: ordinary strides (in elements), or, with `lines`, contiguous [ceil(images / 16), C, H, W, 16].
+// Lines can be read through the normalization before the convolution: as scale[c] * x + shift[c], with `relu` no less
+// than zero. That saves one pass over the maps, and keeping them for the backward pass.
 struct Maps {
   float* data;
   int64_t images;
   int64_t stride_n, stride_c, stride_h, stride_w;
   bool lines;
+  const float* scale = nullptr;
+  const float* shift = nullptr;
+  bool relu = false;
 };
 
 // How the work is cut up. `choose_tiling` gives one; what it holds does not change any result, only the time.
@@ -45,7 +50,7 @@ class ConvPlan {
   // With a tiling of the caller's own.
   ConvPlan(const ConvShape& shape, bool input_gradient, const int64_t* positions, int64_t count, Tiling tiling);
 
-  // out = bias + sum of weight[position] * in, or out += ... with `accumulate` (maps in lines only, no bias).
+  // out = bias + sum of weight[position] * in, or with `accumulate` out += that sum, without bias.
   // weight: the dense weight, with the strides of the shape; bias: [rows of out] or null.
   void forward(const float* weight, const Maps& in, const Maps& out, const float* bias, bool accumulate,
                int threads) const;

@@ -1,0 +1,36 @@
+// Batch normalization with ReLU and residual addition, on lines: contiguous [ceil(images / 16), channels, pixels, 16].
+#pragma once
+
+#include <cstdint>
+
+namespace sparsebilevel {
+
+struct LineMaps {
+  int64_t images, channels, pixels;
+};
+
+// What a normalization does to each channel: activation = scale * line + shift. All [channels].
+struct NormTerms {
+  float *mean, *inverse;  // inverse: 1 / sqrt(biased variance + epsilon)
+  float *scale, *shift;
+};
+
+// Terms of the batch, over images and pixels, with weight and bias (null: 1 and 0). If not null, the running mean and
+// (unbiased) variance move towards those of the batch by `momentum`.
+void batch_norm_terms(const LineMaps& maps, const float* lines, const float* weight, const float* bias, double epsilon,
+                      float* running_mean, float* running_variance, double momentum, const NormTerms& terms,
+                      int threads);
+
+// out = scale * lines + shift (+ residual, if not null), with `relu` no less than zero. scale, shift: [channels].
+void batch_norm_forward(const LineMaps& maps, const float* lines, const float* residual, const float* scale,
+                        const float* shift, bool relu, float* out, int threads);
+
+// Gradients of all operands: of the lines (may be written over grad), the residual (if not null), weight and bias
+// [channels]. `activation` is what the forward pass gave, or null: it follows from the lines then (without residual).
+// In `training` mean and variance are functions of the lines. inverse: 1 / standard deviation [channels].
+void batch_norm_backward(const LineMaps& maps, const float* grad, const float* lines, const float* activation,
+                         const float* scale, const float* shift, const float* mean, const float* inverse, bool relu,
+                         bool training, float* grad_lines, float* grad_residual, float* grad_weight, float* grad_bias,
+                         int threads);
+
+}  // namespace sparsebilevel

@@ -1,0 +1,319 @@
+"""Networks in the layout of the sparse CPU kernels against the same networks as they were written."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+
+import sparsebilevel as sb
+from sparsebilevel import models
+from sparsebilevel.kernels import lines, native
+from sparsebilevel.layout import InLayout
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the C++ extension is not there")
+
+
+@pytest.fixture(autouse=True)
+def _sparse(monkeypatch):
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "sparse")
+    torch.manual_seed(0)
+
+
+class Net(nn.Module):
+    """A stem, residual blocks with functional and module ReLUs, a strided shortcut, pooling and a classifier."""
+
+    def __init__(self, momentum=0.1, affine=True, track=True, bias=False):
+        super().__init__()
+
+        def norm(channels):
+            bn = nn.BatchNorm2d(channels, momentum=momentum, affine=affine, track_running_stats=track)
+            if affine:
+                nn.init.uniform_(bn.weight, 0.5, 1.5)
+                nn.init.uniform_(bn.bias, -0.5, 0.5)
+            return bn
+
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=bias), norm(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=bias), norm(8)
+        self.conv3, self.bn3 = nn.Conv2d(8, 8, 3, padding=1, bias=bias), norm(8)
+        self.conv4, self.bn4 = nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=bias), norm(12)
+        self.conv5, self.bn5 = nn.Conv2d(12, 12, 3, padding=2, dilation=2, groups=3, bias=bias), norm(12)
+        self.shortcut, self.bn6 = nn.Conv2d(8, 12, 1, stride=2, bias=bias), norm(12)
+        self.relu, self.same, self.pool = nn.ReLU(inplace=True), nn.Identity(), nn.AvgPool2d(2)
+        self.fc = nn.Linear(12 * 2 * 2, 5)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn3(self.conv3(self.relu(self.bn2(self.conv2(x)))))
+        x = torch.relu(y + self.same(x))
+        y = self.bn5(self.conv5(self.relu(self.bn4(self.conv4(x)))))
+        y += self.bn6(self.shortcut(x))
+        x = self.pool(self.relu(y))
+        return self.fc(torch.flatten(x, 1))
+
+
+def pair(net, sparsity=0.6, **kwargs):
+    """The sparse network as it is, and a copy in the layout."""
+    plain = sb.sparsify(net, sparsity, seed=0, **kwargs)
+    optimized = sb.optimize_for_cpu(copy.deepcopy(plain))
+    assert isinstance(optimized, InLayout)
+    return plain, optimized
+
+
+def compare(plain, optimized, x, rtol=2e-4, backward=True):
+    """Outputs, gradients of everything, and statistics."""
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    a, b = plain(inputs[0]), optimized(inputs[1])
+    assert_close(b, a, rtol=rtol, atol=rtol)
+    if backward:
+        dy = torch.randn_like(a)
+        a.backward(dy)
+        b.backward(dy)
+        got = [inputs[1].grad, *(p.grad for p in optimized.parameters())]
+        for g, want in zip(got, [inputs[0].grad, *(p.grad for p in plain.parameters())], strict=True):
+            assert (g is None) == (want is None)
+            if want is not None:
+                assert_close(g, want, rtol=rtol, atol=rtol * max(1.0, float(want.abs().max())))
+    for (name, got), (_, want) in zip(optimized.named_buffers(), plain.named_buffers(), strict=True):
+        assert_close(got, want, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("images", [2, 16, 37])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_training_and_inference(images, memory_format):
+    plain, optimized = pair(Net())
+    for _ in range(2):
+        compare(plain, optimized, torch.randn(images, 3, 8, 8).to(memory_format=memory_format))
+    plain.eval()
+    optimized.eval()
+    compare(plain, optimized, torch.randn(images, 3, 8, 8))
+    with torch.no_grad():
+        compare(plain, optimized, torch.randn(1, 3, 8, 8), backward=False)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"momentum": None}, {"affine": False}, {"track": False}, {"bias": True}], ids=lambda s: next(iter(s))
+)
+def test_kinds_of_normalization(settings):
+    plain, optimized = pair(Net(**settings))
+    for _ in range(3):
+        compare(plain, optimized, torch.randn(20, 3, 8, 8))
+    plain.eval()
+    optimized.eval()
+    compare(plain, optimized, torch.randn(20, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "exits"),
+    # At the end, at poolings, and at the two padded shortcuts of ResNet-20.
+    [("resnet20", 16, 3), ("resnet18_cifar", 16, 1), ("vgg19_bn", 32, 5), ("mobilenet_v2", 32, 1), ("resnet18", 64, 2)],
+)
+def test_known_architectures_stay_in_lines(name, size, exits, monkeypatch):
+    plain, optimized = pair(models.create_model(name, 10).eval(), 0.8)
+    conversions = []
+    original = lines._from_lines
+    monkeypatch.setattr(lines, "_from_lines", lambda *a: conversions.append(a[0].shape) or original(*a))
+    x = torch.randn(4, 3, size, size)
+    with torch.no_grad():
+        # Rounding adds up over tens of layers; a wrong layer would be off by its whole output.
+        assert_close(optimized(x), plain(x), rtol=1e-2, atol=1e-3)
+    assert len(conversions) == exits
+
+
+class Uses(nn.Module):
+    """One value in the roles that gradients can meet in."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.conv1, self.conv2, self.conv3 = (nn.Conv2d(4, 4, 3, padding=1, bias=False) for _ in range(3))
+        self.bn1, self.bn2, self.bn3 = (nn.BatchNorm2d(4) for _ in range(3))
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        if self.kind == "block":  # convolution, and addition past it
+            return F.relu(self.bn2(self.conv2(y)) + y)
+        if self.kind == "beside":  # convolution beside the addition
+            z = F.relu(self.bn2(self.conv2(x)) + y)
+            return z + self.conv3(y)
+        if self.kind == "two additions":
+            return F.relu(self.bn2(self.conv2(x)) + y) + F.relu(self.bn3(self.conv3(x)) + y)
+        if self.kind == "two convolutions":
+            return self.conv2(y) * 2 + self.conv3(y)
+        if self.kind == "itself":
+            return F.relu(y + y)
+        if self.kind == "no relu":
+            return self.bn2(self.conv2(y)) + y
+        if self.kind == "broadcast":
+            return self.bn2(self.conv2(y)) + y.mean((2, 3), keepdim=True)
+        return y.mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "kind", ["block", "beside", "two additions", "two convolutions", "itself", "no relu", "broadcast", "mean"]
+)
+def test_gradients_meet(kind):
+    plain, optimized = pair(Uses(kind), 0.3)
+    compare(plain, optimized, torch.randn(18, 4, 6, 6))
+
+
+def test_gradients_of_some_parameters_and_twice():
+    plain, optimized = pair(Uses("block"), 0.3)
+    x = torch.randn(18, 4, 6, 6)
+    dy = torch.randn(18, 4, 6, 6)
+    for wanted in (["conv1.weight"], ["bn2.weight"], ["conv2.weight", "bn1.bias"]):
+        losses = [(net(x) * dy).sum() for net in (plain, optimized)]
+        for _ in range(2):
+            expected, got = (
+                torch.autograd.grad(loss, [net.get_parameter(n) for n in wanted], retain_graph=True)
+                for loss, net in zip(losses, (plain, optimized), strict=True)
+            )
+            assert_close(got, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_frozen_parameters():
+    plain, optimized = pair(Uses("block"), 0.3)
+    for net in (plain, optimized):
+        net.conv1.weight.requires_grad_(False)
+        net.bn2.requires_grad_(False)
+    compare(plain, optimized, torch.randn(18, 4, 6, 6))
+
+
+@pytest.mark.parametrize("support", ["all", "active", "search"])
+def test_collects_the_effective_gradient(support):
+    plain, optimized = pair(Net())
+    for net in (plain, optimized):
+        for _, layer in sb.sparse_layers(net):
+            positions = torch.arange(-1, layer.weight.numel(), 3) if support == "search" else None
+            layer.collect(support, positions)
+    compare(plain, optimized, torch.randn(20, 3, 8, 8))
+    for (_, a), (_, b) in zip(sb.sparse_layers(plain), sb.sparse_layers(optimized), strict=True):
+        assert_close(b.effective_grad, a.effective_grad, rtol=1e-3, atol=1e-3)
+
+
+def test_a_method_trains_the_same_network():
+    losses = []
+    for optimize in (False, True):
+        torch.manual_seed(0)
+        model = sb.sparsify(Net(), 0.8, seed=0)
+        if optimize:
+            sb.optimize_for_cpu(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        sparsifier = sb.BiDST(model, optimizer, update_freq=5, update_end=20)
+        x, y = torch.randn(40, 3, 8, 8), torch.randint(0, 5, (40,))
+        for _ in range(12):
+            loss = F.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            sparsifier.step()
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_is_the_same_model_to_everybody_else(tmp_path):
+    plain, optimized = pair(Net())
+    x = torch.randn(16, 3, 8, 8)
+    optimized.eval()
+    expected = optimized(x)
+    assert isinstance(optimized, Net)
+    assert type(optimized).__name__ == "Net"
+    assert list(optimized.state_dict()) == list(plain.state_dict())
+    assert sb.optimize_for_cpu(optimized) is optimized
+    for other in (copy.deepcopy(optimized), pickle.loads(pickle.dumps(optimized))):
+        assert isinstance(other, InLayout)
+        assert torch.equal(other(x), expected)
+        assert other.conv2.weight is not optimized.conv2.weight
+        other.conv2.weight.data.zero_()
+        assert not torch.equal(other(x), expected)
+    torch.save(optimized, tmp_path / "model.pth")
+    assert torch.equal(torch.load(tmp_path / "model.pth", weights_only=False)(x), expected)
+    assert_close(sb.densify(optimized)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_see_ordinary_tensors():
+    plain, optimized = pair(Net().eval())
+    seen = []
+    for net in (plain, optimized):
+        for module in (net.conv3, net.bn4, net.relu):
+            module.register_forward_hook(lambda _m, _i, out: seen.append(tuple(out.shape)))
+    x = torch.randn(16, 3, 8, 8)
+    plain(x)
+    expected = list(seen)
+    seen.clear()
+    with torch.no_grad():
+        assert_close(optimized(x), plain(x), rtol=1e-4, atol=1e-4)
+    assert {shape for shape in seen if len(shape) == 4} == set(expected)
+
+
+def test_autocast_and_meta_tensors_run_the_model_as_written():
+    plain, optimized = pair(Net().eval())
+    x = torch.randn(16, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(optimized(x), plain(x))
+    assert optimized.double()(x.double()).dtype == torch.float64
+
+
+def test_what_cannot_be_traced_is_left_as_it_is():
+    class Branching(Net):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else super().forward(-x)
+
+    model = sb.sparsify(Branching(), 0.5)
+    with pytest.warns(UserWarning, match="Branching cannot be traced, so its layers convert one by one"):
+        assert sb.optimize_for_cpu(model) is model
+    assert type(model) is Branching
+
+
+def test_refuses_a_model_without_sparse_convolutions():
+    with pytest.raises(ValueError, match="model has no sparse convolution; call sparsify first"):
+        sb.optimize_for_cpu(Net())
+
+
+def test_one_value_per_channel_is_refused_as_in_torch():
+    plain, optimized = pair(Net())
+    x = torch.randn(1, 3, 1, 1)
+    for net in (plain, optimized):
+        with pytest.raises(ValueError, match="more than"):
+            net(x)
+
+
+def test_statistics_of_maps_far_from_zero():
+    """A float32 mean of squares would lose every digit here."""
+    x = torch.randn(40, 6, 30, 30, dtype=torch.float64) + 1000
+    data = lines._to_lines(x.float())
+    norm = lines.Norm.of_batch(data, 40, None, None, 1e-5, None, 0.0)
+    exact = x.float().double()
+    assert_close(norm.terms[0].double(), exact.mean((0, 2, 3)), rtol=1e-7, atol=0)
+    assert_close(norm.terms[1].double(), exact.var((0, 2, 3), correction=0).add(1e-5).rsqrt(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (17, 5, 3, 7), (32, 16, 4, 4), (5, 40, 1, 9)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_conversion_and_back(shape, memory_format):
+    x = torch.randn(shape).to(memory_format=memory_format)
+    data = lines._to_lines(x)
+    assert data.shape == (-(-shape[0] // 16), *shape[1:], 16)
+    assert torch.equal(lines._from_lines(data, shape[0]), x)
+    assert not data.permute(0, 4, 1, 2, 3).reshape(-1, *shape[1:])[shape[0] :].any()
+
+
+def test_memory_is_kept_and_can_be_given_back():
+    lines.release_memory()
+    before = native.lib.pool_in_use()
+    first = lines._empty(1000, 16)
+    assert native.lib.pool_in_use() == before + 65536
+    address = first.data_ptr()
+    view = first[3:]
+    del first
+    assert native.lib.pool_in_use() == before + 65536  # the view holds it
+    del view
+    assert (native.lib.pool_in_use(), native.lib.pool_waiting()) == (before, 65536)
+    again = lines._empty(1001, 16)  # another size of the same number of pages
+    assert again.data_ptr() == address
+    del again
+    lines.release_memory()
+    assert native.lib.pool_waiting() == 0
