@@ -263,7 +263,7 @@ def main(
     else:
         for mode in MODES:
             columns = [name for name in variants if any(name in found[mode] for *_, found in rows)]
-            cells = [[_cell(found[mode].get(column)) for column in columns] for *_, found in rows]
+            cells = [[speedup_cell(found[mode].get(column)) for column in columns] for *_, found in rows]
             _print(f"{mode}: ms (speed-up over the best dense)", columns, rows, cells)
         reasons = {f"{name}: {reason}" for *_, found in rows for name, reason in found["left_out"].items()}
         print(*sorted(reasons), sep="\n")
@@ -272,7 +272,8 @@ def main(
         print(write_result(name + ("_passes" if args.passes else ""), {"figures": figures}))
 
 
-def _cell(row: dict[str, float] | None) -> str:
+def speedup_cell(row: Mapping[str, float] | None) -> str:
+    """Of a table."""
     return "" if row is None else f"{row['ms']:.2f} ({row['speedup']:.2f}x)"
 
 
