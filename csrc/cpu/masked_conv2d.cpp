@@ -381,6 +381,12 @@ void ConvPlan::forward(const float* weight, const Maps& in, const Maps& out, con
       const int64_t lines = width * tiling_.tile_blocks, image_block = group * tiling_.tile_blocks;
       Window window{0, 0, col + min_col_shift_, col + width + max_col_shift_, image_block,
                     std::min<int64_t>(tiling_.tile_blocks, image_blocks - image_block)};
+      const Window written{row, row_end, col, col + width, image_block, window.blocks};
+      if (accumulate && !direct) {
+        for_each_part(first_out, last_out, out_.channels, [&](int64_t plane, int64_t count) {
+          pack(out, out_, plane, count, written, sums + (plane - first_out) * tile_plane * kLanes, tile_plane, tile_row);
+        });
+      }
       for (const PlaneBlock& block : blocks_) {
         const auto before = [](const EntryRow& r, int64_t o) { return r.out < o; };
         const EntryRow* rows_end = rows_.data() + block.row_end;
@@ -410,7 +416,6 @@ void ConvPlan::forward(const float* weight, const Maps& in, const Maps& out, con
         }
       }
       if (!direct) {
-        const Window written{row, row_end, col, col + width, image_block, window.blocks};
         for_each_part(first_out, last_out, out_.channels, [&](int64_t plane, int64_t count) {
           unpack(out, out_, plane, count, written, sums + (plane - first_out) * tile_plane * kLanes, tile_plane,
                  tile_row);

@@ -45,8 +45,8 @@ class ConvPlan {
   // With a tiling of the caller's own.
   ConvPlan(const ConvShape& shape, bool input_gradient, const int64_t* positions, int64_t count, Tiling tiling);
 
-  // out = bias + sum of weight[position] * in, or out += ... with `accumulate` (maps in lines only, no bias).
-  // weight: the dense weight, with the strides of the shape; bias: [rows of out] or null.
+  // out = bias + sum of weight[position] * in, or out += ... with `accumulate` (no bias).
+  // weight: the dense weight, with the strides of the shape; bias: [out_channels] or null, for a plan of the forward pass.
   void forward(const float* weight, const Maps& in, const Maps& out, const float* bias, bool accumulate,
                int threads) const;
 
