@@ -110,6 +110,8 @@ def _active(mask: Tensor) -> Support:
 
 
 def _learning(mask: Tensor, positions: Tensor) -> LearningSupport:
+    if positions.numel() and int(positions.max()) >= mask.numel():  # the kernels would follow them out of the weight
+        raise IndexError(f"positions has {int(positions.max())}; expected less than {mask.numel()}, the weight's size")
     return LearningSupport(active_support(mask).positions, positions)
 
 
@@ -176,6 +178,5 @@ def conv2d_weight_grad(
     support = learning_support(mask, positions)
     grads = input.new_empty(support.positions.numel())
     support.plan(False, input, weight, geometry).weight_grad(*maps, grads.data_ptr(), False, threads)
-    dense = torch.zeros(weight.shape)
-    dense.view(-1)[support.positions] = torch.where(support.active, grads, 0)
+    dense = torch.zeros_like(weight).put_(support.positions, torch.where(support.active, grads, 0))
     return dense, gather_support(grads, support.wanted)
