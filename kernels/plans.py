@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from . import native
-from .reference import gather_support
 
 _LANES = 16  # images of a block, see csrc/cpu/line_kernels.h
 
@@ -67,7 +66,7 @@ class LearningSupport(Support):
     """Active weights together with positions of a search space, sorted.
 
     Attributes:
-        wanted: int64 ``[capacity]``, where each position of the search space is in ``positions``; -1 is padding.
+        wanted: int64 ``[capacity]``, where each position of the search space is in ``positions``; -1 for padding.
         active: bool, which of ``positions`` are active.
     """
 
@@ -176,7 +175,7 @@ def conv2d_weight_grad(
         plan.weight_grad(*maps, grad_weight.data_ptr(), True, threads)
         return grad_weight, None
     support = learning_support(mask, positions)
-    grads = input.new_empty(support.positions.numel())
+    grads = input.new_zeros(support.positions.numel() + 1)  # the last one is what padding takes
     support.plan(False, input, weight, geometry).weight_grad(*maps, grads.data_ptr(), False, threads)
-    dense = torch.zeros_like(weight).put_(support.positions, torch.where(support.active, grads, 0))
-    return dense, gather_support(grads, support.wanted)
+    active = torch.where(support.active, grads[:-1], 0)
+    return torch.zeros_like(weight).put_(support.positions, active), grads[support.wanted]
