@@ -152,11 +152,16 @@ def test_results_do_not_depend_on_the_number_of_threads(isa):
             assert torch.equal(a, b)
 
 
-def test_a_plan_never_outlives_its_mask():
-    x, w = torch.randn(16, 4, 6, 6), torch.randn(5, 4, 3, 3)
-    mask = torch.zeros(w.shape, dtype=torch.bool)
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("filters", [5, 6])  # 5 x 36 is no multiple of 8, the number of bools compared at once
+def test_a_plan_never_outlives_its_mask(filters, layout):
+    x, w = torch.randn(16, 4, 6, 6), torch.randn(filters, 4, 3, 3)
+    mask = laid_out(torch.zeros(w.shape, dtype=torch.bool), layout)
     for step in range(4):
-        mask.view(-1)[step::4] = True  # in place, past every method of the library
+        mask |= torch.arange(w.numel()).view(w.shape) % 4 == step  # in place, past every method of the library
+        assert_close(masked_conv2d(x, w, mask), F.conv2d(x, torch.where(mask, w, 0)), rtol=1e-4, atol=1e-4)
+    for last in (False, True):
+        mask[-1, -1, -1, -1] = last
         assert_close(masked_conv2d(x, w, mask), F.conv2d(x, torch.where(mask, w, 0)), rtol=1e-4, atol=1e-4)
     mask.data = torch.rand(w.shape) < 0.5
     assert_close(masked_conv2d(x, w, mask), F.conv2d(x, torch.where(mask, w, 0)), rtol=1e-4, atol=1e-4)
