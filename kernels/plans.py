@@ -70,11 +70,13 @@ class LearningSupport(Support):
         active: bool, which of ``positions`` are active.
     """
 
-    def __init__(self, active: Tensor, search: Tensor) -> None:
-        positions = torch.cat([active, search[search >= 0]]).unique()
-        super().__init__(positions)
-        self.wanted = torch.where(search >= 0, torch.searchsorted(positions, search), -1)
-        self.active = torch.isin(positions, active)
+    def __init__(self, mask: Tensor, search: Tensor) -> None:
+        weights = mask.reshape(-1)
+        learning = weights.clone()
+        learning[search[search >= 0]] = True  # no sorting: there may be millions
+        super().__init__(learning.nonzero().squeeze(1))
+        self.wanted = torch.where(search >= 0, torch.searchsorted(self.positions, search), -1)
+        self.active = weights[self.positions]
 
 
 def _equal(kept: Tensor, tensor: Tensor) -> bool:
@@ -120,7 +122,7 @@ def _active(mask: Tensor) -> Support:
 def _learning(mask: Tensor, positions: Tensor) -> LearningSupport:
     if positions.numel() and int(positions.max()) >= mask.numel():  # the kernels would follow them out of the weight
         raise IndexError(f"positions has {int(positions.max())}; expected less than {mask.numel()}, the weight's size")
-    return LearningSupport(active_support(mask).positions, positions)
+    return LearningSupport(mask, positions)
 
 
 def active_support(mask: Tensor) -> Support:

@@ -222,12 +222,12 @@ def test_a_loaded_mask_is_the_one_that_runs():
 
 @given(st.data())
 def test_learning_support(data):
-    size = data.draw(st.integers(1, 60))
-    active = torch.tensor(sorted(data.draw(st.sets(st.integers(0, size - 1)))), dtype=torch.int64)
-    search = torch.tensor(data.draw(st.lists(st.integers(-3, size - 1), max_size=80)), dtype=torch.int64)
-    support = plans.LearningSupport(active, search)
-    assert support.positions.tolist() == sorted({*active.tolist(), *(p for p in search.tolist() if p >= 0)})
-    assert support.positions[support.active].tolist() == active.tolist()
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=1, max_size=60)))
+    search = torch.tensor(data.draw(st.lists(st.integers(-3, len(mask) - 1), max_size=80)), dtype=torch.int64)
+    support = plans.LearningSupport(mask, search)
+    active = mask.nonzero().squeeze(1).tolist()
+    assert support.positions.tolist() == sorted({*active, *(p for p in search.tolist() if p >= 0)})
+    assert support.positions[support.active].tolist() == active
     values = torch.cat([support.positions, torch.tensor([-1])])  # -1 takes the last
     assert values[support.wanted].tolist() == [max(p, -1) for p in search.tolist()]
 
