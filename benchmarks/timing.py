@@ -5,16 +5,23 @@ A figure from here is a ratio of medians of the same run. Absolute times on a sh
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
+import shutil
 import statistics
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+import sparsebilevel as sb
+from sparsebilevel.kernels import native
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -75,6 +82,75 @@ def interleave(
     return result
 
 
+# Two threads hand an integer to and fro.
+_PING_PONG = """
+#include <sched.h>
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <thread>
+alignas(128) std::atomic<int> ball{0};
+constexpr int kBatches = 50, kRounds = 1000;
+void pin(const char* cpu) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(std::atoi(cpu), &set);
+  sched_setaffinity(0, sizeof set, &set);
+}
+void pass(int when, int then) {
+  while (ball.load(std::memory_order_acquire) != when) {}
+  ball.store(then, std::memory_order_release);
+}
+int main(int, char** argv) {
+  std::thread other([=] {
+    pin(argv[2]);
+    for (int i = 0; i < kBatches * kRounds; ++i) pass(2 * i + 1, 2 * i + 2);
+  });
+  pin(argv[1]);
+  double best = 1e30;
+  for (int batch = 0, i = 0; batch < kBatches; ++batch) {
+    const auto start = std::chrono::steady_clock::now();
+    for (int round = 0; round < kRounds; ++round, ++i) pass(2 * i, 2 * i + 1);
+    best = std::min(best, std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count());
+  }
+  other.join();
+  std::printf("%f", best / kRounds);
+}
+"""
+
+
+@functools.cache
+def _ping_pong_program() -> tuple[tempfile.TemporaryDirectory[str], str] | None:
+    compiler = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    if compiler is None or not hasattr(os, "sched_getaffinity"):
+        return None
+    folder = tempfile.TemporaryDirectory()
+    program = str(Path(folder.name) / "ping_pong")
+    command = [compiler, "-std=c++17", "-O2", "-pthread", "-x", "c++", "-", "-o", program]
+    built = subprocess.run(command, input=_PING_PONG, text=True, capture_output=True)
+    return (folder, program) if built.returncode == 0 else None  # the folder goes when nobody holds it
+
+
+def core_to_core_ns() -> float | None:
+    """Nanoseconds that a cache line takes from the first core of this process to its second and back.
+
+    A virtual machine's cores may share a cache at one moment and not at the next, which changes by half what several
+    threads do with one another's data: a figure must say in which state it was taken. None where there is one core or
+    no compiler.
+    """
+    built = _ping_pong_program()
+    cores = sorted(os.sched_getaffinity(0))[:2] if built else []
+    if built is None or len(cores) < 2:
+        return None
+    try:
+        ran = subprocess.run([built[1], *map(str, cores)], capture_output=True, text=True, timeout=30)
+    except subprocess.TimeoutExpired:
+        return None
+    return round(float(ran.stdout), 1) if ran.returncode == 0 else None
+
+
 def environment() -> dict[str, Any]:
     """Hardware and versions that a published figure must name."""
     model = platform.processor() or platform.machine()
@@ -85,6 +161,9 @@ def environment() -> dict[str, Any]:
         "cpu": model,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "isa": native.isa() if native.available() else None,
+        "core_to_core_ns": core_to_core_ns(),
+        "sparsebilevel": sb.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -98,3 +177,12 @@ def write_result(name: str, payload: Mapping[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"environment": environment(), **payload}, indent=1) + "\n")
     return path
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as Markdown, in columns that line up."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from . import native
-from .reference import gather_support
 
 _LANES = 16  # images of a block, see csrc/cpu/line_kernels.h
 
@@ -67,15 +66,17 @@ class LearningSupport(Support):
     """Active weights together with positions of a search space, sorted.
 
     Attributes:
-        wanted: int64 ``[capacity]``, where each position of the search space is in ``positions``; -1 is padding.
+        wanted: int64 ``[capacity]``, where each position of the search space is in ``positions``; -1 for padding.
         active: bool, which of ``positions`` are active.
     """
 
-    def __init__(self, active: Tensor, search: Tensor) -> None:
-        positions = torch.cat([active, search[search >= 0]]).unique()
-        super().__init__(positions)
-        self.wanted = torch.where(search >= 0, torch.searchsorted(positions, search), -1)
-        self.active = torch.isin(positions, active)
+    def __init__(self, mask: Tensor, search: Tensor) -> None:
+        weights = mask.reshape(-1)
+        learning = weights.clone()
+        learning[search[search >= 0]] = True  # no sorting: there may be millions
+        super().__init__(learning.nonzero().squeeze(1))
+        self.wanted = torch.where(search >= 0, torch.searchsorted(self.positions, search), -1)
+        self.active = weights[self.positions]
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -117,7 +118,9 @@ def _active(mask: Tensor) -> Support:
 
 
 def _learning(mask: Tensor, positions: Tensor) -> LearningSupport:
-    return LearningSupport(active_support(mask).positions, positions)
+    if positions.numel() and int(positions.max()) >= mask.numel():  # the kernels would follow them out of the weight
+        raise IndexError(f"positions has {int(positions.max())}; expected less than {mask.numel()}, the weight's size")
+    return LearningSupport(mask, positions)
 
 
 def active_support(mask: Tensor) -> Support:
@@ -201,9 +204,8 @@ def weight_grad(
         plan.weight_grad(input, grad_output, grad_weight.data_ptr(), True, threads)
         return grad_weight, None
     learning = learning_support(mask, positions)
-    grads = torch.empty(learning.positions.numel())
+    grads = torch.zeros(learning.positions.numel() + 1, dtype=weight.dtype)  # the last one is what padding takes
     plan = learning.plan(False, input_shape, weight, geometry)
     plan.weight_grad(input, grad_output, grads.data_ptr(), False, threads)
-    dense = torch.zeros(weight.shape)
-    dense.view(-1)[learning.positions] = torch.where(learning.active, grads, 0)
-    return dense, gather_support(grads, learning.wanted)
+    active = torch.where(learning.active, grads[:-1], 0)
+    return torch.zeros_like(weight).put_(learning.positions, active), grads[learning.wanted]

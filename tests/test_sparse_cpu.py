@@ -1,13 +1,19 @@
 """The sparse CPU kernels against float64 autograd, on every instruction set that this machine has."""
 
+import copy
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.testing import assert_close
 
-from sparsebilevel.kernels import make_grad_sink, masked_conv2d, masked_linear, native
+import sparsebilevel as sb
+from sparsebilevel.kernels import make_grad_sink, masked_conv2d, masked_linear, native, plans
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the C++ extension is not there")
 ISAS = [i for i in native.lib.Isa.__members__.values() if i <= native.lib.cpu_isa()] if native.available() else []
@@ -27,11 +33,16 @@ def pairs(low, high):
     return st.tuples(st.integers(low, high), st.integers(low, high))
 
 
-LAYOUTS = ("contiguous", "channels_last", "transposed", "expanded")
+LAYOUTS = ("contiguous", "channels_last", "transposed", "expanded", "cropped", "cropped channels_last")
 
 
 def laid_out(tensor, layout):
-    """The same values in other memory."""
+    """The same values in other memory; what is beside them is NaN."""
+    if layout.startswith("cropped"):
+        around = torch.full([size + 2 for size in tensor.shape], float("nan"))
+        if layout.endswith("channels_last"):
+            around = around.contiguous(memory_format=torch.channels_last)
+        return around[1:-1, 1:-1, 1:-1, 1:-1].copy_(tensor)
     if layout == "channels_last":
         return tensor.contiguous(memory_format=torch.channels_last)
     if layout == "transposed":
@@ -141,11 +152,16 @@ def test_results_do_not_depend_on_the_number_of_threads(isa):
             assert torch.equal(a, b)
 
 
-def test_a_plan_never_outlives_its_mask():
-    x, w = torch.randn(16, 4, 6, 6), torch.randn(5, 4, 3, 3)
-    mask = torch.zeros(w.shape, dtype=torch.bool)
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("filters", [5, 6])  # 5 x 36 is no multiple of 8, the number of bools compared at once
+def test_a_plan_never_outlives_its_mask(filters, layout):
+    x, w = torch.randn(16, 4, 6, 6), torch.randn(filters, 4, 3, 3)
+    mask = laid_out(torch.zeros(w.shape, dtype=torch.bool), layout)
     for step in range(4):
-        mask.view(-1)[step::4] = True  # in place, past every method of the library
+        mask |= torch.arange(w.numel()).view(w.shape) % 4 == step  # in place, past every method of the library
+        assert_close(masked_conv2d(x, w, mask), F.conv2d(x, torch.where(mask, w, 0)), rtol=1e-4, atol=1e-4)
+    for last in (False, True):
+        mask[-1, -1, -1, -1] = last
         assert_close(masked_conv2d(x, w, mask), F.conv2d(x, torch.where(mask, w, 0)), rtol=1e-4, atol=1e-4)
     mask.data = torch.rand(w.shape) < 0.5
     assert_close(masked_conv2d(x, w, mask), F.conv2d(x, torch.where(mask, w, 0)), rtol=1e-4, atol=1e-4)
@@ -165,3 +181,185 @@ def test_many_non_zeros_in_one_output_channel():
     mask = torch.ones(w.shape, dtype=torch.bool)
     expected = F.conv2d(x.double(), w.double())
     assert_close(masked_conv2d(x, w, mask).double(), expected, rtol=1e-4, atol=1e-2)
+
+
+# -- where other sparse kernels fail, beside odd batches, groups, dilation and foreign strides, which are above --------
+
+
+def test_millions_of_non_zeros():
+    """More sums than a thread's stack could hold."""
+    x, w = torch.randn(16, 512, 3, 3, requires_grad=True), torch.randn(512, 512, 3, 3, requires_grad=True)
+    y = masked_conv2d(x, w, torch.ones(w.shape, dtype=torch.bool), None, 1, 1)
+    dy = torch.randn_like(y)
+    got = [y, *torch.autograd.grad(y, (x, w), dy)]
+    y = F.conv2d(x, w, None, 1, 1)
+    for a, b in zip(got, [y, *torch.autograd.grad(y, (x, w), dy)], strict=True):
+        assert_close(a, b, rtol=1e-3, atol=2e-3)
+
+
+def test_an_input_gradient_that_nobody_needs_is_not_computed(monkeypatch):
+    calls = []
+    compute = plans.conv2d_input_grad
+    monkeypatch.setattr(plans, "conv2d_input_grad", lambda *operands: calls.append(0) or compute(*operands))
+    w = torch.randn(5, 4, 3, 3, requires_grad=True)
+    mask = torch.rand(w.shape) < 0.5
+    for needed in (False, True):
+        x = torch.randn(16, 4, 6, 6, requires_grad=needed)
+        masked_conv2d(x, w, mask).sum().backward()
+        rows, flat = torch.randn(16, 36, requires_grad=needed), w.view(5, 36)
+        masked_linear(rows, flat, mask.view(5, 36)).sum().backward()
+        assert len(calls) == 2 * needed
+
+
+def test_a_loaded_mask_is_the_one_that_runs():
+    net, other = (sb.sparsify(nn.Sequential(nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(80, 3)), 0.8) for _ in range(2))
+    x = torch.randn(16, 4, 6, 6)
+    assert not torch.equal(net(x), other(x))
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(net(x), other(x))
+    assert_close(other(x), sb.densify(net)(x), rtol=1e-4, atol=1e-4)
+
+
+@given(st.data())
+def test_learning_support(data):
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=1, max_size=60)))
+    search = torch.tensor(data.draw(st.lists(st.integers(-3, len(mask) - 1), max_size=80)), dtype=torch.int64)
+    support = plans.LearningSupport(mask, search)
+    active = mask.nonzero().squeeze(1).tolist()
+    assert support.positions.tolist() == sorted({*active, *(p for p in search.tolist() if p >= 0)})
+    assert support.positions[support.active].tolist() == active
+    values = torch.cat([support.positions, torch.tensor([-1])])  # -1 takes the last
+    assert values[support.wanted].tolist() == [max(p, -1) for p in search.tolist()]
+
+
+def test_a_search_space_of_padding_beside_no_weights():
+    w, positions = torch.randn(5, 4, 3, 3, requires_grad=True), torch.tensor([-1, -1])
+    sink = make_grad_sink(w, positions)
+    mask = torch.zeros(w.shape, dtype=torch.bool)
+    masked_conv2d(torch.randn(16, 4, 6, 6), w, mask, grad_sink=sink, positions=positions).sum().backward()
+    assert sink.grad.tolist() == [0, 0]
+    assert not w.grad.any()
+
+
+@pytest.mark.parametrize("op", [masked_conv2d, masked_linear])
+def test_positions_outside_the_weight_are_refused(op):
+    shape = (5, 4, 3, 3) if op is masked_conv2d else (5, 36)
+    w = torch.randn(shape, requires_grad=True)
+    x, mask = torch.randn(16, *shape[1:]), torch.rand(shape) < 0.5
+    positions = torch.tensor([0, w.numel()])
+    y = op(x, w, mask, grad_sink=make_grad_sink(w, positions), positions=positions)
+    with pytest.raises(IndexError, match="positions has 180; expected less than 180"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("searched", [False, True])
+def test_the_gradient_has_the_dtype_and_the_layout_of_the_weight(searched):
+    w = torch.randn(6, 4, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    mask = torch.rand(w.shape) < 0.5
+    positions = torch.tensor([7, 3, -1]) if searched else None
+    sink = make_grad_sink(w, positions) if searched else None
+    x = torch.randn(16, 4, 6, 6)
+    torch.set_default_dtype(torch.float64)
+    try:
+        masked_conv2d(x, w, mask, grad_sink=sink, positions=positions).sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert w.grad.dtype == torch.float32
+    assert w.grad.stride() == w.stride()
+
+
+def test_autocast_takes_the_dense_library(monkeypatch):
+    monkeypatch.setattr(plans, "conv2d", None)
+    monkeypatch.setattr(plans, "conv2d_input_grad", None)
+    monkeypatch.setattr(plans, "conv2d_weight_grad", None)
+    net = sb.sparsify(nn.Sequential(nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(80, 3)), 0.5)
+    x = torch.randn(16, 4, 6, 6, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = net(x), sb.densify(net)(x)
+    assert y.dtype == torch.bfloat16
+    assert_close(y, expected)
+    y.sum().backward()
+    assert all(leaf.grad.dtype == torch.float32 and leaf.grad.any() for leaf in (x, *net.parameters()))
+
+
+def test_threads_share_a_plan():
+    w = torch.randn(20, 12, 3, 3)
+    mask = torch.rand(w.shape) < 0.3
+    batches = [torch.randn(n, 12, 9, 9) for n in (16, 5, 33, 16, 48, 16, 1, 16)]
+
+    def run(x):
+        leaves = [t.clone().requires_grad_() for t in (x, w)]
+        y = masked_conv2d(leaves[0], leaves[1], mask, None, 2, 1)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
+
+    expected = [run(x) for x in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for got in [list(pool.map(run, batches)) for _ in range(5)]:
+            for tensors, others in zip(got, expected, strict=True):
+                assert all(map(torch.equal, tensors, others))
+
+
+# -- networks ----------------------------------------------------------------------------------------------------------
+
+
+def network():
+    """With a strided and a grouped convolution; smooth, lest a rounding error switch a unit off."""
+    layers = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.SiLU()]
+    layers += [nn.Conv2d(16, 24, 3, stride=2, padding=1), nn.BatchNorm2d(24), nn.SiLU()]
+    layers += [
+        nn.Conv2d(24, 24, 3, groups=4, bias=False),
+        nn.BatchNorm2d(24),
+        nn.SiLU(),
+        nn.Flatten(),
+        nn.Linear(96, 4),
+    ]
+    return sb.sparsify(nn.Sequential(*layers), 0.7, seed=0)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_training_goes_as_with_dense_kernels(monkeypatch, memory_format):
+    start = network().to(memory_format=memory_format)
+    x, y = torch.randn(50, 3, 8, 8).to(memory_format=memory_format), torch.randint(4, (50,))
+    losses = {}
+    for backend in ("dense", "sparse"):
+        monkeypatch.setenv("SPARSEBILEVEL_BACKEND", backend)
+        net = copy.deepcopy(start)
+        assert {layer.backend.name for _, layer in sb.sparse_layers(net)} == {backend}
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        losses[backend] = []
+        for step in range(40):
+            if step == 20:
+                net[3].set_mask(net[3].mask.roll(1, 0))
+            batch = slice(step % 2 * 25, (step % 2 + 1) * 25)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(net(x[batch]), y[batch])
+            loss.backward()
+            optimizer.step()
+            losses[backend].append(loss.item())
+    assert losses["sparse"][-1] < 0.2 * losses["sparse"][0]
+    assert losses["sparse"] == pytest.approx(losses["dense"], rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_compiles_fullgraph(memory_format):
+    if shutil.which("g++") is None:
+        pytest.skip("inductor needs a C++ compiler")
+    torch._dynamo.reset()
+    eager = network().to(memory_format=memory_format)
+    eager[3].collect("search", torch.tensor([0, 40, -1, 7]))
+    twin = copy.deepcopy(eager)
+    compiled = torch.compile(twin, fullgraph=True)
+    for _ in range(3):
+        x = torch.randn(16, 3, 8, 8).to(memory_format=memory_format)
+        for net, forward in ((eager, eager), (twin, compiled)):
+            net.zero_grad()
+            net[3].zero_effective_grad()
+            forward(x).square().sum().backward()
+        assert_close(twin[3].effective_grad, eager[3].effective_grad, rtol=1e-3, atol=1e-3)
+        for a, b in zip(twin.parameters(), eager.parameters(), strict=True):
+            assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3)
+        for net in (eager, twin):
+            net[6].set_mask(net[6].mask.roll(1, 0))
+    torch._dynamo.reset()

@@ -51,7 +51,8 @@ class ConvPlan {
   ConvPlan(const ConvShape& shape, bool input_gradient, const int64_t* positions, int64_t count, Tiling tiling);
 
   // out = bias + sum of weight[position] * in, or with `accumulate` out += that sum, without bias.
-  // weight: the dense weight, with the strides of the shape; bias: [rows of out] or null.
+  // weight: the dense weight, with the strides of the shape; bias: [out_channels] or null, for a plan of the forward
+  // pass.
   void forward(const float* weight, const Maps& in, const Maps& out, const float* bias, bool accumulate,
                int threads) const;
 
