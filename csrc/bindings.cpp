@@ -14,10 +14,9 @@
 #include <variant>
 
 #include "build_info.h"
-#include "cpu/batch_norm.h"
 #include "cpu/binarize.h"
+#include "cpu/feature_maps.h"
 #include "cpu/isa.h"
-#include "cpu/lines.h"
 #include "cpu/masked_conv2d.h"
 #include "cpu/pool.h"
 #ifdef _OPENMP
@@ -184,4 +183,24 @@ PYBIND11_MODULE(_C, m) {
   m.def("same_bytes", [](uintptr_t a, uintptr_t b, int64_t count) {
     return std::memcmp(pointer<const char>(a), pointer<const char>(b), count) == 0;
   });
+
+  const auto pool_shape = [](const std::array<int64_t, 12>& s) {
+    return PoolShape{s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11]};
+  };
+  m.def(
+      "max_pool_forward",
+      [pool_shape](const std::array<int64_t, 12>& shape, int64_t planes, uintptr_t in, uintptr_t out, int threads) {
+        max_pool_forward(pool_shape(shape), planes, pointer<const float>(in), pointer<float>(out), threads);
+      },
+      py::arg("shape"), py::arg("planes"), py::arg("lines"), py::arg("out"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "max_pool_backward",
+      [pool_shape](const std::array<int64_t, 12>& shape, int64_t planes, uintptr_t in, uintptr_t out, uintptr_t grad_out,
+                   uintptr_t grad_in, int threads) {
+        max_pool_backward(pool_shape(shape), planes, pointer<const float>(in), pointer<const float>(out),
+                          pointer<const float>(grad_out), pointer<float>(grad_in), threads);
+      },
+      py::arg("shape"), py::arg("planes"), py::arg("lines"), py::arg("out"), py::arg("grad_out"), py::arg("grad_in"),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }

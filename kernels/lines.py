@@ -8,7 +8,6 @@ once differentiable.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import torch
@@ -18,36 +17,15 @@ from torch.autograd.function import once_differentiable
 
 from . import native, plans
 from .gradient import Needs, distribute_gradient
-from .plans import Geometry, Support
+from .plans import LANES, Geometry, Support, empty, to_lines
 from .reference import effective_weight
 
-LANES = 16
-
-
-def _shape(lines: Tensor) -> list[int]:
-    return list(lines.shape[1:4])
-
-
-def _empty(*size: int) -> Tensor:
-    """Uninitialised maps, from memory that is kept between steps (csrc/cpu/pool.h)."""
-    return torch.from_numpy(native.lib.pool_array(math.prod(size))).view(size)
-
-
-def release_memory() -> None:
-    """Give back the memory that is kept for maps of the next step."""
-    native.lib.pool_release()
-
-
-def _to_lines(maps: Tensor) -> Tensor:
-    lines = _empty(-(-maps.shape[0] // LANES), *maps.shape[1:], LANES)
-    native.lib.to_lines(plans._maps(maps), _shape(lines), lines.data_ptr(), torch.get_num_threads())
-    return lines
+Pair = tuple[int, int]
 
 
 def _from_lines(lines: Tensor, images: int) -> Tensor:
     maps = torch.empty(images, *lines.shape[1:4], memory_format=torch.channels_last)
-    native.lib.from_lines(lines.data_ptr(), plans._maps(maps), _shape(lines), torch.get_num_threads())
-    return maps
+    return plans.from_lines(lines, maps)
 
 
 class ToLines(Function):
@@ -56,7 +34,7 @@ class ToLines(Function):
     @staticmethod
     def forward(ctx: Any, maps: Tensor) -> Tensor:
         ctx.images = maps.shape[0]
-        return _to_lines(maps)
+        return to_lines(maps)
 
     @staticmethod
     @once_differentiable
@@ -74,7 +52,7 @@ class FromLines(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _to_lines(grad), None
+        return to_lines(grad), None
 
 
 def _extent(lines: Tensor, images: int) -> list[int]:
@@ -208,7 +186,7 @@ class Normalize(Function):
         images: int,
         join: Join | None,
     ) -> Tensor:
-        out = _empty(*lines.shape)
+        out = empty(*lines.shape)
         native.lib.batch_norm_forward(
             _extent(lines, images),
             lines.data_ptr(),
@@ -230,9 +208,9 @@ class Normalize(Function):
         lines, activation = ctx.saved_tensors
         needs, norm = ctx.needs_input_grad, ctx.norm
         grad = grad.contiguous()
-        grad_lines, grad_residual = _empty(*lines.shape), None
+        grad_lines, grad_residual = empty(*lines.shape), None
         if needs[3] and norm.relu:
-            grad_residual = _empty(*lines.shape)
+            grad_residual = empty(*lines.shape)
         grad_weight, grad_bias = norm.backward(grad, lines, activation, ctx.images, grad_lines, grad_residual)
         if needs[3] and not norm.relu:
             grad_residual = grad
@@ -247,6 +225,38 @@ class Normalize(Function):
             None,
             None,
         )
+
+
+class MaxPool(Function):
+    """Maximum over windows, for settings as ``F.max_pool2d`` takes them (pairs)."""
+
+    @staticmethod
+    def forward(ctx: Any, lines: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+        blocks, channels, height, width, _ = lines.shape
+        out_size = Geometry(stride, padding, dilation).output_size((height, width), kernel)
+        out = empty(blocks, channels, *out_size, LANES)
+        ctx.shape = [height, width, *out_size, *kernel, *stride, *padding, *dilation]
+        native.lib.max_pool_forward(
+            ctx.shape, blocks * channels, lines.data_ptr(), out.data_ptr(), torch.get_num_threads()
+        )
+        ctx.save_for_backward(lines, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        lines, out = ctx.saved_tensors
+        grad, grad_lines = grad.contiguous(), empty(*lines.shape)
+        native.lib.max_pool_backward(
+            ctx.shape,
+            lines.shape[0] * lines.shape[1],
+            lines.data_ptr(),
+            out.data_ptr(),
+            grad.data_ptr(),
+            grad_lines.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return grad_lines, None, None, None, None
 
 
 @dataclasses.dataclass
@@ -279,7 +289,7 @@ class Convolve(Function):
     ) -> Tensor:
         c = convolution
         size = c.geometry.output_size(lines.shape[2:4], weight.shape[2:])
-        out = _empty(lines.shape[0], weight.shape[0], *size, LANES)
+        out = empty(lines.shape[0], weight.shape[0], *size, LANES)
         plan = c.support.plan(False, (c.images, *lines.shape[1:4]), weight, c.geometry)
         maps = _arguments(lines, c, c.norm), _arguments(out, c)
         plan.forward(weight.data_ptr(), *maps, _address(bias), False, torch.get_num_threads())
@@ -302,7 +312,7 @@ class Convolve(Function):
         grad_lines = grad_norm_weight = grad_norm_bias = grad_weight = grad_scores = grad_sink = None
         if need_lines or need_norm_weight or need_norm_bias:
             joined = None if c.join is None else c.join.take()
-            grad_lines = _empty(*lines.shape) if joined is None else joined
+            grad_lines = empty(*lines.shape) if joined is None else joined
             maps = _arguments(grad, c), _arguments(grad_lines, c)
             plan = c.support.plan(True, shape, weight, c.geometry)
             plan.forward(weight.data_ptr(), *maps, 0, joined is not None, torch.get_num_threads())

@@ -9,6 +9,7 @@ A linear layer is a 1x1 convolution on 1x1 maps.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from . import native
 
-_LANES = 16  # images of a block, see csrc/cpu/line_kernels.h
+LANES = 16
+"""Images side by side in a line, see csrc/cpu/line_kernels.h."""
 
 
 class Geometry(NamedTuple):
@@ -50,7 +52,7 @@ class Support:
         """Plan for input maps of shape ``[B, C, H, W]`` in the forward pass; the gradient's runs the other way."""
         images, channels, *size = maps
         # The number of images is only a matter of how the work is cut up.
-        key = (input_gradient, -(-images // _LANES), channels, *size, geometry, weight.stride(), native.lib.isa())
+        key = (input_gradient, -(-images // LANES), channels, *size, geometry, weight.stride(), native.lib.isa())
         plan = self._plans.get(key)
         if plan is None:
             out_size = geometry.output_size(size, weight.shape[2:])
@@ -133,17 +135,64 @@ def learning_support(mask: Tensor, positions: Tensor) -> LearningSupport:
     return _memory.find(_learning, mask, positions)
 
 
-def _is_fast(maps: Tensor, step: int) -> bool:
-    """Channels or, if no pixel is passed over, columns are next to each other: what kernels transpose on the way."""
-    return maps.stride(1) == 1 or (maps.stride(3) == 1 and step == 1)
-
-
-def _readable(maps: Tensor, step: int = 1) -> Tensor:
-    return maps if _is_fast(maps, step) else maps.contiguous(memory_format=torch.channels_last)
-
-
 def _maps(tensor: Tensor) -> tuple:
     return tensor.data_ptr(), tensor.shape[0], tensor.stride()
+
+
+def empty(*size: int) -> Tensor:
+    """Uninitialised float32, from memory that is kept between steps (csrc/cpu/pool.h)."""
+    return torch.from_numpy(native.lib.pool_array(math.prod(size))).view(size)
+
+
+def release_memory() -> None:
+    """Give back the memory that is kept for the next step."""
+    native.lib.pool_release()
+
+
+def _zeros_like(weight: Tensor) -> Tensor:
+    """With the weight's strides, if nothing lies between its elements."""
+    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    if not dense or weight.numel() < 1 << 16:
+        return torch.zeros_like(weight)
+    return empty(weight.numel()).zero_().as_strided(weight.shape, weight.stride())
+
+
+def to_lines(maps: Tensor) -> Tensor:
+    """Maps ``[B, C, H, W]`` of any strides to lines ``[ceil(B / 16), C, H, W, 16]``."""
+    lines = empty(-(-maps.shape[0] // LANES), *maps.shape[1:], LANES)
+    native.lib.to_lines(_maps(maps), list(maps.shape[1:]), lines.data_ptr(), torch.get_num_threads())
+    return lines
+
+
+def from_lines(lines: Tensor, maps: Tensor) -> Tensor:
+    """Lines to ``maps [B, C, H, W]`` of any strides, which is returned."""
+    native.lib.from_lines(lines.data_ptr(), _maps(maps), list(maps.shape[1:]), torch.get_num_threads())
+    return maps
+
+
+def _is_planar(maps: Tensor) -> bool:
+    """Of NCHW maps a strip holds too short a piece of each row: they go through lines as a whole."""
+    return maps.stride(1) != 1 and maps.shape[1] * maps.shape[2] * maps.shape[3] > maps.shape[1]
+
+
+def _source(maps: Tensor) -> tuple[Tensor, tuple]:
+    """Maps that kernels read quickly, and as the extension takes them."""
+    if _is_planar(maps):
+        lines = to_lines(maps)
+        return lines, (lines.data_ptr(), maps.shape[0], None)
+    maps = maps if maps.stride(1) == 1 else maps.contiguous()
+    return maps, _maps(maps)
+
+
+def _run(plan: Any, weight: Tensor, maps: Tensor, bias: Tensor | None, result: Tensor) -> Tensor:
+    held, source = _source(maps)
+    address, threads = 0 if bias is None else bias.data_ptr(), torch.get_num_threads()
+    if _is_planar(result):
+        lines = empty(-(-result.shape[0] // LANES), *result.shape[1:], LANES)
+        plan.forward(weight.data_ptr(), source, (lines.data_ptr(), result.shape[0], None), address, False, threads)
+        return from_lines(lines, result)
+    plan.forward(weight.data_ptr(), source, _maps(result), address, False, threads)
+    return result
 
 
 def conv2d(
@@ -151,11 +200,7 @@ def conv2d(
 ) -> Tensor:
     """Convolution with ``weight`` at ``support``, zero elsewhere, written into ``output``. Float32, any strides."""
     plan = support.plan(False, input.shape, weight, geometry)
-    input = _readable(input, geometry.stride[1])
-    bias = None if bias is None else bias.contiguous()
-    address = 0 if bias is None else bias.data_ptr()
-    plan.forward(weight.data_ptr(), _maps(input), _maps(output), address, False, torch.get_num_threads())
-    return output
+    return _run(plan, weight, input, None if bias is None else bias.contiguous(), output)
 
 
 def conv2d_input_grad(
@@ -163,12 +208,7 @@ def conv2d_input_grad(
 ) -> Tensor:
     """Gradient of the input ``[B, C, H, W]``, written into ``grad_input``."""
     plan = support.plan(True, grad_input.shape, weight, geometry)
-    grad_output = _readable(grad_output)
-    result = grad_input
-    if not _is_fast(result, geometry.stride[1]):
-        result = torch.empty_like(grad_input, memory_format=torch.channels_last)
-    plan.forward(weight.data_ptr(), _maps(grad_output), _maps(result), 0, False, torch.get_num_threads())
-    return grad_input if result is grad_input else grad_input.copy_(result)
+    return _run(plan, weight, grad_output, None, grad_input)
 
 
 def conv2d_weight_grad(
@@ -181,9 +221,8 @@ def conv2d_weight_grad(
     geometry: Geometry,
 ) -> tuple[Tensor, Tensor | None]:
     """``m * G`` as a dense tensor, and ``G`` at ``positions`` (int64 ``[capacity]``, negative = padding) if given."""
-    input, grad_output = _readable(input, geometry.stride[1]), _readable(grad_output)
-    maps = _maps(input), _maps(grad_output)
-    return weight_grad(*maps, input.shape, weight, support, mask, positions, geometry)
+    (held_input, source), (held_grad, grad) = _source(input), _source(grad_output)
+    return weight_grad(source, grad, input.shape, weight, support, mask, positions, geometry)
 
 
 def weight_grad(
@@ -199,7 +238,7 @@ def weight_grad(
     """The same for maps as the extension takes them, ``input_shape`` being ``[B, C, H, W]``."""
     threads = torch.get_num_threads()
     if positions is None:
-        grad_weight = torch.zeros_like(weight)
+        grad_weight = _zeros_like(weight)
         plan = support.plan(False, input_shape, weight, geometry)
         plan.weight_grad(input, grad_output, grad_weight.data_ptr(), True, threads)
         return grad_weight, None
@@ -208,4 +247,4 @@ def weight_grad(
     plan = learning.plan(False, input_shape, weight, geometry)
     plan.weight_grad(input, grad_output, grads.data_ptr(), False, threads)
     active = torch.where(learning.active, grads[:-1], 0)
-    return torch.zeros_like(weight).put_(learning.positions, active), grads[learning.wanted]
+    return _zeros_like(weight).put_(learning.positions, active), grads[learning.wanted]

@@ -101,7 +101,7 @@ def convolve(value: Value, module: SparseMaskedConv2d) -> Value:
         norm, norm_weight, norm_bias, source = value.norm, value.module.weight, value.module.bias, value.source
     else:
         source = _lines(value)
-    geometry = Geometry(_two(stride), _two(module.padding), _two(dilation), module.groups)
+    geometry = Geometry(_pair(stride), _pair(module.padding), _pair(dilation), module.groups)
     collected = module._sink_arguments()
     out = lines.Convolve.apply(
         source.data,
@@ -116,8 +116,8 @@ def convolve(value: Value, module: SparseMaskedConv2d) -> Value:
     return Lines(out, images)
 
 
-def _two(values: Any) -> tuple[int, int]:
-    return values[0], values[1]
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 def normalize(value: Value, module: nn.BatchNorm2d, wanted_in_lines: bool, users: int) -> Value:
@@ -202,6 +202,15 @@ def each(value: Value, module: nn.Module) -> Value:
     return module(value)
 
 
+def max_pool(value: Value, module: nn.MaxPool2d) -> Value:
+    """Maximum pooling."""
+    if not isinstance(value, (Lines, Pending)) or module.ceil_mode or module.return_indices:
+        return module(ordinary(value))
+    value = _lines(value)
+    settings = (_pair(s) for s in (module.kernel_size, module.stride, module.padding, module.dilation))
+    return Lines(lines.MaxPool.apply(value.data, *settings), value.images)
+
+
 # -- the rewritten network ---------------------------------------------------------------------------------------------
 
 
@@ -215,15 +224,15 @@ _EACH: set[type[nn.Module]] = {
     *(nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Sigmoid, nn.Tanh),
     *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh),
 }
-_PASSES_ON = ("relu", "add", "each")
+_PASSES_ON = ("relu", "add", "each", "pool")
 _RELUS = {torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"}
 
 
 def _kind(node: torch.fx.Node, modules: dict[str, nn.Module]) -> str:
-    """``conv``, ``norm``, ``relu``, ``add``, ``each`` or ``other``."""
+    """``conv``, ``norm``, ``relu``, ``add``, ``pool``, ``each`` (activations of single elements) or ``other``."""
     if node.op == "call_module" and not node.kwargs and len(node.args) == 1:
         module = modules[str(node.target)]
-        kinds = {SparseMaskedConv2d: "conv", nn.BatchNorm2d: "norm", nn.ReLU: "relu"}
+        kinds = {SparseMaskedConv2d: "conv", nn.BatchNorm2d: "norm", nn.ReLU: "relu", nn.MaxPool2d: "pool"}
         if _has_hooks(module):
             return "other"
         return "each" if type(module) in _EACH else kinds.get(type(module), "other")
@@ -260,12 +269,14 @@ def _rewrite(model: nn.Module) -> torch.fx.Graph:
                         node.replace_input_with(argument, graph.call_function(ordinary, (argument,)))
                 continue
             operands: tuple[Any, ...] = tuple(a for a in node.args if isinstance(a, torch.fx.Node))
-            if node.op == "call_module" and kind in ("conv", "norm", "each"):
+            if node.op == "call_module" and kind in ("conv", "norm", "each", "pool"):
                 operands += (graph.get_attr(str(node.target)),)
             if kind == "conv":
                 new = graph.call_function(convolve, operands)
             elif kind == "norm":
                 new = graph.call_function(normalize, (*operands, node in leads_to_lines, users))
+            elif kind == "pool":
+                new = graph.call_function(max_pool, operands)
             elif kind == "each":
                 new = graph.call_function(each, operands)
             elif kind == "relu":

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import sparsebilevel as sb
 from sparsebilevel import models
-from sparsebilevel.kernels import lines, native
+from sparsebilevel.kernels import lines, native, plans
 from sparsebilevel.layout import InLayout
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the C++ extension is not there")
@@ -108,8 +108,8 @@ def test_kinds_of_normalization(settings):
 
 @pytest.mark.parametrize(
     ("name", "size", "exits"),
-    # At the end, at poolings, and at the two padded shortcuts of ResNet-20.
-    [("resnet20", 16, 3), ("resnet18_cifar", 16, 1), ("vgg19_bn", 32, 5), ("mobilenet_v2", 32, 1), ("resnet18", 64, 2)],
+    # At the end, and at the two padded shortcuts of ResNet-20.
+    [("resnet20", 16, 3), ("resnet18_cifar", 16, 1), ("vgg19_bn", 32, 1), ("mobilenet_v2", 32, 1), ("resnet18", 64, 1)],
 )
 def test_known_architectures_stay_in_lines(name, size, exits, monkeypatch):
     plain, optimized = pair(models.create_model(name, 10).eval(), 0.8)
@@ -284,7 +284,7 @@ def test_one_value_per_channel_is_refused_as_in_torch():
 def test_statistics_of_maps_far_from_zero():
     """A float32 mean of squares would lose every digit here."""
     x = torch.randn(40, 6, 30, 30, dtype=torch.float64) + 1000
-    data = lines._to_lines(x.float())
+    data = plans.to_lines(x.float())
     norm = lines.Norm.of_batch(data, 40, None, None, 1e-5, None, 0.0)
     exact = x.float().double()
     assert_close(norm.terms[0].double(), exact.mean((0, 2, 3)), rtol=1e-7, atol=0)
@@ -295,16 +295,35 @@ def test_statistics_of_maps_far_from_zero():
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_conversion_and_back(shape, memory_format):
     x = torch.randn(shape).to(memory_format=memory_format)
-    data = lines._to_lines(x)
+    data = plans.to_lines(x)
     assert data.shape == (-(-shape[0] // 16), *shape[1:], 16)
     assert torch.equal(lines._from_lines(data, shape[0]), x)
     assert not data.permute(0, 4, 1, 2, 3).reshape(-1, *shape[1:])[shape[0] :].any()
 
 
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation"), [(2, 2, 0, 1), (3, 2, 1, 1), ((3, 2), (1, 2), (1, 0), (2, 1))], ids=str
+)
+def test_max_pool(kernel, stride, padding, dilation):
+    pool = nn.MaxPool2d(kernel, stride, padding, dilation)
+    settings = [s if isinstance(s, tuple) else (s, s) for s in (kernel, stride, padding, dilation)]
+    x = torch.randn(18, 5, 9, 8).round(decimals=1)  # with equal values
+    x[0, 0, 4, 4] = float("nan")
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    expected = pool(leaves[0])
+    data = lines.MaxPool.apply(lines.ToLines.apply(leaves[1]), *settings)
+    got = lines.FromLines.apply(data, 18)
+    assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
+    dy = torch.randn_like(expected)
+    expected[1:].backward(dy[1:])
+    got[1:].backward(dy[1:])
+    assert_close(leaves[1].grad, leaves[0].grad)
+
+
 def test_memory_is_kept_and_can_be_given_back():
-    lines.release_memory()
+    plans.release_memory()
     before = native.lib.pool_in_use()
-    first = lines._empty(1000, 16)
+    first = plans.empty(1000, 16)
     assert native.lib.pool_in_use() == before + 65536
     address = first.data_ptr()
     view = first[3:]
@@ -312,8 +331,8 @@ def test_memory_is_kept_and_can_be_given_back():
     assert native.lib.pool_in_use() == before + 65536  # the view holds it
     del view
     assert (native.lib.pool_in_use(), native.lib.pool_waiting()) == (before, 65536)
-    again = lines._empty(1001, 16)  # another size of the same number of pages
+    again = plans.empty(1001, 16)  # another size of the same number of pages
     assert again.data_ptr() == address
     del again
-    lines.release_memory()
+    plans.release_memory()
     assert native.lib.pool_waiting() == 0

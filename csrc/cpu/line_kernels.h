@@ -40,6 +40,12 @@ struct NormalizeTerms {
   bool relu;
 };
 
+// Pooling of maps of height x width; padding counts as minus infinity.
+struct PoolShape {
+  int64_t height, width, out_height, out_width;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+};
+
 struct LineKernels {
   // out[o] (+)= sum over the row's entries of value * patch. With `first` the tile starts from bias[o] (0 without
   // bias), else from what it holds.
@@ -77,6 +83,11 @@ struct LineKernels {
   // `before`, if not null, receives the gradient before the activation.
   void (*normalize_grad)(const float* grad, const float* lines, const float* activation, NormalizeTerms terms,
                          int64_t count, int valid, float* grad_lines, float* before);
+
+  // Of one plane. The gradient goes to the first of equal maxima; grad_in is written whole.
+  void (*max_pool)(const PoolShape& shape, const float* in, float* out);
+  void (*max_pool_grad)(const PoolShape& shape, const float* in, const float* out, const float* grad_out,
+                        float* grad_in);
 
   int max_tile;  // lines of a tile that registers hold
   Forward forward[kMaxTileRows + 1][kMaxTileLines + 1];

@@ -39,6 +39,11 @@ struct Vector {
   static Type max(Type a, Type b) { return _mm256_max_ps(a, b); }
   static Type keep_first(Type v, int n) { return _mm256_and_ps(v, _mm256_castsi256_ps(first(n))); }
   static Type where_positive(Type x, Type v) { return _mm256_and_ps(v, _mm256_cmp_ps(x, zero(), _CMP_GT_OQ)); }
+  static Type where_equal(Type x, Type y, Type v) { return _mm256_and_ps(v, _mm256_cmp_ps(x, y, _CMP_EQ_OQ)); }
+  static Type where_different(Type x, Type y, Type v) { return _mm256_and_ps(v, _mm256_cmp_ps(x, y, _CMP_NEQ_UQ)); }
+  static Type max_or_nan(Type a, Type b) {
+    return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  }
   static Type load_first(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
   static void store_first(float* p, Type v, int n) { _mm256_maskstore_ps(p, first(n), v); }
 };

@@ -45,6 +45,15 @@ struct Vector {
   static Type where_positive(Type x, Type v) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, zero(), _CMP_GT_OQ), v);
   }
+  static Type where_equal(Type x, Type y, Type v) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, y, _CMP_EQ_OQ), v);
+  }
+  static Type where_different(Type x, Type y, Type v) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, y, _CMP_NEQ_UQ), v);
+  }
+  static Type max_or_nan(Type a, Type b) {
+    return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
+  }
   static Type load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
   static void store_first(float* p, Type v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
 };

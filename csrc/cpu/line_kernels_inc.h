@@ -1,7 +1,8 @@
 // Bodies of line_kernels.h, included once for each instruction set inside a namespace of its own, after a struct
 // `Vector` with: Type, kWidth (lanes: 4, 8 or 16), kMaxTile; load, store, zero, broadcast, fma, add, max (the second
 // argument if one is NaN); load_first, store_first, which touch the first n floats only; keep_first, with zero in all
-// lanes but the first n; where_positive(x, v), v where x > 0 and else zero; on each group of four lanes unpack_lo/hi
+// lanes but the first n; where_positive(x, v), v where x > 0 and else zero; where_equal
+// and where_different(x, y, v) likewise; max_or_nan, NaN if either is; on each group of four lanes unpack_lo/hi
 // (32 bits) and unpack_lo/hi_pair (64 bits); of kWidth / 4 vectors, fold, which adds up their groups into one, and
 // transpose_groups.
 // No lambdas, no standard library: their code would be compiled for this instruction set and linked into the others.
@@ -269,6 +270,59 @@ void normalize_grad(const float* grad, const float* lines, const float* activati
   }
 }
 
+// The part [begin, end) of a kernel's taps that meets the map at `start`.
+inline void inside(int64_t start, int64_t size, int64_t taps, int64_t dilation, int64_t* begin, int64_t* end) {
+  *begin = 0;
+  *end = taps;
+  while (*begin < *end && start + *begin * dilation < 0) ++*begin;
+  while (*end > *begin && start + (*end - 1) * dilation >= size) --*end;
+}
+
+void max_pool(const PoolShape& s, const float* in, float* out) {
+  for (int64_t y = 0; y < s.out_height; ++y) {
+    int64_t row_begin, row_end, col_begin, col_end;
+    const int64_t top = y * s.stride_h - s.padding_h;
+    inside(top, s.height, s.kernel_h, s.dilation_h, &row_begin, &row_end);
+    for (int64_t x = 0; x < s.out_width; ++x, out += kLanes) {
+      const int64_t left = x * s.stride_w - s.padding_w;
+      inside(left, s.width, s.kernel_w, s.dilation_w, &col_begin, &col_end);
+      for (int lane = 0; lane < kLanes; lane += Vector::kWidth) {
+        Vector::Type most = Vector::broadcast(-__builtin_inff());
+        for (int64_t r = row_begin; r < row_end; ++r)
+          for (int64_t c = col_begin; c < col_end; ++c)
+            most = Vector::max_or_nan(
+                most, Vector::load(in + ((top + r * s.dilation_h) * s.width + left + c * s.dilation_w) * kLanes + lane));
+        Vector::store(out + lane, most);
+      }
+    }
+  }
+}
+
+void max_pool_grad(const PoolShape& s, const float* in, const float* out, const float* grad_out, float* grad_in) {
+  for (int64_t i = 0; i < s.height * s.width * kLanes; i += Vector::kWidth) Vector::store(grad_in + i, Vector::zero());
+  for (int64_t y = 0; y < s.out_height; ++y) {
+    int64_t row_begin, row_end, col_begin, col_end;
+    const int64_t top = y * s.stride_h - s.padding_h;
+    inside(top, s.height, s.kernel_h, s.dilation_h, &row_begin, &row_end);
+    for (int64_t x = 0; x < s.out_width; ++x, out += kLanes, grad_out += kLanes) {
+      const int64_t left = x * s.stride_w - s.padding_w;
+      inside(left, s.width, s.kernel_w, s.dilation_w, &col_begin, &col_end);
+      for (int lane = 0; lane < kLanes; lane += Vector::kWidth) {
+        const Vector::Type most = Vector::load(out + lane);
+        Vector::Type rest = Vector::load(grad_out + lane);  // of lanes whose maximum has not been found yet
+        for (int64_t r = row_begin; r < row_end; ++r) {
+          for (int64_t c = col_begin; c < col_end; ++c) {
+            const int64_t at = ((top + r * s.dilation_h) * s.width + left + c * s.dilation_w) * kLanes + lane;
+            const Vector::Type found = Vector::where_equal(Vector::load(in + at), most, rest);
+            Vector::store(grad_in + at, Vector::add(Vector::load(grad_in + at), found));
+            rest = Vector::where_different(Vector::load(in + at), most, rest);
+          }
+        }
+      }
+    }
+  }
+}
+
 template <int R, int L>
 constexpr void add_tile(LineKernels& table) {
   if constexpr (R * L <= Vector::kMaxTile) {
@@ -295,6 +349,8 @@ LineKernels make_table() {
   table.normalize = normalize;
   table.normalize_sums = normalize_sums;
   table.normalize_grad = normalize_grad;
+  table.max_pool = max_pool;
+  table.max_pool_grad = max_pool_grad;
   table.max_tile = Vector::kMaxTile;
   add_tiles<1>(table);
   add_tiles<2>(table);

@@ -26,6 +26,9 @@ struct Vector {
     return v;
   }
   static Type where_positive(Type x, Type v) { return x > zero() ? v : zero(); }
+  static Type where_equal(Type x, Type y, Type v) { return x == y ? v : zero(); }
+  static Type where_different(Type x, Type y, Type v) { return x == y ? zero() : v; }
+  static Type max_or_nan(Type a, Type b) { return (a > b) | (a != a) ? a : b; }
   static Type load_first(const float* p, int n) {
     Type v = zero();
     for (int i = 0; i < n; ++i) v[i] = p[i];

@@ -1,9 +1,17 @@
-// Batch normalization with ReLU and residual addition, on lines: contiguous [ceil(images / 16), channels, pixels, 16].
+// What stands between convolutions, on lines, contiguous [ceil(images / 16), channels, height, width, 16]: conversion to
+// and from ordinary tensors, batch normalization with ReLU and residual addition, and maximum pooling.
 #pragma once
 
 #include <cstdint>
 
+#include "line_kernels.h"
+#include "masked_conv2d.h"
+
 namespace sparsebilevel {
+
+// Lanes of missing images become zero. `maps` has ordinary strides.
+void to_lines(const Maps& maps, int64_t channels, int64_t height, int64_t width, float* lines, int threads);
+void from_lines(const float* lines, const Maps& maps, int64_t channels, int64_t height, int64_t width, int threads);
 
 struct LineMaps {
   int64_t images, channels, pixels;
@@ -32,5 +40,10 @@ void batch_norm_backward(const LineMaps& maps, const float* grad, const float* l
                          const float* scale, const float* shift, const float* mean, const float* inverse, bool relu,
                          bool training, float* grad_lines, float* grad_residual, float* grad_weight, float* grad_bias,
                          int threads);
+
+// Lines of shape.height x width to lines of shape.out_height x out_width, and back.
+void max_pool_forward(const PoolShape& shape, int64_t planes, const float* in, float* out, int threads);
+void max_pool_backward(const PoolShape& shape, int64_t planes, const float* in, const float* out,
+                       const float* grad_out, float* grad_in, int threads);
 
 }  // namespace sparsebilevel
