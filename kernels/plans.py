@@ -221,8 +221,8 @@ def conv2d_weight_grad(
     geometry: Geometry,
 ) -> tuple[Tensor, Tensor | None]:
     """``m * G`` as a dense tensor, and ``G`` at ``positions`` (int64 ``[capacity]``, negative = padding) if given."""
-    (held_input, source), (held_grad, grad) = _source(input), _source(grad_output)
-    return weight_grad(source, grad, input.shape, weight, support, mask, positions, geometry)
+    source, grad = _source(input), _source(grad_output)  # both hold the memory that they name
+    return weight_grad(source[1], grad[1], input.shape, weight, support, mask, positions, geometry)
 
 
 def weight_grad(
