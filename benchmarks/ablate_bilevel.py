@@ -47,7 +47,14 @@ def main() -> None:
             fields = {
                 **{"data": "cifar10", "data_path": args.data_path, "arch": args.arch, "batch_size": 128},
                 **{"epochs": args.epochs, "lr": 0.1, "weight_decay": 1e-4, "channels_last": True, "amp": args.amp},
-                **{"eval_batch_size": 500, "measure": False, "quiet": True, "validation": 0, "method": method},
+                **{
+                    "eval_batch_size": 500,
+                    "measure": False,
+                    "quiet": True,
+                    "validation": 0,
+                    "method": method,
+                    "resume": True,
+                },
                 **{"sparsity": 0.9, "seed": seed, "output_dir": str(args.output_dir / f"{method}-{seed}")},
             }
             if method == "bidst":

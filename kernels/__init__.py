@@ -9,6 +9,7 @@ from .dispatch import BACKENDS, Backend, choose_backend
 from .gradient import make_grad_sink
 from .masked_conv2d import masked_conv2d
 from .masked_linear import masked_linear
+from .plans import release_memory
 
 __all__ = [
     "BACKENDS",
@@ -19,4 +20,5 @@ __all__ = [
     "make_grad_sink",
     "masked_conv2d",
     "masked_linear",
+    "release_memory",
 ]

@@ -110,7 +110,7 @@ def sparse_support(
         tuple(weight.shape),
         weight.dtype,
         weight.device,
-        support.positions.numel(),
+        support.non_zeros,
         stride=stride,
         images=input.shape[0] if images is None else images,
     )

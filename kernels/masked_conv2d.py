@@ -36,16 +36,12 @@ def _masked_conv2d(
         return torch.ops.aten.convolution(input, z, bias, stride, padding, dilation, False, [0, 0], groups)
     geometry = Geometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
     size = input.shape[0], weight.shape[0], *geometry.output_size(input.shape[2:], weight.shape[2:])
-    output = torch.empty(size, memory_format=_memory_format(input, weight))
+    output = plans.empty_maps(size, _is_channels_last(input) or _is_channels_last(weight))
     return plans.conv2d(input, weight, support, bias, geometry, output)
 
 
-def _memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
-    """That of oneDNN's convolutions."""
-    return torch.channels_last if _is_channels_last(input) or _is_channels_last(weight) else torch.contiguous_format
-
-
 def _is_channels_last(tensor: Tensor) -> bool:
+    """What makes oneDNN's convolutions give maps in channels_last; ours follow them."""
     return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
@@ -103,7 +99,7 @@ def _masked_conv2d_backward(
     if support is not None:
         geometry = Geometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
         if wanted.input:
-            grad_input = torch.empty_like(input, memory_format=_memory_format(input, weight))
+            grad_input = plans.empty_maps(input.shape, _is_channels_last(input) or _is_channels_last(weight))
             grads["input"] = plans.conv2d_input_grad(grad_output, weight, support, geometry, grad_input)
         # A dense G is a matter for the dense library.
         if wanted.grad and not wanted.scores and not (wanted.sink and positions is None):

@@ -9,6 +9,7 @@ A linear layer is a 1x1 convolution on 1x1 maps.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections import OrderedDict
@@ -22,6 +23,9 @@ from . import native
 
 LANES = 16
 """Images side by side in a line, see csrc/cpu/line_kernels.h."""
+
+
+_LARGE = 1 << 16  # elements from which on memory is worth keeping
 
 
 class Geometry(NamedTuple):
@@ -42,16 +46,27 @@ class Geometry(NamedTuple):
 
 
 class Support:
-    """Sorted flat positions of a weight, and the plans made for them."""
+    """Where a mask is True, and the plans made for it.
 
-    def __init__(self, positions: Tensor) -> None:
-        self.positions = positions
+    Attributes:
+        non_zeros: how many weights that are.
+    """
+
+    MOST_PLANS = 16  # for maps of so many sizes; the number of images is only a matter of how the work is cut up
+
+    def __init__(self, mask: Tensor) -> None:
+        self._mask = mask
+        self.non_zeros = int(mask.sum())
         self._plans: dict[tuple, Any] = {}
+
+    @functools.cached_property
+    def positions(self) -> Tensor:
+        """Flat, row-major, ascending; int64 ``[non_zeros]``. Made when a kernel asks, since there may be millions."""
+        return self._mask.reshape(-1).nonzero().squeeze(1)
 
     def plan(self, input_gradient: bool, maps: Sequence[int], weight: Tensor, geometry: Geometry) -> Any:
         """Plan for input maps of shape ``[B, C, H, W]`` in the forward pass; the gradient's runs the other way."""
         images, channels, *size = maps
-        # The number of images is only a matter of how the work is cut up.
         key = (input_gradient, -(-images // LANES), channels, *size, geometry, weight.stride(), native.lib.isa())
         plan = self._plans.get(key)
         if plan is None:
@@ -60,12 +75,14 @@ class Support:
             shape += [*geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups, *weight.stride()]
             positions = self.positions
             plan = native.lib.ConvPlan(shape, input_gradient, positions.data_ptr(), positions.numel(), images)
+            while len(self._plans) >= self.MOST_PLANS:
+                del self._plans[next(iter(self._plans))]
             self._plans[key] = plan
         return plan
 
 
 class LearningSupport(Support):
-    """Active weights together with positions of a search space, sorted.
+    """Where a mask is True, and at the positions of a search space (int64 ``[capacity]``, negative = padding).
 
     Attributes:
         wanted: int64 ``[capacity]``, where each position of the search space is in ``positions``; -1 for padding.
@@ -73,12 +90,13 @@ class LearningSupport(Support):
     """
 
     def __init__(self, mask: Tensor, search: Tensor) -> None:
-        weights = mask.reshape(-1)
-        learning = weights.clone()
+        if search.numel() and int(search.max()) >= mask.numel():  # the kernels would follow it out of the weight
+            raise IndexError(f"positions has {int(search.max())}; expected less than {mask.numel()}, the weight's size")
+        learning = mask.flatten().clone()
         learning[search[search >= 0]] = True  # no sorting: there may be millions
-        super().__init__(learning.nonzero().squeeze(1))
+        super().__init__(learning)
         self.wanted = torch.where(search >= 0, torch.searchsorted(self.positions, search), -1)
-        self.active = weights[self.positions]
+        self.active = mask.reshape(-1)[self.positions]
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -89,14 +107,14 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 class _Memory:
-    """Supports by the content of the tensors that they were made from, the least recently used forgotten."""
+    """Supports by the content of the tensors that they are made from, the least recently used forgotten."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._kept: OrderedDict[tuple, tuple[tuple[Tensor, ...], Any]] = OrderedDict()
+        self._kept: OrderedDict[tuple, tuple[list[Tensor], Any]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def find(self, make: Any, *tensors: Tensor) -> Any:
+    def find(self, make: type[Support], *tensors: Tensor) -> Any:
         # The address only says where to look.
         key = (make, *((t.data_ptr(), t.shape, t.dtype) for t in tensors))
         with self._lock:
@@ -104,9 +122,10 @@ class _Memory:
             if kept is not None and all(map(_equal, kept[0], tensors)):
                 self._kept.move_to_end(key)
                 return kept[1]
-        made = make(*tensors)
+        copies = [t.clone() for t in tensors]
+        made = make(*copies)
         with self._lock:
-            self._kept[key] = tuple(t.clone() for t in tensors), made
+            self._kept[key] = copies, made
             while len(self._kept) > self._capacity:
                 self._kept.popitem(last=False)
         return made
@@ -115,24 +134,14 @@ class _Memory:
 _memory = _Memory(capacity=4096)
 
 
-def _active(mask: Tensor) -> Support:
-    return Support(mask.reshape(-1).nonzero().squeeze(1))
-
-
-def _learning(mask: Tensor, positions: Tensor) -> LearningSupport:
-    if positions.numel() and int(positions.max()) >= mask.numel():  # the kernels would follow them out of the weight
-        raise IndexError(f"positions has {int(positions.max())}; expected less than {mask.numel()}, the weight's size")
-    return LearningSupport(mask, positions)
-
-
 def active_support(mask: Tensor) -> Support:
     """Where ``mask`` (bool) is True."""
-    return _memory.find(_active, mask)
+    return _memory.find(Support, mask)
 
 
 def learning_support(mask: Tensor, positions: Tensor) -> LearningSupport:
     """Where ``mask`` is True, and at ``positions`` (int64 ``[capacity]``, negative = padding)."""
-    return _memory.find(_learning, mask, positions)
+    return _memory.find(LearningSupport, mask, positions)
 
 
 def _maps(tensor: Tensor) -> tuple:
@@ -144,15 +153,26 @@ def empty(*size: int) -> Tensor:
     return torch.from_numpy(native.lib.pool_array(math.prod(size))).view(size)
 
 
+def empty_maps(size: Sequence[int], channels_last: bool) -> Tensor:
+    """Uninitialised maps ``[B, C, H, W]``; large ones from the memory that is kept, which saves touching new pages."""
+    if math.prod(size) < _LARGE:
+        return torch.empty(size, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    if not channels_last:
+        return empty(*size)
+    images, channels, height, width = size
+    return empty(images, height, width, channels).permute(0, 3, 1, 2)
+
+
 def release_memory() -> None:
     """Give back the memory that is kept for the next step."""
-    native.lib.pool_release()
+    if native.available():
+        native.lib.pool_release()
 
 
 def _zeros_like(weight: Tensor) -> Tensor:
     """With the weight's strides, if nothing lies between its elements."""
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
-    if not dense or weight.numel() < 1 << 16:
+    if not dense or weight.numel() < _LARGE:
         return torch.zeros_like(weight)
     return empty(weight.numel()).zero_().as_strided(weight.shape, weight.stride())
 

@@ -60,7 +60,7 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-thread_local Scratch patch_scratch, tile_scratch;
+thread_local Scratch patch_scratch, strip_scratch, entry_scratch;
 
 // Where a kernel tap reads: `shift` pixels further in the phase `phase` of a grid that takes every `step`-th pixel.
 struct Tap {
@@ -175,14 +175,19 @@ void ConvPlan::build(const ConvShape& s, bool input_gradient, const int64_t* pos
     for (int64_t c = 0; c < in_.channels; c += size) {
       const int64_t first = static_cast<int64_t>(phase) * in_.channels + c;
       blocks_.push_back({first, std::min(size, in_.channels - c), 0, 0});
+      most_planes_ = std::max(most_planes_, blocks_.back().count);
       for (int64_t p = first; p < first + blocks_.back().count; ++p)
         block_of[p] = static_cast<int64_t>(blocks_.size()) - 1;
     }
   }
 
+  patch_row_ = (tiling_.tile_cols + halo_w) * tiling_.tile_blocks;
+  patch_plane_ = odd((tiling_.strip_rows + halo_h) * patch_row_);
+  strip_row_ = int64_t{tiling_.tile_cols} * tiling_.tile_blocks;
+  strip_plane_ = odd(tiling_.strip_rows * strip_row_);
+
   // Counting sort of the positions by (block, output plane); positions that ascend keep their order.
-  const int64_t out_planes = out_.planes(), line_row = (tiling_.tile_cols + halo_w) * tiling_.tile_blocks;
-  const int64_t line_plane = odd((tiling_.strip_rows + halo_h) * line_row);
+  const int64_t out_planes = out_.planes();
   struct Place {
     int64_t out, in, memory;
     const Tap *row, *col;
@@ -220,7 +225,7 @@ void ConvPlan::build(const ConvShape& s, bool input_gradient, const int64_t* pos
     if (positions[i] < 0) continue;
     const Place at = place(positions[i]);
     const int64_t block = block_of[at.in], k = starts[block * out_planes + at.out]++;
-    const int64_t line = (at.in - blocks_[block].first) * line_plane + (at.row->shift - min_row_shift_) * line_row +
+    const int64_t line = (at.in - blocks_[block].first) * patch_plane_ + (at.row->shift - min_row_shift_) * patch_row_ +
                          (at.col->shift - min_col_shift_) * tiling_.tile_blocks;
     if (line * kLanes * static_cast<int64_t>(sizeof(float)) > INT32_MAX) throw std::length_error("a kernel too large to pack");
     offsets_[k] = static_cast<int32_t>(line * kLanes * sizeof(float));
@@ -331,179 +336,145 @@ void ConvPlan::unpack(const Maps& maps, const Side& side, int64_t plane, int64_t
 // Output planes that one thread takes through all blocks of a strip: as many as keep the strip's sums in half of L2
 // (what they read is packed again for every chunk), fewer if there would not be work for every thread.
 int64_t ConvPlan::chunk_rows(int64_t strips, int threads) const {
-  const int64_t planes = out_.planes();
-  const int64_t strip = int64_t{tiling_.strip_rows} * tiling_.tile_cols * tiling_.tile_blocks * kLanes * sizeof(float);
+  const int64_t planes = out_.planes(), strip = tiling_.strip_rows * strip_row_ * kLanes * sizeof(float);
   int64_t chunks = divide_up(planes * strip, std::max<int64_t>(caches().l2 / 2, strip));
   while (threads > 1 && strips * chunks < 4 * threads && planes / (chunks + 1) >= 16) ++chunks;
   return divide_up(divide_up(planes, chunks), 4) * 4;
 }
 
-// Calls visit(phase-pure part of planes [first, last)).
+int64_t ConvPlan::count_strips(int64_t images) const {
+  return divide_up(divide_up(images, kLanes), tiling_.tile_blocks) * divide_up(grid_h_, tiling_.strip_rows) *
+         divide_up(grid_w_, tiling_.tile_cols);
+}
+
+// The output pixels of strip `index`. Columns come first, then rows, then images.
+ConvPlan::Window ConvPlan::strip(int64_t index, int64_t images) const {
+  const int64_t down = divide_up(grid_h_, tiling_.strip_rows), across = divide_up(grid_w_, tiling_.tile_cols);
+  Window w;
+  w.col_begin = index % across * tiling_.tile_cols;
+  w.col_end = std::min<int64_t>(w.col_begin + tiling_.tile_cols, grid_w_);
+  w.row_begin = index / across % down * tiling_.strip_rows;
+  w.row_end = std::min<int64_t>(w.row_begin + tiling_.strip_rows, grid_h_);
+  w.block = index / across / down * tiling_.tile_blocks;
+  w.blocks = std::min<int64_t>(tiling_.tile_blocks, divide_up(images, kLanes) - w.block);
+  return w;
+}
+
+// Tiles can be used where they belong if they are made of lines, pixel after pixel.
+bool ConvPlan::is_direct(const Maps& maps) const {
+  return maps.lines && out_.step_h == 1 && out_.step_w == 1 && tiling_.tile_blocks == 1;
+}
+
+// Calls visit(first plane, planes) for the parts of output planes [first, last) that lie in one phase each.
 template <typename Visit>
-static void for_each_part(int64_t first, int64_t last, int64_t channels, Visit visit) {
+void ConvPlan::for_each_phase(int64_t first, int64_t last, Visit visit) const {
   while (first < last) {
-    const int64_t end = std::min(last, (first / channels + 1) * channels);
+    const int64_t end = std::min(last, (first / out_.channels + 1) * out_.channels);
     visit(first, end - first);
     first = end;
+  }
+}
+
+// Packs the block's planes for one tile of the strip after the other and calls visit(begin, end, patch, tile, rows)
+// with the entries of output planes [first, last). The tile is in `maps` where that is possible, else in `sums`.
+template <typename Visit>
+void ConvPlan::for_each_tile(const Maps& in, const Maps& maps, const PlaneBlock& block, const Window& strip,
+                             int64_t first, int64_t last, float* patch, float* sums, Visit visit) const {
+  const auto before = [](const EntryRow& row, int64_t plane) { return row.out < plane; };
+  const EntryRow* rows_end = rows_.data() + block.row_end;
+  const EntryRow* begin = std::lower_bound(rows_.data() + block.row_begin, rows_end, first, before);
+  const EntryRow* end = std::lower_bound(begin, rows_end, last, before);
+  if (begin == end) return;
+  Window read{0, strip.row_begin + min_row_shift_, strip.col_begin + min_col_shift_, strip.col_end + max_col_shift_,
+              strip.block, strip.blocks};
+  for (int64_t y = strip.row_begin, next; y < strip.row_end; y = next) {
+    next = std::min<int64_t>(y + tiling_.tile_rows, strip.row_end);
+    read.row_begin = read.row_end;  // the rows before are there from the last tile
+    read.row_end = next + max_row_shift_;
+    float* place = patch + (read.row_begin - strip.row_begin - min_row_shift_) * patch_row_ * kLanes;
+    pack(in, in_, block.first, block.count, read, place, patch_plane_, patch_row_);
+    Tile tile;
+    if (is_direct(maps)) {
+      tile.plane = out_.height * out_.width * kLanes;
+      tile.pitch = out_.width * kLanes;
+      tile.lines = maps.data + strip.block * out_.channels * tile.plane + y * tile.pitch + strip.col_begin * kLanes;
+    } else {
+      tile.plane = strip_plane_ * kLanes;
+      tile.pitch = strip_row_ * kLanes;
+      tile.lines = sums - first * tile.plane + (y - strip.row_begin) * tile.pitch;
+    }
+    const int64_t pitch = patch_row_ * kLanes * static_cast<int64_t>(sizeof(float));
+    visit(begin, end, Patch{patch + (y - strip.row_begin) * patch_row_ * kLanes, pitch}, tile, next - y);
   }
 }
 
 void ConvPlan::forward(const float* weight, const Maps& in, const Maps& out, const float* bias, bool accumulate,
                        int threads) const {
   const LineKernels& kernels = line_kernels();
-  const int64_t images = in.images, image_blocks = divide_up(images, kLanes);
-  const int64_t groups = divide_up(image_blocks, tiling_.tile_blocks);
-  const int64_t strips_h = divide_up(grid_h_, tiling_.strip_rows), strips_w = divide_up(grid_w_, tiling_.tile_cols);
-  const int64_t strips = groups * strips_h * strips_w, chunk = chunk_rows(strips, threads);
-  const int64_t chunks = divide_up(out_.planes(), chunk), items = strips * chunks;
-  const int64_t halo_h = max_row_shift_ - min_row_shift_, halo_w = max_col_shift_ - min_col_shift_;
-  const int64_t line_row = (tiling_.tile_cols + halo_w) * tiling_.tile_blocks;
-  const int64_t line_plane = odd((tiling_.strip_rows + halo_h) * line_row);
-  const int64_t tile_row = tiling_.tile_cols * tiling_.tile_blocks, tile_plane = odd(tiling_.strip_rows * tile_row);
-  // Sums can be formed where they belong if the output is made of lines, pixel after pixel.
-  const bool direct = out.lines && out_.step_h == 1 && out_.step_w == 1 && tiling_.tile_blocks == 1;
-  int64_t most_planes = 0;
-  for (const PlaneBlock& block : blocks_) most_planes = std::max(most_planes, block.count);
-
-  const int64_t entries = non_zeros();
-  std::unique_ptr<float[]> values(new float[std::max<int64_t>(entries, 1)]);
+  const int64_t strips = count_strips(in.images), chunk = chunk_rows(strips, threads);
+  const int64_t chunks = divide_up(out_.planes(), chunk), entries = non_zeros();
+  const bool direct = is_direct(out);
+  float* values = entry_scratch.floats(entries);
 #pragma omp parallel num_threads(std::max(threads, 1))
   {
 #pragma omp for schedule(static)
     for (int64_t k = 0; k < entries; ++k) values[k] = weight[places_[k]];
-    float* patch = patch_scratch.floats(most_planes * line_plane * kLanes);
-    float* sums = direct ? nullptr : tile_scratch.floats(chunk * tile_plane * kLanes);
+    float* patch = patch_scratch.floats(most_planes_ * patch_plane_ * kLanes);
+    float* sums = direct ? nullptr : strip_scratch.floats(chunk * strip_plane_ * kLanes);
     // Consecutive items share their images, and a thread takes consecutive items: so the thread that writes a line is
     // likely to be the one that reads it in the next layer.
 #pragma omp for schedule(static)
-    for (int64_t item = 0; item < items; ++item) {
-      const int64_t first_out = item % chunks * chunk, last_out = std::min(first_out + chunk, out_.planes());
-      const int64_t strip = item / chunks, group = strip / (strips_h * strips_w);
-      const int64_t row = strip / strips_w % strips_h * tiling_.strip_rows, col = strip % strips_w * tiling_.tile_cols;
-      const int64_t row_end = std::min<int64_t>(row + tiling_.strip_rows, grid_h_);
-      const int64_t width = std::min<int64_t>(tiling_.tile_cols, grid_w_ - col);
-      const int64_t lines = width * tiling_.tile_blocks, image_block = group * tiling_.tile_blocks;
-      Window window{0, 0, col + min_col_shift_, col + width + max_col_shift_, image_block,
-                    std::min<int64_t>(tiling_.tile_blocks, image_blocks - image_block)};
-      const Window written{row, row_end, col, col + width, image_block, window.blocks};
-      if (accumulate && !direct) {
-        for_each_part(first_out, last_out, out_.channels, [&](int64_t plane, int64_t count) {
-          pack(out, out_, plane, count, written, sums + (plane - first_out) * tile_plane * kLanes, tile_plane, tile_row);
+    for (int64_t item = 0; item < strips * chunks; ++item) {
+      const int64_t first = item % chunks * chunk, last = std::min(first + chunk, out_.planes());
+      const Window pixels = strip(item / chunks, in.images);
+      const int64_t lines = (pixels.col_end - pixels.col_begin) * tiling_.tile_blocks;
+      const auto place = [&](int64_t plane) { return sums + (plane - first) * strip_plane_ * kLanes; };
+      if (accumulate && !direct)
+        for_each_phase(first, last, [&](int64_t plane, int64_t count) {
+          pack(out, out_, plane, count, pixels, place(plane), strip_plane_, strip_row_);
         });
-      }
       for (const PlaneBlock& block : blocks_) {
-        const auto before = [](const EntryRow& r, int64_t o) { return r.out < o; };
-        const EntryRow* rows_end = rows_.data() + block.row_end;
-        const EntryRow* begin = std::lower_bound(rows_.data() + block.row_begin, rows_end, first_out, before);
-        const EntryRow* end = std::lower_bound(begin, rows_end, last_out, before);
-        if (begin == end) continue;
-        const bool first = &block == blocks_.data() && !accumulate;
-        window.row_end = row + min_row_shift_;
-        for (int64_t y = row, next; y < row_end; y = next) {
-          next = std::min<int64_t>(y + tiling_.tile_rows, row_end);
-          window.row_begin = window.row_end;
-          window.row_end = next + max_row_shift_;
-          pack(in, in_, block.first, block.count, window,
-               patch + (window.row_begin - row - min_row_shift_) * line_row * kLanes, line_plane, line_row);
-          Tile tile;
-          if (direct) {
-            tile.plane = out_.height * out_.width * kLanes;
-            tile.pitch = out_.width * kLanes;
-            tile.lines = out.data + image_block * out_.channels * tile.plane + y * tile.pitch + col * kLanes;
-          } else {
-            tile.plane = tile_plane * kLanes;
-            tile.pitch = tile_row * kLanes;
-            tile.lines = sums - first_out * tile.plane + (y - row) * tile.pitch;
-          }
-          const Patch from{patch + (y - row) * line_row * kLanes, line_row * kLanes * static_cast<int64_t>(sizeof(float))};
-          kernels.forward[next - y][lines](offsets_.data(), values.get(), begin, end, from, tile, bias, first);
-        }
+        const bool start = &block == blocks_.data() && !accumulate;
+        for_each_tile(in, out, block, pixels, first, last, patch, sums,
+                      [&](const EntryRow* begin, const EntryRow* end, Patch from, Tile tile, int64_t rows) {
+                        kernels.forward[rows][lines](offsets_.data(), values, begin, end, from, tile, bias, start);
+                      });
       }
-      if (!direct) {
-        for_each_part(first_out, last_out, out_.channels, [&](int64_t plane, int64_t count) {
-          unpack(out, out_, plane, count, written, sums + (plane - first_out) * tile_plane * kLanes, tile_plane,
-                 tile_row);
+      if (!direct)
+        for_each_phase(first, last, [&](int64_t plane, int64_t count) {
+          unpack(out, out_, plane, count, pixels, place(plane), strip_plane_, strip_row_);
         });
-      }
     }
   }
 }
 
-void ConvPlan::weight_grad(const Maps& in, const Maps& grad_out, float* grads, bool scatter,
-                           int threads) const {
+void ConvPlan::weight_grad(const Maps& in, const Maps& grad_out, float* grads, bool scatter, int threads) const {
   const LineKernels& kernels = line_kernels();
-  const int64_t images = in.images, image_blocks = divide_up(images, kLanes);
-  const int64_t groups = divide_up(image_blocks, tiling_.tile_blocks);
-  const int64_t strips_h = divide_up(grid_h_, tiling_.strip_rows), strips_w = divide_up(grid_w_, tiling_.tile_cols);
-  const int64_t strips = groups * strips_h * strips_w;
-  const int64_t halo_h = max_row_shift_ - min_row_shift_, halo_w = max_col_shift_ - min_col_shift_;
-  const int64_t line_row = (tiling_.tile_cols + halo_w) * tiling_.tile_blocks;
-  const int64_t line_plane = odd((tiling_.strip_rows + halo_h) * line_row);
-  const int64_t tile_row = tiling_.tile_cols * tiling_.tile_blocks, tile_plane = odd(tiling_.strip_rows * tile_row);
-  const bool direct = grad_out.lines && tiling_.tile_blocks == 1;
-  int64_t most_planes = 0;
-  for (const PlaneBlock& block : blocks_) most_planes = std::max(most_planes, block.count);
-
   // The strips are summed in parts, each on its own, and the parts in their order: how many there are must not depend
   // on the number of threads. Within a part the output planes can be shared out freely.
-  const int64_t entries = non_zeros();
+  const int64_t strips = count_strips(in.images), entries = non_zeros();
   const int64_t parts = std::clamp<int64_t>((1 << 19) / std::max<int64_t>(entries, 1), 1, std::min<int64_t>(strips, 16));
   const int64_t chunk = chunk_rows(parts, threads), chunks = divide_up(out_.planes(), chunk);
-  std::unique_ptr<float[]> sums(new float[std::max<int64_t>(parts * entries, 1)]);
+  const bool direct = is_direct(grad_out);
+  float* sums = entry_scratch.floats(parts * entries);
 #pragma omp parallel num_threads(std::max(threads, 1))
   {
-    float* patch = patch_scratch.floats(most_planes * line_plane * kLanes);
-    float* tiles = direct ? nullptr : tile_scratch.floats(chunk * tile_plane * kLanes);
+    float* patch = patch_scratch.floats(most_planes_ * patch_plane_ * kLanes);
 #pragma omp for schedule(static)
-    for (int64_t task = 0; task < parts * chunks; ++task) {
-      const int64_t part = task / chunks, first_out = task % chunks * chunk;
-      const int64_t last_out = std::min(first_out + chunk, out_.planes());
-      float* part_sums = sums.get() + part * entries;
-      const auto before = [](const EntryRow& r, int64_t o) { return r.out < o; };
-      for (const PlaneBlock& block : blocks_) {
-        const EntryRow* rows_end = rows_.data() + block.row_end;
-        const EntryRow* begin = std::lower_bound(rows_.data() + block.row_begin, rows_end, first_out, before);
-        const EntryRow* end = std::lower_bound(begin, rows_end, last_out, before);
-        if (begin != end) std::fill(part_sums + begin->begin, part_sums + (end - 1)->end, 0.0f);
-      }
-      for (int64_t strip = strips * part / parts; strip < strips * (part + 1) / parts; ++strip) {
-        const int64_t group = strip / (strips_h * strips_w);
-        const int64_t row = strip / strips_w % strips_h * tiling_.strip_rows, col = strip % strips_w * tiling_.tile_cols;
-        const int64_t row_end = std::min<int64_t>(row + tiling_.strip_rows, grid_h_);
-        const int64_t width = std::min<int64_t>(tiling_.tile_cols, grid_w_ - col);
-        const int64_t lines = width * tiling_.tile_blocks, image_block = group * tiling_.tile_blocks;
-        Window window{row, row_end, col, col + width, image_block,
-                      std::min<int64_t>(tiling_.tile_blocks, image_blocks - image_block)};
-        if (!direct)
-          pack(grad_out, out_, first_out, last_out - first_out, window, tiles, tile_plane, tile_row);
-        window.col_begin = col + min_col_shift_;
-        window.col_end = col + width + max_col_shift_;
-        for (const PlaneBlock& block : blocks_) {
-          const EntryRow* rows_end = rows_.data() + block.row_end;
-          const EntryRow* begin = std::lower_bound(rows_.data() + block.row_begin, rows_end, first_out, before);
-          const EntryRow* end = std::lower_bound(begin, rows_end, last_out, before);
-          if (begin == end || begin->begin == (end - 1)->end) continue;
-          window.row_end = row + min_row_shift_;
-          for (int64_t y = row, next; y < row_end; y = next) {
-            next = std::min<int64_t>(y + tiling_.tile_rows, row_end);
-            window.row_begin = window.row_end;
-            window.row_end = next + max_row_shift_;
-            pack(in, in_, block.first, block.count, window,
-                 patch + (window.row_begin - row - min_row_shift_) * line_row * kLanes, line_plane, line_row);
-            Tile tile;
-            if (direct) {
-              tile.plane = out_.height * out_.width * kLanes;
-              tile.pitch = out_.width * kLanes;
-              tile.lines = grad_out.data + image_block * out_.channels * tile.plane + y * tile.pitch + col * kLanes;
-            } else {
-              tile.plane = tile_plane * kLanes;
-              tile.pitch = tile_row * kLanes;
-              tile.lines = tiles - first_out * tile.plane + (y - row) * tile.pitch;
-            }
-            const Patch from{patch + (y - row) * line_row * kLanes, line_row * kLanes * static_cast<int64_t>(sizeof(float))};
-            kernels.weight_grad[next - y][lines](offsets_.data(), begin, end, from, tile, part_sums);
-          }
-        }
+    for (int64_t k = 0; k < parts * entries; ++k) sums[k] = 0.0f;
+    float* tiles = direct ? nullptr : strip_scratch.floats(chunk * strip_plane_ * kLanes);
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < parts * chunks; ++item) {
+      const int64_t part = item / chunks, first = item % chunks * chunk, last = std::min(first + chunk, out_.planes());
+      for (int64_t s = strips * part / parts; s < strips * (part + 1) / parts; ++s) {
+        const Window pixels = strip(s, in.images);
+        const int64_t lines = (pixels.col_end - pixels.col_begin) * tiling_.tile_blocks;
+        if (!direct) pack(grad_out, out_, first, last - first, pixels, tiles, strip_plane_, strip_row_);
+        for (const PlaneBlock& block : blocks_)
+          for_each_tile(in, grad_out, block, pixels, first, last, patch, tiles,
+                        [&](const EntryRow* begin, const EntryRow* end, Patch from, Tile tile, int64_t rows) {
+                          kernels.weight_grad[rows][lines](offsets_.data(), begin, end, from, tile, sums + part * entries);
+                        });
       }
     }
 #pragma omp for schedule(static)

@@ -44,8 +44,8 @@ struct Tiling {
 // Immutable, so that several threads may run the same plan.
 class ConvPlan {
  public:
-  // positions [count]: flat row-major positions in the weight; negative ones are padding. `input_gradient` plans the transposed
-  // convolution, from the output's gradient to the input's.
+  // positions [count]: flat row-major positions in the weight; negative ones are padding. `input_gradient` plans the
+  // transposed convolution, from the output's gradient to the input's.
   ConvPlan(const ConvShape& shape, bool input_gradient, const int64_t* positions, int64_t count, int64_t images);
   // With a tiling of the caller's own.
   ConvPlan(const ConvShape& shape, bool input_gradient, const int64_t* positions, int64_t count, Tiling tiling);
@@ -76,7 +76,7 @@ class ConvPlan {
     int64_t planes() const { return channels * static_cast<int64_t>(phases.size()); }
   };
   struct PlaneBlock {
-    int64_t first, count;     // planes
+    int64_t first, count;        // planes
     int64_t row_begin, row_end;  // into rows_
   };
   struct Window;
@@ -87,18 +87,29 @@ class ConvPlan {
             int64_t line_plane, int64_t line_row) const;
   void unpack(const Maps& maps, const Side& side, int64_t plane, int64_t count, const Window& window,
               const float* lines, int64_t line_plane, int64_t line_row) const;
-  int64_t chunk_rows(int64_t items, int threads) const;
+  int64_t chunk_rows(int64_t strips, int threads) const;
+  int64_t count_strips(int64_t images) const;
+  Window strip(int64_t index, int64_t images) const;
+  bool is_direct(const Maps& maps) const;
+  template <typename Visit>
+  void for_each_phase(int64_t first, int64_t last, Visit visit) const;
+  template <typename Visit>
+  void for_each_tile(const Maps& in, const Maps& maps, const PlaneBlock& block, const Window& strip, int64_t first,
+                     int64_t last, float* patch, float* sums, Visit visit) const;
 
   Tiling tiling_;
   Side in_, out_;
   int64_t grid_h_, grid_w_;
   int64_t min_row_shift_, max_row_shift_, min_col_shift_, max_col_shift_;
+  int64_t patch_row_, patch_plane_;  // lines of a packed patch, from row to row and from plane to plane,
+  int64_t strip_row_, strip_plane_;  // and of a strip of output
+  int64_t most_planes_ = 0;          // of a block
   int64_t count_;
   std::vector<PlaneBlock> blocks_;
   std::vector<EntryRow> rows_;
-  std::vector<int32_t> offsets_;     // bytes from a patch's first line; in the order in which kernels read
-  std::vector<uint32_t> places_;     // in the weight's memory
-  std::vector<uint32_t> sources_;    // in the list of positions given
+  std::vector<int32_t> offsets_;   // bytes from a patch's first line; in the order in which kernels read
+  std::vector<uint32_t> places_;   // in the weight's memory
+  std::vector<uint32_t> sources_;  // in the list of positions given
 };
 
 }  // namespace sparsebilevel
