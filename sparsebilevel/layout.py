@@ -9,6 +9,7 @@ the keys of the state dict stay what they were.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import operator
 import warnings
@@ -88,13 +89,11 @@ def convolve(value: Value, module: SparseMaskedConv2d) -> Value:
         return module(ordinary(value))
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
         return module(ordinary(value))
-    first = value.source.data if isinstance(value, Pending) else value.data if isinstance(value, Lines) else value
-    images = (
-        first.shape[0] if isinstance(value, Tensor) else (value if isinstance(value, Lines) else value.source).images
-    )
+    images, channels, *_ = _map_shape(value)
+    data = value if isinstance(value, Tensor) else (value.source if isinstance(value, Pending) else value).data
     stride, dilation = module.stride, module.dilation
-    support = sparse_support("masked_conv2d", first, module.weight, module.mask, stride[0] * stride[1], images)
-    if support is None or first.shape[1] != module.in_channels:
+    support = sparse_support("masked_conv2d", data, module.weight, module.mask, stride[0] * stride[1], images)
+    if support is None or channels != module.in_channels:
         return module(ordinary(value))
     norm = norm_weight = norm_bias = None
     if isinstance(value, Pending) and value.residual is None:
@@ -154,8 +153,10 @@ def _norm(source: Lines, module: nn.BatchNorm2d) -> lines.Norm:
     return lines.Norm.of_batch(data, images, module.weight, module.bias, module.eps, running, momentum)
 
 
-def rectify(value: Value, users: int) -> Value:
+def rectify(value: Value, users: int, module: nn.Module | None = None) -> Value:
     """ReLU. What two use, an addition and a convolution before it, gets a place where their gradients meet."""
+    if module is not None and (type(module) is not nn.ReLU or _has_hooks(module)):
+        return module(ordinary(value))
     if isinstance(value, Pending):
         value.norm.relu = True
         if users == 1 and value.residual is None:
@@ -196,16 +197,23 @@ def _map_shape(value: Lines | Pending | Tensor) -> tuple[int, ...]:
 
 def each(value: Value, module: nn.Module) -> Value:
     """An activation that treats every element alike."""
-    if isinstance(value, (Lines, Pending)):
+    if type(module) in _EACH and not _has_hooks(module) and isinstance(value, (Lines, Pending)):
         value = _lines(value)
         return Lines(module(value.data), value.images)
-    return module(value)
+    return module(ordinary(value))
+
+
+def hand_on(value: Value, module: nn.Module) -> Value:
+    """Nothing."""
+    return value if type(module) is nn.Identity and not _has_hooks(module) else module(ordinary(value))
 
 
 def max_pool(value: Value, module: nn.MaxPool2d) -> Value:
     """Maximum pooling."""
-    if not isinstance(value, (Lines, Pending)) or module.ceil_mode or module.return_indices:
+    if type(module) is not nn.MaxPool2d or _has_hooks(module) or module.ceil_mode or module.return_indices:
         return module(ordinary(value))
+    if not isinstance(value, (Lines, Pending)):
+        return module(value)
     value = _lines(value)
     settings = (_pair(s) for s in (module.kernel_size, module.stride, module.padding, module.dilation))
     return Lines(lines.MaxPool.apply(value.data, *settings), value.images)
@@ -224,18 +232,19 @@ _EACH: set[type[nn.Module]] = {
     *(nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Sigmoid, nn.Tanh),
     *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh),
 }
-_PASSES_ON = ("relu", "add", "each", "pool")
+_KINDS: dict[type[nn.Module], str] = {
+    **{SparseMaskedConv2d: "conv", nn.BatchNorm2d: "norm", nn.ReLU: "relu"},
+    **{nn.MaxPool2d: "pool", nn.Identity: "same"},
+}
+_PASSES_ON = ("relu", "add", "each", "pool", "same")
 _RELUS = {torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"}
 
 
 def _kind(node: torch.fx.Node, modules: dict[str, nn.Module]) -> str:
-    """``conv``, ``norm``, ``relu``, ``add``, ``pool``, ``each`` (activations of single elements) or ``other``."""
+    """``conv``, ``norm``, ``relu``, ``add``, ``pool``, ``same``, ``each`` (other activations) or ``other``."""
     if node.op == "call_module" and not node.kwargs and len(node.args) == 1:
         module = modules[str(node.target)]
-        kinds = {SparseMaskedConv2d: "conv", nn.BatchNorm2d: "norm", nn.ReLU: "relu", nn.MaxPool2d: "pool"}
-        if _has_hooks(module):
-            return "other"
-        return "each" if type(module) in _EACH else kinds.get(type(module), "other")
+        return "each" if type(module) in _EACH else _KINDS.get(type(module), "other")
     if node.op in ("call_function", "call_method"):
         values = [a for a in node.args if isinstance(a, torch.fx.Node)]
         if node.target in _ADDITIONS and len(values) == len(node.args) == 2 and not node.kwargs:
@@ -245,14 +254,16 @@ def _kind(node: torch.fx.Node, modules: dict[str, nn.Module]) -> str:
     return "other"
 
 
+_OPS: dict[str, Callable[..., Value]] = {
+    **{"conv": convolve, "norm": normalize, "relu": rectify, "add": add},
+    **{"pool": max_pool, "same": hand_on, "each": each},
+}
+
+
 def _rewrite(model: nn.Module) -> torch.fx.Graph:
     """The traced graph of ``model``, on values of this module."""
     graph = _Tracer().trace(model)
     modules = dict(model.named_modules())
-    for node in list(graph.nodes):
-        if node.op == "call_module" and type(modules[str(node.target)]) is nn.Identity:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
     kinds = {node: _kind(node, modules) for node in graph.nodes}
 
     leads_to_lines: set[torch.fx.Node] = set()  # by way of what can be done in lines
@@ -269,20 +280,12 @@ def _rewrite(model: nn.Module) -> torch.fx.Graph:
                         node.replace_input_with(argument, graph.call_function(ordinary, (argument,)))
                 continue
             operands: tuple[Any, ...] = tuple(a for a in node.args if isinstance(a, torch.fx.Node))
-            if node.op == "call_module" and kind in ("conv", "norm", "each", "pool"):
-                operands += (graph.get_attr(str(node.target)),)
-            if kind == "conv":
-                new = graph.call_function(convolve, operands)
-            elif kind == "norm":
-                new = graph.call_function(normalize, (*operands, node in leads_to_lines, users))
-            elif kind == "pool":
-                new = graph.call_function(max_pool, operands)
-            elif kind == "each":
-                new = graph.call_function(each, operands)
-            elif kind == "relu":
-                new = graph.call_function(rectify, (*operands, users))
-            else:
-                new = graph.call_function(add, (*operands, users))
+            module = (graph.get_attr(str(node.target)),) if node.op == "call_module" else ()
+            if kind == "norm":
+                module += (node in leads_to_lines, users)
+            elif kind in ("relu", "add"):
+                module = (users, *module)
+            new = graph.call_function(_OPS[kind], (*operands, *module))
         kinds[new] = kind
         node.replace_all_uses_with(new)
         graph.erase_node(node)
@@ -293,31 +296,58 @@ class InLayout(nn.Module):
     """Mixed into the class of a model by :func:`optimize_for_cpu`: its forward, in lines where that is possible."""
 
     _plain_class: type[nn.Module]
+    _graphs: _Graphs  # in __dict__
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if _runs_plain(args, kwargs):
-            return self._plain_class.forward(self, *args, **kwargs)
-        return self.__dict__["_forward_in_lines"](self, *args, **kwargs)
+        run = None if _runs_plain(args, kwargs) else self._graphs.find(self)
+        return (run or self._plain_class.forward)(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        state = self.__dict__.copy()
-        state.pop("_forward_in_lines")
-        return _rebuild, (self._plain_class, state)
+        return _rebuild, (self._plain_class, self._plain_state())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        import copy
-
-        state = {k: v for k, v in self.__dict__.items() if k != "_forward_in_lines"}
         new = self._plain_class.__new__(self._plain_class)
         memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(state, memo))
+        new.__dict__.update(copy.deepcopy(self._plain_state(), memo))
         return optimize_for_cpu(new)
+
+    def _plain_state(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_graphs"}
 
 
 def _rebuild(plain_class: type[nn.Module], state: dict[str, Any]) -> nn.Module:
     model = plain_class.__new__(plain_class)
     model.__dict__.update(state)
     return optimize_for_cpu(model)
+
+
+class _Graphs:
+    """Forwards of a model in lines. Tracing fixes what a forward reads of ``training``, so there is one for each."""
+
+    def __init__(self, model: nn.Module) -> None:
+        leaves = _Tracer()
+        self._traced_through = [m for m in model.modules() if m is model or not leaves.is_leaf_module(m, "")]
+        self._forwards: dict[tuple[bool, ...], Callable[..., Any] | None] = {}
+        if not self._hooked():
+            self._forwards[self._modes()] = _compile(_rewrite(model))
+
+    def _modes(self) -> tuple[bool, ...]:
+        return tuple(m.training for m in self._traced_through)
+
+    def _hooked(self) -> bool:
+        return any(_has_hooks(m) for m in self._traced_through[1:])  # those of the model itself run anyway
+
+    def find(self, model: nn.Module) -> Callable[..., Any] | None:
+        """The forward for the modes that the modules are in; None runs the model as it was written."""
+        if self._hooked():  # a hook on what is traced through would not run
+            return None
+        modes = self._modes()
+        if modes not in self._forwards:
+            try:
+                self._forwards[modes] = _compile(_rewrite(model))
+            except Exception:  # a tracer meets whatever the forward does
+                self._forwards[modes] = None
+        return self._forwards[modes]
 
 
 def _runs_plain(args: Any, kwargs: Any) -> bool:
@@ -353,14 +383,14 @@ def optimize_for_cpu(model: nn.Module) -> nn.Module:
     if not any(isinstance(layer, SparseMaskedConv2d) for _, layer in sparse_layers(model)):
         raise ValueError("model has no sparse convolution; call sparsify first")
     try:
-        graph = _rewrite(model)
+        graphs = _Graphs(model)
     except Exception as error:  # a tracer meets whatever the forward does
         warnings.warn(
             f"{type(model).__name__} cannot be traced, so its layers convert one by one: {error}", stacklevel=2
         )
         return model
     plain = type(model)
-    model.__dict__["_forward_in_lines"] = _compile(graph)
+    model.__dict__["_graphs"] = graphs
     model.__class__ = type(plain.__name__, (InLayout, plain), {"_plain_class": plain, "__module__": plain.__module__})
     return model
 

@@ -234,19 +234,56 @@ def test_is_the_same_model_to_everybody_else(tmp_path):
     assert_close(sb.densify(optimized)(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_hooks_see_ordinary_tensors():
-    plain, optimized = pair(Net().eval())
+@pytest.mark.parametrize("names", [("conv3", "bn4"), ("relu", "same", "pool"), ("inner",)], ids="-".join)
+def test_hooks_see_ordinary_tensors(names):
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Net()
+
+        def forward(self, x):
+            return self.inner(x)
+
+    plain, optimized = pair(Outer().eval())
     seen = []
     for net in (plain, optimized):
-        for module in (net.conv3, net.bn4, net.relu):
-            module.register_forward_hook(lambda _m, _i, out: seen.append(tuple(out.shape)))
+        for name in names:
+            module = net.inner if name == "inner" else net.inner.get_submodule(name)
+            module.register_forward_hook(lambda _m, _i, out: seen.append(out.detach().clone()))
     x = torch.randn(16, 3, 8, 8)
-    plain(x)
+    a = plain(x)
     expected = list(seen)
     seen.clear()
-    with torch.no_grad():
-        assert_close(optimized(x), plain(x), rtol=1e-4, atol=1e-4)
-    assert {shape for shape in seen if len(shape) == 4} == set(expected)
+    assert_close(optimized(x), a, rtol=1e-4, atol=1e-4)
+    assert len(seen) == len(expected) > 0
+    for got, want in zip(seen, expected, strict=True):
+        assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_forward_reads_of_training_is_not_frozen():
+    class Dropping(Net):
+        def forward(self, x):
+            return F.dropout(super().forward(x), 0.5, training=self.training)
+
+    plain, optimized = pair(Dropping())
+    x = torch.randn(16, 3, 8, 8)
+    assert (optimized(x) == 0).any()
+    plain(x)
+    for net in (plain, optimized):
+        net.eval()
+    assert_close(optimized(x), plain(x), rtol=1e-4, atol=1e-4)
+    optimized.train()
+    assert (optimized(x) == 0).any()
+
+
+def test_replaced_modules_are_used():
+    plain, optimized = pair(Net().eval())
+    for net in (plain, optimized):
+        net.relu, net.bn4, net.fc = nn.ELU(), nn.GroupNorm(3, 12), nn.Linear(48, 2)
+        torch.nn.init.constant_(net.fc.weight, 0.1)
+        torch.nn.init.zeros_(net.fc.bias)
+    x = torch.randn(16, 3, 8, 8)
+    assert_close(optimized(x), plain(x), rtol=1e-4, atol=1e-4)
 
 
 def test_autocast_and_meta_tensors_run_the_model_as_written():
