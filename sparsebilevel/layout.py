@@ -280,7 +280,7 @@ def _rewrite(model: nn.Module) -> torch.fx.Graph:
                         node.replace_input_with(argument, graph.call_function(ordinary, (argument,)))
                 continue
             operands: tuple[Any, ...] = tuple(a for a in node.args if isinstance(a, torch.fx.Node))
-            module = (graph.get_attr(str(node.target)),) if node.op == "call_module" else ()
+            module: tuple[Any, ...] = (graph.get_attr(str(node.target)),) if node.op == "call_module" else ()
             if kind == "norm":
                 module += (node in leads_to_lines, users)
             elif kind in ("relu", "add"):
