@@ -114,7 +114,7 @@ def count_costs(model: nn.Module, input_shape: Sequence[int], device: torch.devi
     for name, row in rows.items():
         dense, executed = recorder.flops.pop(name, (0, 0))
         theoretical = round(dense * row["density"])
-        if name in on_sparse_kernels:  # in training: the one sample counted here took the dense library
+        if row["name"] in on_sparse_kernels:  # in training: the one sample counted here took the dense library
             executed = theoretical
         row.update(flops_dense=dense, flops_theoretical=theoretical, flops_executed=executed)
     other_dense = sum(dense for dense, _ in recorder.flops.values())  # slices of a weight, computed weights

@@ -158,11 +158,14 @@ class SparseMaskedModule(nn.Module):
 
     @property
     def backend(self) -> Backend:
-        """Kernel that this layer takes for a batch of 16 or more images, and why."""
-        weight = self.weight
-        non_zeros = 0 if self.mask.is_meta else int(self.mask.sum())
-        stride = math.prod(getattr(self, "stride", (1,)))
-        return choose_backend(self._op, tuple(weight.shape), weight.dtype, weight.device, non_zeros, stride=stride)
+        """Kernel that this layer takes for a batch of 16 or more images, and why; on the meta device as on the CPU."""
+        weight, stride = self.weight, math.prod(getattr(self, "stride", (1,)))
+        if weight.is_meta:
+            non_zeros = round(weight.numel() * self.num_kept / self.pattern.num_groups(weight.shape))
+            device = torch.device("cpu")
+        else:
+            non_zeros, device = int(self.mask.sum()), weight.device
+        return choose_backend(self._op, tuple(weight.shape), weight.dtype, device, non_zeros, stride=stride)
 
     def effective_weight(self) -> Tensor:
         """``mask * weight``, differentiable in weight."""

@@ -10,6 +10,7 @@ from torch import nn
 
 import sparsebilevel as sb
 from sparsebilevel import costs
+from sparsebilevel.kernels import native
 from sparsebilevel.models import create_model
 
 
@@ -52,7 +53,7 @@ def test_flops_published_for_rigl(resnet50, sparsity, distribution, ratio):
     assert found.flops_theoretical / found.flops_dense == pytest.approx(ratio, abs=6e-5)
 
 
-def test_counts_of_resnet20_are_the_same_on_cpu_and_meta_device():
+def test_counts_of_resnet20_are_the_same_on_cpu_and_meta_device(monkeypatch):
     model = sb.sparsify(create_model("resnet20"), 0.9, "erk")
     found = costs.count_costs(model, (3, 32, 32))
     assert found == costs.count_costs(model, (3, 32, 32), device="cpu")
@@ -63,7 +64,9 @@ def test_counts_of_resnet20_are_the_same_on_cpu_and_meta_device():
     assert found.params_nonzero == 269_722 - 268_336 + kept
     assert found.compression == 269_722 / found.params_nonzero
     assert found.sparsity == found.global_sparsity == pytest.approx(0.9, abs=1e-5)
-    assert found.flops_executed == found.flops_dense  # today every kernel is dense behind its mask
+    assert found.flops_theoretical <= found.flops_executed <= found.flops_dense  # as the kernels are chosen
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "dense")
+    assert costs.count_costs(model, (3, 32, 32)).flops_executed == found.flops_dense
     assert found.flops_theoretical / found.flops_dense == pytest.approx(0.1857, abs=1e-4)
     assert sum(row["flops_theoretical"] for row in found.layers) == found.flops_theoretical
     assert json.loads(json.dumps(found.to_dict()))["speedup"] == pytest.approx(found.speedup)
@@ -181,3 +184,16 @@ def test_measured_layers():
     assert rows[1]["input_shape"] == [2, 32, 8, 8]
     for row, (_, layer) in zip(rows, sb.sparse_layers(model), strict=True):
         assert row["ratio"] == layer.measured_ratio > 0
+
+
+@pytest.mark.skipif(not native.available(), reason="the C++ extension is not there")
+def test_sparse_kernels_execute_what_the_mask_keeps(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3))
+    sb.sparsify(model, 0.75, exclude=["0"])
+    for backend in ("sparse", "dense"):
+        monkeypatch.setenv("SPARSEBILEVEL_BACKEND", backend)
+        first, second = costs.count_costs(model, (3, 8, 8)).layers
+        assert first["flops_executed"] == first["flops_dense"]
+        expected = second["flops_theoretical"] if backend == "sparse" else second["flops_dense"]
+        assert second["flops_executed"] == expected
+    assert second["flops_theoretical"] < second["flops_dense"]
