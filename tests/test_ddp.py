@@ -91,3 +91,31 @@ def test_effective_gradients_stay_local(results):
     ranks, alone = results
     for result, model in zip(ranks, alone, strict=True):
         assert_close(result["effective_grad"], model[0].effective_grad)
+
+
+def convolutions(optimize):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    sb.sparsify(model, 0.5, seed=0)
+    return sb.optimize_for_cpu(model) if optimize else model
+
+
+def work_in_layout(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    x = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(rank))
+    models = [convolutions(optimize) for optimize in (True, False)]
+    for model in models:
+        DistributedDataParallel(model)(x).square().mean().backward()
+    torch.save([[p.grad for p in model.parameters()] for model in models], f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_a_network_in_layout_gives_the_same_averages(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "sparse")
+    torch.multiprocessing.spawn(work_in_layout, (str(tmp_path),), nprocs=2)
+    (first, plain), (second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for ours, others, expected in zip(first, second, plain, strict=True):
+        assert torch.equal(ours, others)
+        assert_close(ours, expected, rtol=1e-4, atol=1e-5)
