@@ -103,10 +103,12 @@ def convolutions(optimize):
 def work_in_layout(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    x = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(rank))
+    generator = torch.Generator().manual_seed(rank)
+    x, weights = torch.randn(20, 3, 8, 8, generator=generator), torch.randn(20, 8, 4, 4, generator=generator)
     models = [convolutions(optimize) for optimize in (True, False)]
     for model in models:
-        DistributedDataParallel(model)(x).square().mean().backward()
+        ddp = DistributedDataParallel(model)
+        (ddp(x) * weights).mean().backward()
     torch.save([[p.grad for p in model.parameters()] for model in models], f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -116,6 +118,7 @@ def test_a_network_in_layout_gives_the_same_averages(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "sparse")
     torch.multiprocessing.spawn(work_in_layout, (str(tmp_path),), nprocs=2)
     (first, plain), (second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first[0].abs().max() > 1e-4
     for ours, others, expected in zip(first, second, plain, strict=True):
         assert torch.equal(ours, others)
         assert_close(ours, expected, rtol=1e-4, atol=1e-5)
