@@ -37,11 +37,13 @@ class Geometry(NamedTuple):
     groups: int = 1
 
     def output_size(self, input_size: Sequence[int], kernel_size: Sequence[int]) -> tuple[int, int]:
-        """``[P, Q]`` for maps of ``[H, W]``."""
+        """``[P, Q]`` for maps of ``[H, W]``; ValueError if the kernel does not fit."""
         height, width = (
             (size + 2 * p - d * (k - 1) - 1) // s + 1
             for size, k, s, p, d in zip(input_size, kernel_size, self.stride, self.padding, self.dilation, strict=True)
         )
+        if height < 1 or width < 1:
+            raise ValueError(f"input has maps of {list(input_size)}, too small for {list(kernel_size)} windows, {self}")
         return height, width
 
 
@@ -219,6 +221,10 @@ def conv2d(
     input: Tensor, weight: Tensor, support: Support, bias: Tensor | None, geometry: Geometry, output: Tensor
 ) -> Tensor:
     """Convolution with ``weight`` at ``support``, zero elsewhere, written into ``output``. Float32, any strides."""
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+        raise ValueError(
+            f"bias is {bias.dtype} of shape {list(bias.shape)}; expected {weight.dtype} of {[weight.shape[0]]}"
+        )
     plan = support.plan(False, input.shape, weight, geometry)
     return _run(plan, weight, input, None if bias is None else bias.contiguous(), output)
 
@@ -259,7 +265,8 @@ def weight_grad(
     threads = torch.get_num_threads()
     if positions is None:
         grad_weight = _zeros_like(weight)
-        plan = support.plan(False, input_shape, weight, geometry)
+        # Of the gradient's strides: they differ from the weight's if that is a slice of something.
+        plan = support.plan(False, input_shape, grad_weight, geometry)
         plan.weight_grad(input, grad_output, grad_weight.data_ptr(), True, threads)
         return grad_weight, None
     learning = learning_support(mask, positions)

@@ -363,3 +363,29 @@ def test_compiles_fullgraph(memory_format):
         for net in (eager, twin):
             net[6].set_mask(net[6].mask.roll(1, 0))
     torch._dynamo.reset()
+
+
+def test_a_weight_that_is_a_slice():
+    """Its gradient has other strides than itself."""
+    x, whole = torch.randn(16, 6, 5, 5), torch.randn(40, 12, 3, 3)
+    w = whole[::2, 3:9]
+    m = torch.rand(w.shape) < 0.3
+    leaves = [t.clone().requires_grad_() for t in (x, w.contiguous())]
+    F.conv2d(leaves[0], torch.where(m, leaves[1], 0)).square().sum().backward()
+    x.requires_grad_()
+    whole.requires_grad_()
+    masked_conv2d(x, whole[::2, 3:9], m).square().sum().backward()
+    assert_close(x.grad, leaves[0].grad, rtol=1e-3, atol=1e-3)
+    assert_close(whole.grad[::2, 3:9], leaves[1].grad, rtol=1e-3, atol=1e-2)
+
+
+def test_operands_that_do_not_fit_are_refused_before_a_kernel_reads_them():
+    x, w = torch.randn(16, 4, 3, 3), torch.randn(5, 4, 3, 3)
+    mask = torch.rand(w.shape) < 0.5
+    with pytest.raises(ValueError, match=r"bias is torch.float32 of shape \[4\]; expected torch.float32 of \[5\]"):
+        masked_conv2d(x, w, mask, torch.zeros(4))
+    with pytest.raises(ValueError, match="bias is torch.float64"):
+        masked_conv2d(x, w, mask, torch.zeros(5, dtype=torch.float64))
+    for size in (1, 2):
+        with pytest.raises(ValueError, match=r"input has maps of \[3, .\], too small"):
+            masked_conv2d(x[..., :size], w, mask)
