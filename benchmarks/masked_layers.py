@@ -199,11 +199,11 @@ class Buffer(NamedTuple):
         images, *rest = shape
         if layout == "lines":
             memory = torch.randn(-(-images // 16), *rest, 16)
-            return cls(memory, (memory.data_ptr(), images, 0, 0, 0, 0, True))
+            return cls(memory, (memory.data_ptr(), images, None))
         memory = torch.randn(shape)
         if layout == "channels_last":
             memory = memory.contiguous(memory_format=torch.channels_last)
-        return cls(memory, (memory.data_ptr(), images, *memory.stride(), False))
+        return cls(memory, (memory.data_ptr(), images, memory.stride()))
 
 
 def measure_passes(case: Case, effort: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def measure_passes(case: Case, effort: Mapping[str, Any]) -> dict[str, Any]:
     x, weight = case.maps
     out = x.shape[0], weight.shape[0], *case.geometry.output_size(x.shape[2:], weight.shape[2:])
     support = active_support(case.mask.view(weight.shape))
-    plan, transposed = (support.plan(gradient, x, weight, case.geometry) for gradient in (False, True))
+    plan, transposed = (support.plan(gradient, x.shape, weight, case.geometry) for gradient in (False, True))
     grads = torch.empty(plan.non_zeros)
     flops = 2 * plan.non_zeros * out[0] * out[2] * out[3]
 
