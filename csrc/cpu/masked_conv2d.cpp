@@ -95,11 +95,13 @@ Tiling choose_tiling(int64_t grid_h, int64_t grid_w, int64_t halo_h, int64_t hal
   const int64_t strip = divide_up(grid_h, divide_up(grid_h, 8));
   t.strip_rows = static_cast<int>(divide_up(strip, t.tile_rows) * t.tile_rows);
 
-  // As many planes as fit into L1; more of them if an output plane would find next to nothing to do in a block.
+  // As many planes as fit into L1; more of them if an output plane would find next to nothing to do in a block. By
+  // sixteens: of ordinary tensors in channels_last, sixteen channels of a pixel are transposed at a time.
+  constexpr int64_t kStep = kLanes, kGoodEntries = 8;
   const int64_t window = (t.tile_rows + halo_h) * (t.tile_cols + halo_w) * t.tile_blocks * kLanes * sizeof(float);
-  int64_t block = std::max<int64_t>(4, (caches().l1 * 13 / 16 / window + 2) / 4 * 4);
-  const int64_t most = std::max(block, caches().l2 / 4 / window);
-  while (block < most && block * entries_per_plane_pair < 5) block += 4;
+  int64_t block = std::max(kStep, (caches().l1 * 13 / 16 / window + kStep / 2) / kStep * kStep);
+  const int64_t most = std::max(block, caches().l2 / 2 / window);
+  while (block < most && block * entries_per_plane_pair < kGoodEntries) block += kStep;
   t.planes_per_block = static_cast<int>(std::min(block, std::max<int64_t>(planes, 1)));
   return t;
 }
@@ -171,7 +173,7 @@ void ConvPlan::build(const ConvShape& s, bool input_gradient, const int64_t* pos
   std::vector<int64_t> block_of(in_.planes());
   for (size_t phase = 0; phase < in_.phases.size(); ++phase) {
     const int64_t parts = divide_up(in_.channels, tiling_.planes_per_block);
-    const int64_t size = divide_up(divide_up(in_.channels, parts), 4) * 4;
+    const int64_t size = divide_up(divide_up(in_.channels, parts), kLanes) * kLanes;
     for (int64_t c = 0; c < in_.channels; c += size) {
       const int64_t first = static_cast<int64_t>(phase) * in_.channels + c;
       blocks_.push_back({first, std::min(size, in_.channels - c), 0, 0});
