@@ -1,14 +1,20 @@
-"""Ops on feature maps in lines: contiguous float32 ``[ceil(B / 16), C, H, W, 16]``, sixteen images side by side.
+"""Parts of networks on feature maps in lines: contiguous float32 ``[ceil(B / 16), C, H, W, 16]``, 16 images a line.
 
 The layout of the sparse CPU kernels (csrc/cpu/line_kernels.h). Lanes past the last image of the batch ``B`` hold
-anything in maps, and zero in gradients; no sum reads them. For use by :mod:`sparsebilevel.layout`; float32 on the CPU,
-once differentiable.
+anything in maps, and zero in gradients; no sum reads them.
+
+A :class:`Program` is a list of steps on numbered *registers*, each holding maps in lines. It runs as one autograd
+function: its backward pass goes through the steps in reverse, so that it knows where gradients meet and adds them up
+while they are computed. For use by :mod:`sparsebilevel.layout`; float32 on the CPU, once differentiable.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,341 +27,733 @@ from .plans import LANES, Geometry, Support, empty, to_lines
 from .reference import effective_weight
 
 Pair = tuple[int, int]
+Shape = tuple[int, int, int]
+"""Channels, height and width of a register."""
 
 
-def _from_lines(lines: Tensor, images: int) -> Tensor:
-    maps = torch.empty(images, *lines.shape[1:4], memory_format=torch.channels_last)
-    return plans.from_lines(lines, maps)
+class Unfit(Exception):
+    """What a program was given is not made of maps that fit together."""
 
 
-class ToLines(Function):
-    """Maps ``[B, C, H, W]`` of any strides to lines."""
+class Convolution(NamedTuple):
+    """Operands of a masked convolution; the first four have gradients."""
 
-    @staticmethod
-    def forward(ctx: Any, maps: Tensor) -> Tensor:
-        ctx.images = maps.shape[0]
-        return to_lines(maps)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _from_lines(grad.contiguous(), ctx.images)
-
-
-class FromLines(Function):
-    """Lines to maps ``[images, C, H, W]`` in channels_last."""
-
-    @staticmethod
-    def forward(ctx: Any, lines: Tensor, images: int) -> Tensor:
-        return _from_lines(lines, images)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return to_lines(grad), None
+    weight: Tensor
+    bias: Tensor | None
+    mask_scores: Tensor | None
+    grad_sink: Tensor | None
+    mask: Tensor
+    positions: Tensor | None
+    support: Support
+    geometry: Geometry
 
 
-def _extent(lines: Tensor, images: int) -> list[int]:
-    return [images, lines.shape[1], lines.shape[2] * lines.shape[3]]
+class Normalization(NamedTuple):
+    """Operands of a batch normalization; the first two have gradients."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running: tuple[Tensor, Tensor] | None
+    """Mean and variance, which move towards those of the batch by `momentum` if that is the case, see `of_batch`."""
+    eps: float
+    momentum: float
+    of_batch: bool
+    """Normalize by the statistics of the batch (in training); else by the running ones."""
+
+
+class Operands(NamedTuple):
+    """Of one run, by the numbers that the steps use."""
+
+    convolutions: Sequence[Convolution]
+    normalizations: Sequence[Normalization]
+
+
+# -- a run, forward and backward ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Run:
+    """Registers and operands of one forward or backward pass."""
+
+    program: Program
+    operands: Operands
+    images: int
+    shapes: list[Shape]
+    terms: Tensor
+    """Of all normalizations, [4, C] each: mean, 1 / deviation, and scale and shift of ``scale * x + shift``."""
+    values: list[Tensor | None]
+    threads: int
+
+    def new(self, register: int) -> Tensor:
+        """Memory for a register's maps, or their gradient."""
+        channels, height, width = self.shapes[register]
+        return empty(-(-self.images // LANES), channels, height, width, LANES)
+
+    def value(self, register: int) -> Tensor:
+        found = self.values[register]
+        assert found is not None
+        return found
+
+    def term(self, norm: int, row: int) -> int:
+        """Address of a row of a normalization's terms."""
+        first, channels = self.program.terms[norm]
+        return self.terms.data_ptr() + 4 * (4 * first + row * channels)
+
+    def extent(self, register: int) -> list[int]:
+        channels, height, width = self.shapes[register]
+        return [self.images, channels, height * width]
+
+    def maps(self, register: int) -> tuple[int, int, int, int]:
+        """``[B, C, H, W]``."""
+        return self.images, *self.shapes[register]
+
+    def reading(self, register: int, norm: int | None, relu: bool) -> tuple:
+        """A register as the extension takes it, read through a normalization."""
+        through = None if norm is None else (self.term(norm, 2), self.term(norm, 3), relu)
+        return self.value(register).data_ptr(), self.images, through
+
+
+@dataclasses.dataclass
+class _Back(_Run):
+    """A backward pass: `grads` of the registers, and what it gives for the operands."""
+
+    wanted: list[bool]
+    """Registers whose gradient leads to something that asks for it."""
+    needs: Sequence[bool]
+    """Of all operands, in the order of `Program.tensors`."""
+    grads: list[Tensor | None]
+    found: list[Tensor | None]
+    norm_grads: Tensor
+    """Of all normalizations, ``[2, C]`` each: weight and bias."""
+
+    def take(self, register: int) -> Tensor | None:
+        """The gradient of a register, all of whose uses have been gone through."""
+        grad, self.grads[register] = self.grads[register], None
+        return grad
+
+    def give(self, register: int, grad: Tensor) -> None:
+        """Adds to the gradient of a register; ``grad`` is used up."""
+        held = self.grads[register]
+        if held is None:
+            self.grads[register] = grad
+        else:
+            held.add_(grad)
+
+    def needs_norm(self, norm: int) -> bool:
+        at = self.program.norm_operand(norm)
+        return self.needs[at] or self.needs[at + 1]
+
+    def through_norm(
+        self, norm: int, relu: bool, grad: Tensor, source: int, activation: Tensor | None, before: Tensor | None
+    ) -> None:
+        """From the gradient of an activation, which is overwritten, to that of what was normalized.
+
+        ``before`` receives the gradient before the ReLU.
+        """
+        first, channels = self.program.terms[norm]
+        grad_weight = self.norm_grads.data_ptr() + 8 * first
+        native.lib.batch_norm_backward(
+            self.extent(source),
+            grad.data_ptr(),
+            self.value(source).data_ptr(),
+            _address(activation),
+            self.term(norm, 2),
+            self.term(norm, 3),
+            self.term(norm, 0),
+            self.term(norm, 1),
+            relu,
+            self.operands.normalizations[norm].of_batch,
+            grad.data_ptr(),
+            _address(before),
+            grad_weight,
+            grad_weight + 4 * channels,
+            self.threads,
+        )
+        if self.wanted[source]:
+            self.give(source, grad)
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-@dataclasses.dataclass
-class Norm:
-    """A batch normalization of lines: what it does to each channel, and what follows it.
-
-    Attributes:
-        terms: ``[4, C]``: mean, 1 / standard deviation, and scale and shift of ``scale * x + shift``.
-        training: the first two are functions of the lines, and gradients go through them.
-        relu: a ReLU follows (after the addition of the residual, if there is one).
-    """
-
-    terms: Tensor
-    training: bool
-    relu: bool = False
-
-    @classmethod
-    def of_batch(
-        cls,
-        lines: Tensor,
-        images: int,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        running: tuple[Tensor, Tensor] | None,
-        momentum: float,
-    ) -> Norm:
-        """By the batch's own statistics; ``running`` mean and variance move towards them by ``momentum``."""
-        terms = torch.empty(4, lines.shape[1])
-        native.lib.batch_norm_terms(
-            _extent(lines, images),
-            lines.data_ptr(),
-            _address(weight),
-            _address(bias),
-            eps,
-            0 if running is None else running[0].data_ptr(),
-            0 if running is None else running[1].data_ptr(),
-            momentum,
-            terms.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return cls(terms, training=True)
-
-    @classmethod
-    def of_running(cls, weight: Tensor | None, bias: Tensor | None, eps: float, running: tuple[Tensor, Tensor]) -> Norm:
-        """By the ``running`` mean and variance."""
-        mean, inverse = running[0], torch.rsqrt(running[1] + eps)
-        scale = inverse if weight is None else inverse * weight
-        shift = -mean * scale if bias is None else bias - mean * scale
-        return cls(torch.stack([mean, inverse, scale, shift]), training=False)
-
-    def backward(
-        self,
-        grad: Tensor,
-        lines: Tensor,
-        activation: Tensor | None,
-        images: int,
-        grad_lines: Tensor,
-        grad_residual: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Writes ``grad_lines`` (may be ``grad``) and ``grad_residual``; returns gradients of weight and bias."""
-        grad_weight, grad_bias = torch.empty(2, lines.shape[1]).unbind()
-        mean, inverse, scale, shift = self.terms.unbind()
-        native.lib.batch_norm_backward(
-            _extent(lines, images),
-            grad.data_ptr(),
-            lines.data_ptr(),
-            _address(activation),
-            scale.data_ptr(),
-            shift.data_ptr(),
-            mean.data_ptr(),
-            inverse.data_ptr(),
-            self.relu,
-            self.training,
-            grad_lines.data_ptr(),
-            _address(grad_residual),
-            grad_weight.data_ptr(),
-            grad_bias.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return grad_weight, grad_bias
+# -- steps -------------------------------------------------------------------------------------------------------------
 
 
-class Join:
-    """Where the two gradients of maps meet that a convolution and, past it, an addition use, as in a residual block.
+class Step(Protocol):
+    """One operation of a program."""
 
-    The addition's gradient comes first. It is left here, and the convolution adds its own to it while it computes,
-    instead of autograd in a pass of its own. If the convolution should have come first, both go the usual way.
+    def reads(self) -> Sequence[int]:
+        """Registers that the forward pass reads."""
 
-    Attributes:
-        awaited: a convolution will take what is left here; without one nothing may be.
-    """
+    def writes(self) -> int | None:
+        """Register that it writes."""
 
-    def __init__(self) -> None:
-        self.gradient: Tensor | None = None
-        self.awaited = False
-        self.convolved = False
+    def keeps(self) -> Sequence[int]:
+        """Registers that the backward pass reads."""
 
-    def leave(self, gradient: Tensor) -> Tensor | None:
-        """What the addition returns as gradient."""
-        if self.convolved or not self.awaited:
-            return gradient
-        self.gradient = gradient
-        return None
+    def shape(self, shapes: list[Shape], operands: Operands) -> Shape | None:
+        """Of what it writes; raises Unfit."""
 
-    def take(self) -> Tensor | None:
-        """What the convolution is to add its gradient to."""
-        gradient, self.gradient, self.convolved = self.gradient, None, True
-        return gradient
+    def forward(self, run: _Run) -> None:
+        """Carry it out."""
+
+    def backward(self, back: _Back) -> None:
+        """From the gradient of what it wrote to those of what it read."""
+
+    def operand_needs(self, program: Program, needs: Sequence[bool]) -> bool:
+        """Whether any operand of its own needs a gradient."""
 
 
-class Normalize(Function):
-    """``relu(weight * (lines - mean) / deviation + bias + residual)``; residual and ReLU are optional."""
+@dataclasses.dataclass(frozen=True)
+class Convolve:
+    """Masked convolution of a register, which it may read through a normalization."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        lines: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        norm: Norm,
-        images: int,
-        join: Join | None,
-    ) -> Tensor:
-        out = empty(*lines.shape)
-        native.lib.batch_norm_forward(
-            _extent(lines, images),
-            lines.data_ptr(),
-            _address(residual),
-            norm.terms[2].data_ptr(),
-            norm.terms[3].data_ptr(),
-            norm.relu,
-            out.data_ptr(),
-            torch.get_num_threads(),
-        )
-        # Without a residual the sign of the activation follows from the lines.
-        ctx.save_for_backward(lines, out if norm.relu and residual is not None else None)
-        ctx.norm, ctx.images, ctx.join = norm, images, join
-        return out
+    source: int
+    norm: int | None
+    relu: bool
+    convolution: int
+    out: int
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        lines, activation = ctx.saved_tensors
-        needs, norm = ctx.needs_input_grad, ctx.norm
-        grad = grad.contiguous()
-        grad_lines, grad_residual = empty(*lines.shape), None
-        if needs[3] and norm.relu:
-            grad_residual = empty(*lines.shape)
-        grad_weight, grad_bias = norm.backward(grad, lines, activation, ctx.images, grad_lines, grad_residual)
-        if needs[3] and not norm.relu:
-            grad_residual = grad
-        elif grad_residual is not None and ctx.join is not None:
-            grad_residual = ctx.join.leave(grad_residual)
-        return (
-            grad_lines if needs[0] else None,
-            grad_weight if needs[1] else None,
-            grad_bias if needs[2] else None,
-            grad_residual,
-            None,
-            None,
-            None,
+    def reads(self) -> Sequence[int]:
+        return (self.source,)
+
+    def writes(self) -> int:
+        return self.out
+
+    def keeps(self) -> Sequence[int]:
+        return (self.source,)
+
+    def shape(self, shapes: list[Shape], operands: Operands) -> Shape:
+        c = operands.convolutions[self.convolution]
+        channels, height, width = shapes[self.source]
+        expected = c.weight.shape[1] * c.geometry.groups
+        if channels != expected:
+            raise Unfit(f"input has {channels} channels; weight and groups={c.geometry.groups} ask for {expected}")
+        return (c.weight.shape[0], *c.geometry.output_size((height, width), c.weight.shape[2:]))
+
+    def operand_needs(self, program: Program, needs: Sequence[bool]) -> bool:
+        at = program.convolution_operand(self.convolution)
+        norm = () if self.norm is None else needs[program.norm_operand(self.norm) : program.norm_operand(self.norm) + 2]
+        return any(needs[at : at + 4]) or any(norm)
+
+    def forward(self, run: _Run) -> None:
+        c = run.operands.convolutions[self.convolution]
+        out = run.values[self.out] = run.new(self.out)
+        plan = c.support.plan(False, run.maps(self.source), c.weight, c.geometry)
+        source = run.reading(self.source, self.norm, self.relu)
+        bias = None if c.bias is None else c.bias.contiguous()
+        plan.forward(
+            c.weight.data_ptr(), source, (out.data_ptr(), run.images, None), _address(bias), False, run.threads
         )
 
-
-class MaxPool(Function):
-    """Maximum over windows, for settings as ``F.max_pool2d`` takes them (pairs)."""
-
-    @staticmethod
-    def forward(ctx: Any, lines: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
-        blocks, channels, height, width, _ = lines.shape
-        out_size = Geometry(stride, padding, dilation).output_size((height, width), kernel)
-        out = empty(blocks, channels, *out_size, LANES)
-        ctx.shape = [height, width, *out_size, *kernel, *stride, *padding, *dilation]
-        native.lib.max_pool_forward(
-            ctx.shape, blocks * channels, lines.data_ptr(), out.data_ptr(), torch.get_num_threads()
-        )
-        ctx.save_for_backward(lines, out)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        lines, out = ctx.saved_tensors
-        grad, grad_lines = grad.contiguous(), empty(*lines.shape)
-        native.lib.max_pool_backward(
-            ctx.shape,
-            lines.shape[0] * lines.shape[1],
-            lines.data_ptr(),
-            out.data_ptr(),
-            grad.data_ptr(),
-            grad_lines.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return grad_lines, None, None, None, None
-
-
-@dataclasses.dataclass
-class Convolution:
-    """What a convolution is, beside the operands that have gradients."""
-
-    mask: Tensor
-    support: Support
-    positions: Tensor | None
-    geometry: Geometry
-    images: int
-    norm: Norm | None
-    join: Join | None
-
-
-class Convolve(Function):
-    """Masked convolution of ``relu(norm(lines))``, or of the lines as they are; gradients as the masked ops give."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        lines: Tensor,
-        norm_weight: Tensor | None,
-        norm_bias: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        mask_scores: Tensor | None,
-        grad_sink: Tensor | None,
-        convolution: Convolution,
-    ) -> Tensor:
-        c = convolution
-        size = c.geometry.output_size(lines.shape[2:4], weight.shape[2:])
-        out = empty(lines.shape[0], weight.shape[0], *size, LANES)
-        plan = c.support.plan(False, (c.images, *lines.shape[1:4]), weight, c.geometry)
-        maps = _arguments(lines, c, c.norm), _arguments(out, c)
-        plan.forward(weight.data_ptr(), *maps, _address(bias), False, torch.get_num_threads())
-        ctx.save_for_backward(lines, weight)
-        ctx.convolution = c
-        if c.join is not None:
-            c.join.awaited = True
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        lines, weight = ctx.saved_tensors
-        c: Convolution = ctx.convolution
-        need_lines, need_norm_weight, need_norm_bias, need_weight, need_bias, need_scores, need_sink, _ = (
-            ctx.needs_input_grad
-        )
-        grad = grad.contiguous()
-        shape = (c.images, *lines.shape[1:4])
-        grad_lines = grad_norm_weight = grad_norm_bias = grad_weight = grad_scores = grad_sink = None
-        if need_lines or need_norm_weight or need_norm_bias:
-            joined = None if c.join is None else c.join.take()
-            grad_lines = empty(*lines.shape) if joined is None else joined
-            maps = _arguments(grad, c), _arguments(grad_lines, c)
-            plan = c.support.plan(True, shape, weight, c.geometry)
-            plan.forward(weight.data_ptr(), *maps, 0, joined is not None, torch.get_num_threads())
+    def backward(self, back: _Back) -> None:
+        grad = back.take(self.out)
+        if grad is None:
+            return
+        c = back.operands.convolutions[self.convolution]
+        at = back.program.convolution_operand(self.convolution)
+        need_weight, need_bias, need_scores, need_sink = back.needs[at : at + 4]
+        maps = grad.data_ptr(), back.images, None
+        grad_source = None
+        if back.wanted[self.source] or (self.norm is not None and back.needs_norm(self.norm)):
+            held = back.grads[self.source] if self.norm is None else None
+            grad_source = back.new(self.source) if held is None else held
+            plan = c.support.plan(True, back.maps(self.source), c.weight, c.geometry)
+            into = grad_source.data_ptr(), back.images, None
+            plan.forward(c.weight.data_ptr(), maps, into, 0, held is not None, back.threads)
+            if self.norm is None:
+                back.grads[self.source] = grad_source
+        grad_weight = grad_scores = grad_sink = None
         needs = Needs(False, need_weight, need_scores, need_sink, False)
         if need_scores or (need_sink and c.positions is None):
             # A dense G is a matter for the dense library.
-            dense = _dense_weight_grad(lines, grad, weight, c)
-            grad_weight, grad_scores, grad_sink = distribute_gradient(dense, weight, c.mask, c.positions, needs)
+            dense = self._dense_weight_grad(back, grad, c)
+            grad_weight, grad_scores, grad_sink = distribute_gradient(dense, c.weight, c.mask, c.positions, needs)
         elif needs.grad:
-            maps = _arguments(lines, c, c.norm), _arguments(grad, c)
-            positions = c.positions if need_sink else None
-            grad_weight, grad_sink = plans.weight_grad(*maps, shape, weight, c.support, c.mask, positions, c.geometry)
-        if grad_lines is not None and c.norm is not None:
-            grad_norm_weight, grad_norm_bias = c.norm.backward(grad_lines, lines, None, c.images, grad_lines, None)
-        return (
-            grad_lines if need_lines else None,
-            grad_norm_weight if need_norm_weight else None,
-            grad_norm_bias if need_norm_bias else None,
-            grad_weight if need_weight else None,
-            grad.sum((0, 2, 3, 4)) if need_bias else None,
-            grad_scores,
-            grad_sink,
-            None,
+            grad_weight, grad_sink = plans.weight_grad(
+                back.reading(self.source, self.norm, self.relu),
+                maps,
+                back.maps(self.source),
+                c.weight,
+                c.support,
+                c.mask,
+                c.positions if need_sink else None,
+                c.geometry,
+            )
+        grad_bias = grad.sum((0, 2, 3, 4)) if need_bias else None
+        back.found[at : at + 4] = (grad_weight if need_weight else None), grad_bias, grad_scores, grad_sink
+        if grad_source is not None and self.norm is not None:
+            back.through_norm(self.norm, self.relu, grad_source, self.source, None, None)
+
+    def _dense_weight_grad(self, back: _Back, grad: Tensor, c: Convolution) -> Tensor:
+        lines = back.value(self.source)
+        if self.norm is not None:
+            first, channels = back.program.terms[self.norm]
+            terms = back.terms[4 * first : 4 * (first + channels)].view(4, channels, 1, 1, 1)
+            lines = torch.addcmul(terms[3], lines, terms[2])
+            lines = lines.relu_() if self.relu else lines
+        stride, padding, dilation, groups = c.geometry
+        operands = _from_lines(grad, back.images), _from_lines(lines, back.images), effective_weight(c.weight, c.mask)
+        _, dense, _ = torch.ops.aten.convolution_backward(
+            *operands, None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]
+        )
+        return dense
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """The terms of a normalization: by the statistics of the register in this batch, or by the running ones."""
+
+    source: int
+    norm: int
+
+    def reads(self) -> Sequence[int]:
+        return (self.source,)
+
+    def writes(self) -> None:
+        return None
+
+    def keeps(self) -> Sequence[int]:
+        return ()
+
+    def shape(self, shapes: list[Shape], operands: Operands) -> None:
+        return None
+
+    def operand_needs(self, program: Program, needs: Sequence[bool]) -> bool:
+        return False
+
+    def forward(self, run: _Run) -> None:
+        n = run.operands.normalizations[self.norm]
+        if n.of_batch:
+            if run.images * math.prod(run.shapes[self.source][1:]) == 1:
+                size = [run.images, *run.shapes[self.source]]
+                raise ValueError(f"batch normalization in training needs more than one value per channel, got {size}")
+            native.lib.batch_norm_terms(
+                run.extent(self.source),
+                run.value(self.source).data_ptr(),
+                _address(n.weight),
+                _address(n.bias),
+                n.eps,
+                0 if n.running is None else n.running[0].data_ptr(),
+                0 if n.running is None else n.running[1].data_ptr(),
+                n.momentum,
+                run.term(self.norm, 0),
+                run.threads,
+            )
+            return
+        assert n.running is not None
+        first, channels = run.program.terms[self.norm]
+        mean, inverse, scale, shift = run.terms[4 * first : 4 * (first + channels)].view(4, channels)
+        mean.copy_(n.running[0])
+        torch.rsqrt(n.running[1] + n.eps, out=inverse)
+        scale.copy_(inverse) if n.weight is None else torch.mul(inverse, n.weight, out=scale)
+        torch.mul(mean, scale, out=shift).neg_()
+        if n.bias is not None:
+            shift.add_(n.bias)
+
+    def backward(self, back: _Back) -> None:
+        """Part of what uses the terms."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalize:
+    """``relu(scale * source + shift + residual)``; residual and ReLU are optional."""
+
+    source: int
+    norm: int
+    relu: bool
+    residual: int | None
+    out: int
+
+    def reads(self) -> Sequence[int]:
+        return (self.source,) if self.residual is None else (self.source, self.residual)
+
+    def writes(self) -> int:
+        return self.out
+
+    def keeps(self) -> Sequence[int]:
+        # Without a residual the sign of the activation follows from the source.
+        return (self.source, self.out) if self.relu and self.residual is not None else (self.source,)
+
+    def shape(self, shapes: list[Shape], operands: Operands) -> Shape:
+        if self.residual is not None and shapes[self.residual] != shapes[self.source]:
+            raise Unfit("an addition of maps of two shapes")
+        return shapes[self.source]
+
+    def operand_needs(self, program: Program, needs: Sequence[bool]) -> bool:
+        at = program.norm_operand(self.norm)
+        return any(needs[at : at + 2])
+
+    def forward(self, run: _Run) -> None:
+        out = run.values[self.out] = run.new(self.out)
+        native.lib.batch_norm_forward(
+            run.extent(self.source),
+            run.value(self.source).data_ptr(),
+            0 if self.residual is None else run.value(self.residual).data_ptr(),
+            run.term(self.norm, 2),
+            run.term(self.norm, 3),
+            self.relu,
+            out.data_ptr(),
+            run.threads,
         )
 
+    def backward(self, back: _Back) -> None:
+        grad = back.take(self.out)
+        if grad is None:
+            return
+        wants_residual = self.residual is not None and back.wanted[self.residual]
+        before = None
+        if wants_residual:
+            assert self.residual is not None
+            if self.relu:
+                before = back.new(self.residual)
+            else:
+                before, grad = grad, grad.clone()
+        activation = back.values[self.out] if self.relu and self.residual is not None else None
+        if back.wanted[self.source] or back.needs_norm(self.norm):
+            back.through_norm(self.norm, self.relu, grad, self.source, activation, before if self.relu else None)
+        elif before is not None and self.relu:
+            assert activation is not None
+            torch.mul(grad, activation > 0, out=before)
+        if before is not None:
+            assert self.residual is not None
+            back.give(self.residual, before)
 
-def _arguments(lines: Tensor, c: Convolution, norm: Norm | None = None) -> tuple:
-    """Maps in lines as the extension takes them, read through ``norm``."""
-    through = None
-    if norm is not None:
-        scale = norm.terms.data_ptr() + 2 * norm.terms.shape[1] * norm.terms.element_size()
-        through = scale, scale + norm.terms.shape[1] * norm.terms.element_size(), norm.relu
-    return lines.data_ptr(), c.images, through
+
+@dataclasses.dataclass(frozen=True)
+class Add:
+    """The sum of two registers."""
+
+    a: int
+    b: int
+    out: int
+
+    def reads(self) -> Sequence[int]:
+        return self.a, self.b
+
+    def writes(self) -> int:
+        return self.out
+
+    def keeps(self) -> Sequence[int]:
+        return ()
+
+    def shape(self, shapes: list[Shape], operands: Operands) -> Shape:
+        if shapes[self.a] != shapes[self.b]:
+            raise Unfit("an addition of maps of two shapes")
+        return shapes[self.a]
+
+    def operand_needs(self, program: Program, needs: Sequence[bool]) -> bool:
+        return False
+
+    def forward(self, run: _Run) -> None:
+        run.values[self.out] = torch.add(run.value(self.a), run.value(self.b), out=run.new(self.out))
+
+    def backward(self, back: _Back) -> None:
+        grad = back.take(self.out)
+        if grad is None:
+            return
+        if back.wanted[self.b]:
+            back.give(self.b, grad.clone() if back.wanted[self.a] else grad)
+        if back.wanted[self.a]:
+            back.give(self.a, grad)
 
 
-def _dense_weight_grad(lines: Tensor, grad: Tensor, weight: Tensor, c: Convolution) -> Tensor:
-    if c.norm is not None:
-        scale, shift = (t[:, None, None, None] for t in c.norm.terms[2:])
-        lines = torch.addcmul(shift, lines, scale)
-        lines = lines.relu_() if c.norm.relu else lines
-    stride, padding, dilation, groups = c.geometry
-    operands = _from_lines(grad, c.images), _from_lines(lines, c.images), effective_weight(weight, c.mask)
-    _, dense, _ = torch.ops.aten.convolution_backward(
-        *operands, None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]
-    )
-    return dense
+@dataclasses.dataclass(frozen=True)
+class Apply:
+    """A differentiable function of maps that treats all images alike, given ``[..., C, H, W, 16]`` in their place.
+
+    The backward pass computes it again.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    source: int
+    out: int
+
+    def reads(self) -> Sequence[int]:
+        return (self.source,)
+
+    def writes(self) -> int:
+        return self.out
+
+    def keeps(self) -> Sequence[int]:
+        return (self.source,)
+
+    def shape(self, shapes: list[Shape], operands: Operands) -> Shape:
+        probe = self.function(torch.empty(1, *shapes[self.source], LANES, device="meta"))
+        if probe.dim() != 5 or probe.shape[0] != 1 or probe.shape[4] != LANES or not probe.numel():
+            raise Unfit("a function that does not give maps")
+        return probe.shape[1], probe.shape[2], probe.shape[3]
+
+    def operand_needs(self, program: Program, needs: Sequence[bool]) -> bool:
+        return False
+
+    def forward(self, run: _Run) -> None:
+        run.values[self.out] = self.function(run.value(self.source)).contiguous()
+
+    def backward(self, back: _Back) -> None:
+        grad = back.take(self.out)
+        if grad is None or not back.wanted[self.source]:
+            return
+        with torch.enable_grad():
+            source = back.value(self.source).detach().requires_grad_()
+            out = self.function(source)
+        (found,) = torch.autograd.grad(out, source, grad)
+        back.give(self.source, found.contiguous())
+
+
+@dataclasses.dataclass(frozen=True)
+class MaxPool:
+    """Maximum over windows, for settings as ``F.max_pool2d`` takes them (pairs)."""
+
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    source: int
+    out: int
+
+    def reads(self) -> Sequence[int]:
+        return (self.source,)
+
+    def writes(self) -> int:
+        return self.out
+
+    def keeps(self) -> Sequence[int]:
+        return self.source, self.out
+
+    def shape(self, shapes: list[Shape], operands: Operands) -> Shape:
+        channels, height, width = shapes[self.source]
+        return channels, *Geometry(self.stride, self.padding, self.dilation).output_size((height, width), self.kernel)
+
+    def operand_needs(self, program: Program, needs: Sequence[bool]) -> bool:
+        return False
+
+    def _arguments(self, run: _Run) -> tuple[list[int], int]:
+        size = [*run.shapes[self.source][1:], *run.shapes[self.out][1:]]
+        planes = -(-run.images // LANES) * run.shapes[self.source][0]
+        return [*size, *self.kernel, *self.stride, *self.padding, *self.dilation], planes
+
+    def forward(self, run: _Run) -> None:
+        out = run.values[self.out] = run.new(self.out)
+        source = run.value(self.source)
+        native.lib.max_pool_forward(*self._arguments(run), source.data_ptr(), out.data_ptr(), run.threads)
+
+    def backward(self, back: _Back) -> None:
+        grad = back.take(self.out)
+        if grad is None or not back.wanted[self.source]:
+            return
+        found = back.new(self.source)
+        lines, out = back.value(self.source), back.value(self.out)
+        pointers = lines.data_ptr(), out.data_ptr(), grad.data_ptr(), found.data_ptr()
+        native.lib.max_pool_backward(*self._arguments(back), *pointers, back.threads)
+        back.give(self.source, found)
+
+
+# -- ends --------------------------------------------------------------------------------------------------------------
+
+
+class Maps(NamedTuple):
+    """A register leaves a program as maps ``[B, C, H, W]`` in channels_last."""
+
+    source: int
+
+    def leave(self, run: _Run) -> Tensor:
+        return _from_lines(run.value(self.source), run.images)
+
+    def enter(self, back: _Back, grad: Tensor) -> Tensor:
+        return to_lines(grad)
+
+
+class Mean(NamedTuple):
+    """A register leaves a program as the means of its maps, ``[B, C, 1, 1]``."""
+
+    source: int
+
+    def leave(self, run: _Run) -> Tensor:
+        means = run.value(self.source).mean((2, 3))  # [blocks, C, 16]
+        return means.transpose(1, 2).reshape(-1, means.shape[1], 1, 1)[: run.images]
+
+    def enter(self, back: _Back, grad: Tensor) -> Tensor:
+        channels, height, width = back.shapes[self.source]
+        found = back.new(self.source)
+        rows = torch.zeros(found.shape[0] * LANES, channels)
+        torch.div(grad.reshape(-1, channels), height * width, out=rows[: back.images])
+        found.copy_(rows.view(-1, LANES, channels).transpose(1, 2)[:, :, None, None])
+        return found
+
+
+End = Maps | Mean
+
+
+def _from_lines(lines: Tensor, images: int) -> Tensor:
+    maps = plans.empty_maps((images, *lines.shape[1:4]), channels_last=True)
+    return plans.from_lines(lines, maps)
+
+
+# -- programs ----------------------------------------------------------------------------------------------------------
+
+
+class Program:
+    """Steps on registers; the first registers are what it is given, as ordinary maps.
+
+    Args:
+        inputs: how many those are.
+        steps: in order; each register is written once.
+        ends: what leaves.
+        channels: of each normalization.
+        convolutions: how many there are.
+    """
+
+    def __init__(
+        self, inputs: int, steps: Sequence[Step], ends: Sequence[End], channels: Sequence[int], convolutions: int
+    ) -> None:
+        self.inputs, self.steps, self.ends, self.convolutions = inputs, list(steps), list(ends), convolutions
+        written = [step.writes() for step in self.steps]
+        self.registers = inputs + sum(register is not None for register in written)
+        starts = [0]
+        for count in channels:
+            starts.append(starts[-1] + count)
+        self.terms = list(zip(starts, channels, strict=False))
+        self.all_channels = starts[-1]
+        self.kept = sorted({register for step in self.steps for register in step.keeps()})
+        last_use = {register: i for i, step in enumerate(self.steps) for register in (*step.reads(), step.writes())}
+        stays = {end.source for end in self.ends}
+        # By step: registers that nobody reads any more, but for the backward pass.
+        self._done: list[list[int]] = [[] for _ in self.steps]
+        for register, i in last_use.items():
+            if register is not None and register not in stays:
+                self._done[i].append(register)
+        self._shapes: dict[tuple, list[Shape]] = {}
+
+    def convolution_operand(self, convolution: int) -> int:
+        """Place of a convolution's first operand among all tensors of a run."""
+        return self.inputs + 4 * convolution
+
+    def norm_operand(self, norm: int) -> int:
+        """Place of a normalization's first operand."""
+        return self.inputs + 4 * self.convolutions + 2 * norm
+
+    def shapes(self, inputs: Sequence[Tensor], operands: Operands) -> list[Shape]:
+        """Of all registers. Raises Unfit."""
+        key = tuple(x.shape for x in inputs)
+        found = self._shapes.get(key)
+        if found is None:
+            found = [(0, 0, 0)] * self.registers
+            if len({shape[0] for shape in key}) != 1:
+                raise Unfit("batches of several sizes")
+            for register, shape in enumerate(key):
+                found[register] = (shape[1], shape[2], shape[3])
+            for step in self.steps:
+                shape, out = step.shape(found, operands), step.writes()
+                if shape is not None and out is not None:
+                    found[out] = shape
+            if len(self._shapes) >= 64:
+                self._shapes.clear()
+            self._shapes[key] = found
+        return found
+
+    def __call__(self, inputs: Sequence[Tensor], operands: Operands) -> tuple[Tensor, ...]:
+        """What leaves, for ordinary maps ``[B, C, H, W]`` of any strides, float32, not empty.
+
+        Raises:
+            Unfit: before anything was done, if the inputs are no such maps or do not fit together.
+        """
+        if any(
+            not isinstance(x, Tensor)
+            or x.dim() != 4
+            or x.dtype != torch.float32
+            or not x.numel()
+            or x.device.type != "cpu"
+            for x in inputs
+        ):
+            raise Unfit("an input that is not a float32 map")
+        shapes = self.shapes(inputs, operands)
+        tensors: list[Tensor | None] = [*inputs]
+        for c in operands.convolutions:
+            tensors += c[:4]
+        for n in operands.normalizations:
+            tensors += n[:2]
+        return _Execute.apply(self, operands, shapes, torch.is_grad_enabled(), *tensors)
+
+    def forward(self, run: _Run, keep: bool) -> None:
+        """Carries out the steps; with ``keep``, what the backward pass needs stays in the registers."""
+        kept = set(self.kept) if keep else ()
+        for step, done in zip(self.steps, self._done, strict=True):
+            step.forward(run)
+            for register in done:
+                if register not in kept:
+                    run.values[register] = None
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019  few patterns of needs, and programs live as long as their model
+    def wanted(self, needs: tuple[bool, ...]) -> list[bool]:
+        """Which registers lead back to something that needs a gradient."""
+        found = [*needs[: self.inputs], *[False] * (self.registers - self.inputs)]
+        for step in self.steps:
+            out = step.writes()
+            if out is not None:
+                found[out] = step.operand_needs(self, needs) or any(found[r] for r in step.reads())
+        return found
+
+
+class _Execute(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, program: Program, operands: Operands, shapes: list[Shape], record: bool, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        images = tensors[0].shape[0]  # type: ignore[union-attr]
+        values: list[Tensor | None] = [to_lines(x) for x in tensors[: program.inputs]]  # type: ignore[arg-type]
+        values += [None] * (program.registers - program.inputs)
+        terms = torch.empty(4 * program.all_channels)
+        run = _Run(program, operands, images, shapes, terms, values, torch.get_num_threads())
+        program.forward(run, keep=record)
+        out = tuple(end.leave(run) for end in program.ends)
+        if record:
+            weights = [c.weight for c in operands.convolutions]
+            ctx.save_for_backward(terms, *weights, *(run.values[register] for register in program.kept))
+            ctx.program, ctx.operands, ctx.shapes, ctx.images = program, operands, shapes, images
+            ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        program: Program = ctx.program
+        needs = ctx.needs_input_grad[4:]
+        terms, *saved = ctx.saved_tensors
+        values: list[Tensor | None] = [None] * program.registers
+        for register, value in zip(program.kept, saved[program.convolutions :], strict=True):
+            values[register] = value
+        back = _Back(
+            program,
+            ctx.operands,
+            ctx.images,
+            ctx.shapes,
+            terms,
+            values,
+            torch.get_num_threads(),
+            program.wanted(needs),
+            needs,
+            [None] * program.registers,
+            [None] * len(needs),
+            torch.empty(2 * program.all_channels),
+        )
+        for end, grad in zip(program.ends, grads, strict=True):
+            if grad is not None and back.wanted[end.source]:
+                back.give(end.source, end.enter(back, grad))
+        used = set()
+        for step in reversed(program.steps):
+            if isinstance(step, (Convolve, Normalize)) and step.norm is not None and back.grads[step.out] is not None:
+                used.add(step.norm)
+            step.backward(back)
+        for norm, grad in enumerate(back.norm_grads.split([2 * channels for _, channels in program.terms])):
+            if norm in used:
+                at = program.norm_operand(norm)
+                for i, of in enumerate(grad.view(2, -1)):
+                    if needs[at + i]:
+                        back.found[at + i] = of
+        for register in range(program.inputs):
+            grad = back.take(register)
+            if grad is not None and needs[register]:
+                back.found[register] = _from_lines(grad, ctx.images)
+        return None, None, None, None, *back.found

@@ -1,19 +1,21 @@
 """Whole networks on the CPU in the layout of the sparse kernels.
 
 Between sparse layers, feature maps stay *in lines*: contiguous ``[ceil(B / 16), C, H, W, 16]``, sixteen images side by
-side. :func:`optimize_for_cpu` traces a model and runs it so wherever that is possible: batch normalization, ReLU and
-additions are carried out on lines too, fused with one another and, where nobody else needs their result, into the
-convolution that follows. Everything else meets ordinary tensors; maps are converted around it. Modules, parameters and
-the keys of the state dict stay what they were.
+side. :func:`optimize_for_cpu` traces a model and cuts its graph into segments that stay in lines, each run by one
+program of :mod:`sparsebilevel.kernels.lines`, and the rest, which meets ordinary tensors. Batch normalization, ReLU and
+additions are fused with one another and, where nobody else needs their result, into the convolution that follows.
+Modules, parameters and the keys of the state dict stay what they were.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import inspect
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,51 +25,28 @@ from torch import Tensor, nn
 
 from .kernels import lines, native
 from .kernels.dispatch import sparse_support
-from .kernels.plans import Geometry
+from .kernels.plans import LANES, Geometry, Support, active_support
 from .nn import SparseMaskedConv2d, SparseMaskedModule, sparse_layers
 
-# -- values on their way through the network ---------------------------------------------------------------------------
+# -- what a node of the traced graph is --------------------------------------------------------------------------------
+
+_ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_RELUS = {torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"}
+_EACH: set[type[nn.Module]] = {  # activations that treat every element alike
+    *(nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Sigmoid, nn.Tanh),
+    *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh),
+}
+_KINDS: dict[type[nn.Module], str] = {
+    **{SparseMaskedConv2d: "conv", nn.Conv2d: "stem", nn.BatchNorm2d: "norm", nn.ReLU: "relu"},
+    **{nn.MaxPool2d: "pool", nn.Identity: "same", nn.AdaptiveAvgPool2d: "mean"},
+    **dict.fromkeys(_EACH, "each"),
+}
+_FEW_CHANNELS = 4  # a dense convolution of so few costs less in lines than the dense library's and a conversion
 
 
-@dataclasses.dataclass
-class Lines:
-    """Maps in lines, of so many images; ``join`` is where the gradients of two users meet."""
-
-    data: Tensor
-    images: int
-    join: lines.Join | None = None
-
-
-@dataclasses.dataclass
-class Pending:
-    """A batch normalization that has its statistics, but has not been carried out: more may be fused with it."""
-
-    source: Lines
-    module: nn.BatchNorm2d
-    norm: lines.Norm
-    residual: Lines | None = None
-
-    def carry_out(self) -> Lines:
-        data, images, module = self.source.data, self.source.images, self.module
-        residual, join = (None, None) if self.residual is None else (self.residual.data, self.residual.join)
-        return Lines(lines.Normalize.apply(data, module.weight, module.bias, residual, self.norm, images, join), images)
-
-
-Value = Any  # Lines, Pending, or whatever an ordinary network hands on
-
-
-def _lines(value: Lines | Pending | Tensor) -> Lines:
-    if isinstance(value, Pending):
-        return value.carry_out()
-    return value if isinstance(value, Lines) else Lines(lines.ToLines.apply(value), value.shape[0])
-
-
-def ordinary(value: Value) -> Any:
-    """The value as any module or function takes it."""
-    if isinstance(value, (Lines, Pending)):
-        value = _lines(value)
-        return lines.FromLines.apply(value.data, value.images)
-    return value
+class _Tracer(torch.fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, SparseMaskedModule) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -76,220 +55,395 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _is_maps(value: Value) -> bool:
-    """Maps as they are or as they can be put in lines."""
-    if isinstance(value, Tensor):
-        return value.dim() == 4 and value.dtype == torch.float32 and value.numel() > 0
-    return isinstance(value, (Lines, Pending))
+def _kind(node: torch.fx.Node, module: nn.Module | None) -> str:
+    """What can be done in lines, ``conv``, ``norm``, ``relu``, ``add`` and so on; or ``other``."""
+    if module is not None:
+        if node.kwargs or len(node.args) != 1 or _has_hooks(module):
+            return "other"
+        kind = _KINDS.get(type(module), "other")
+        return kind if _fits(module, kind) else "other"
+    if node.op not in ("call_function", "call_method"):
+        return "other"
+    values = [a for a in node.args if isinstance(a, torch.fx.Node)]
+    if node.target in _ADDITIONS and len(values) == len(node.args) == 2 and not node.kwargs:
+        return "add"
+    if node.target in _RELUS and len(values) == 1 and set(node.kwargs) <= {"inplace"}:
+        return "relu"
+    if node.target is operator.getitem and _is_slice(node.args[1]):
+        return "slice"
+    if node.target is F.pad and _pads_maps(node):
+        return "pad"
+    if node.target is F.adaptive_avg_pool2d and node.args[1:] in ((1,), ((1, 1),)) and not node.kwargs:
+        return "mean"
+    return "other"
 
 
-def convolve(value: Value, module: SparseMaskedConv2d) -> Value:
-    """A sparse convolution, in lines if the sparse kernels take it."""
-    if type(module) is not SparseMaskedConv2d or _has_hooks(module) or not _is_maps(value):
-        return module(ordinary(value))
-    if module.padding_mode != "zeros" or isinstance(module.padding, str):
-        return module(ordinary(value))
-    images, channels, *_ = _map_shape(value)
-    data = value if isinstance(value, Tensor) else (value.source if isinstance(value, Pending) else value).data
-    stride, dilation = module.stride, module.dilation
-    support = sparse_support("masked_conv2d", data, module.weight, module.mask, stride[0] * stride[1], images)
-    if support is None or channels != module.in_channels:
-        return module(ordinary(value))
-    norm = norm_weight = norm_bias = None
-    if isinstance(value, Pending) and value.residual is None:
-        norm, norm_weight, norm_bias, source = value.norm, value.module.weight, value.module.bias, value.source
-    else:
-        source = _lines(value)
-    geometry = Geometry(_pair(stride), _pair(module.padding), _pair(dilation), module.groups)
-    collected = module._sink_arguments()
-    out = lines.Convolve.apply(
-        source.data,
-        norm_weight,
-        norm_bias,
-        module.weight,
-        module.bias,
-        collected["mask_scores"],
-        collected["grad_sink"],
-        lines.Convolution(module.mask, support, collected["positions"], geometry, images, norm, source.join),
+def _fits(module: nn.Module, kind: str) -> bool:
+    """Whether the settings of a module of that kind are among those that programs know."""
+    if isinstance(module, nn.Conv2d):
+        few = kind == "conv" or module.in_channels <= _FEW_CHANNELS
+        return few and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    if isinstance(module, nn.MaxPool2d):
+        return not module.ceil_mode and not module.return_indices
+    if isinstance(module, nn.AdaptiveAvgPool2d):
+        return module.output_size in (1, (1, 1))
+    return True
+
+
+def _is_slice(index: Any) -> bool:
+    """All images, and no more than strides and ranges of channels and pixels."""
+    return (
+        isinstance(index, tuple)
+        and len(index) in (2, 3, 4)
+        and all(isinstance(i, slice) for i in index)
+        and index[0] == slice(None)
+        and all(isinstance(end, (int, type(None))) for i in index for end in (i.start, i.stop, i.step))
     )
-    return Lines(out, images)
+
+
+def _pads_maps(node: torch.fx.Node) -> bool:
+    args = [*node.args, *([node.kwargs["pad"]] if "pad" in node.kwargs else [])]
+    plain = set(node.kwargs) <= {"pad", "mode", "value"} and node.kwargs.get("mode", "constant") == "constant"
+    return (
+        plain
+        and len(args) == 2
+        and isinstance(args[1], (tuple, list))
+        and len(args[1]) in (2, 4, 6)
+        and all(isinstance(n, int) and n >= 0 for n in args[1])
+    )
 
 
 def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def normalize(value: Value, module: nn.BatchNorm2d, wanted_in_lines: bool, users: int) -> Value:
-    """Batch normalization; nothing but the statistics is computed as long as nobody else needs the result."""
-    if isinstance(value, Tensor) and not wanted_in_lines:
-        return module(value)
-    if type(module) is not nn.BatchNorm2d or _has_hooks(module) or not _is_maps(value):
-        return module(ordinary(value))
-    if any(p is not None and p.dtype != torch.float32 for p in (module.weight, module.bias, module.running_mean)):
-        return module(ordinary(value))
-    source = _lines(value)
-    pending = Pending(source, module, _norm(source, module))
-    return pending if users == 1 else pending.carry_out()
+# -- a segment of the graph as a program -------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def _norm(source: Lines, module: nn.BatchNorm2d) -> lines.Norm:
-    """By the statistics of the batch or by the running ones, which follow, as in ``nn.BatchNorm2d``."""
-    data, images = source.data, source.images
+@dataclasses.dataclass
+class _Pending:
+    """A normalization whose statistics are there, but which has not been carried out: more may be fused with it."""
+
+    source: int
+    norm: int
+    relu: bool = False
+    residual: int | None = None
+
+
+class _Builder:
+    """Writes the program of a segment, node by node. Values are registers, or pending."""
+
+    def __init__(self) -> None:
+        self.inputs: list[torch.fx.Node] = []
+        self.steps: list[lines.Step] = []
+        self.convolutions: list[str] = []
+        self.norms: list[str] = []
+        self.channels: list[int] = []
+        self._written = 0
+
+    def new(self) -> int:
+        self._written += 1
+        return self._written - 1
+
+    def register(self, value: int | _Pending) -> int:
+        """A pending normalization is carried out."""
+        if isinstance(value, int):
+            return value
+        out = self.new()
+        self.steps.append(lines.Normalize(value.source, value.norm, value.relu, value.residual, out))
+        return out
+
+    def convolve(self, value: int | _Pending, name: str) -> int:
+        pending = value if isinstance(value, _Pending) and value.residual is None else None
+        source = self.register(value) if pending is None else pending.source
+        out, self.convolutions = self.new(), [*self.convolutions, name]
+        norm, relu = (None, False) if pending is None else (pending.norm, pending.relu)
+        self.steps.append(lines.Convolve(source, norm, relu, len(self.convolutions) - 1, out))
+        return out
+
+    def normalize(self, value: int | _Pending, name: str, module: nn.BatchNorm2d) -> _Pending:
+        source = self.register(value)
+        self.norms.append(name)
+        self.channels.append(module.num_features)
+        self.steps.append(lines.Statistics(source, len(self.norms) - 1))
+        return _Pending(source, len(self.norms) - 1)
+
+    def rectify(self, value: int | _Pending) -> int | _Pending:
+        if isinstance(value, _Pending):
+            return dataclasses.replace(value, relu=True)
+        return self.apply(value, F.relu)
+
+    def add(self, a: int | _Pending, b: int | _Pending) -> int | _Pending:
+        """The addition to a normalization waits for the ReLU that may follow."""
+        if a is b:  # used twice by one node
+            a = b = self.register(a)
+        for value, other in ((a, b), (b, a)):
+            if isinstance(value, _Pending) and value.residual is None and not value.relu:
+                return dataclasses.replace(value, residual=self.register(other))
+        out = self.new()
+        self.steps.append(lines.Add(self.register(a), self.register(b), out))
+        return out
+
+    def apply(self, value: int | _Pending, function: Callable[[Tensor], Tensor]) -> int:
+        source = self.register(value)
+        out = self.new()
+        self.steps.append(lines.Apply(function, source, out))
+        return out
+
+    def max_pool(self, value: int | _Pending, module: nn.MaxPool2d) -> int:
+        source, settings = self.register(value), (module.kernel_size, module.stride, module.padding, module.dilation)
+        out = self.new()
+        self.steps.append(lines.MaxPool(*map(_pair, settings), source, out))
+        return out
+
+
+def _out_of_place(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x.clone() if getattr(module, "inplace", False) else x)
+
+
+class _Segment:
+    """Nodes that are run in lines together, as a program; and as they were written, for what the program refuses.
+
+    Called with the model and the values of ``inputs``, it returns those of ``outputs``.
+    """
+
+    def __init__(
+        self,
+        graph: torch.fx.Graph,
+        nodes: list[torch.fx.Node],
+        kinds: dict[torch.fx.Node, str],
+        modules: dict[str, nn.Module],
+    ) -> None:
+        inside = set(nodes)
+        self.inputs = list(dict.fromkeys(a for node in nodes for a in node.all_input_nodes if a not in inside))
+        self.outputs = [node for node in nodes if any(user not in inside for user in node.users)]
+        builder = _Builder()
+        values: dict[torch.fx.Node, int | _Pending] = {node: builder.new() for node in self.inputs}
+        ends: dict[torch.fx.Node, lines.End] = {}
+        for node in nodes:
+            module = modules[str(node.target)] if node.op == "call_module" else None
+            if kinds[node] == "mean":  # only ever at an end
+                source = values[node.all_input_nodes[0]] = builder.register(values[node.all_input_nodes[0]])
+                ends[node] = lines.Mean(source)
+                continue
+            value = self._build(builder, node, kinds[node], module, values)
+            # What several need, or somebody outside, is carried out; a pending one can be fused once only.
+            values[node] = value if len(node.users) == 1 and node not in self.outputs else builder.register(value)
+            if node in self.outputs:
+                ends[node] = lines.Maps(builder.register(values[node]))
+        self._convolutions, self._norms = builder.convolutions, builder.norms
+        self._program = lines.Program(
+            len(self.inputs),
+            builder.steps,
+            [ends[node] for node in self.outputs],
+            builder.channels,
+            len(builder.convolutions),
+        )
+        self._plain = _as_written(graph, nodes, self.inputs, self.outputs)
+
+    @staticmethod
+    def _build(
+        builder: _Builder,
+        node: torch.fx.Node,
+        kind: str,
+        module: nn.Module | None,
+        values: dict[torch.fx.Node, int | _Pending],
+    ) -> int | _Pending:
+        operands = [values[a] for a in node.args if isinstance(a, torch.fx.Node)]
+        if kind in ("conv", "stem"):
+            return builder.convolve(operands[0], str(node.target))
+        if kind == "norm":
+            assert isinstance(module, nn.BatchNorm2d)
+            return builder.normalize(operands[0], str(node.target), module)
+        if kind == "relu":
+            return builder.rectify(operands[0])
+        if kind == "add":
+            return builder.add(*operands)
+        if kind == "pool":
+            assert isinstance(module, nn.MaxPool2d)
+            return builder.max_pool(operands[0], module)
+        if kind == "each":
+            assert module is not None
+            return builder.apply(operands[0], functools.partial(_out_of_place, module))
+        if kind == "slice":
+            index: Any = node.args[1]
+            return builder.apply(operands[0], operator.itemgetter(index))
+        if kind == "pad":
+            pad: Any = node.args[1] if len(node.args) > 1 else node.kwargs["pad"]
+            return builder.apply(
+                operands[0], functools.partial(F.pad, pad=(0, 0, *pad), value=node.kwargs.get("value"))
+            )
+        return operands[0]  # "same"
+
+    def __call__(self, state: _State, model: nn.Module, *inputs: Any) -> tuple[Any, ...]:
+        norms = [state.modules[name] for name in self._norms]
+        operands = lines.Operands(
+            [_convolution(state.modules[name], state.supports.get(name)) for name in self._convolutions],
+            [_normalization(norm) for norm in norms],
+        )
+        try:
+            out = self._program(inputs, operands)
+        except lines.Unfit:
+            return self._plain(model, *inputs)
+        counters = [n.num_batches_tracked for n in norms if n.training and n.num_batches_tracked is not None]
+        if counters:
+            torch._foreach_add_(counters, 1)
+        return out
+
+
+@functools.lru_cache(maxsize=64)
+def _all_kept(shape: torch.Size) -> Tensor:
+    return torch.ones(shape, dtype=torch.bool)
+
+
+def _convolution(module: Any, support: Support | None) -> lines.Convolution:
+    geometry = Geometry(_pair(module.stride), _pair(module.padding), _pair(module.dilation), module.groups)
+    if type(module) is nn.Conv2d:
+        mask, collected = _all_kept(module.weight.shape), {"mask_scores": None, "grad_sink": None, "positions": None}
+    else:
+        mask, collected = module.mask, module._sink_arguments()
+    return lines.Convolution(
+        module.weight,
+        module.bias,
+        collected["mask_scores"],
+        collected["grad_sink"],
+        mask,
+        collected["positions"],
+        active_support(mask) if support is None else support,
+        geometry,
+    )
+
+
+def _normalization(module: Any) -> lines.Normalization:
+    """What ``nn.BatchNorm2d`` would do next."""
     running = None
     if module.running_mean is not None and module.running_var is not None:
         running = module.running_mean, module.running_var
-    if running is not None and not module.training:
-        return lines.Norm.of_running(module.weight, module.bias, module.eps, running)
-    if images * data.shape[2] * data.shape[3] == 1:
-        size = [images, *data.shape[1:4]]
-        raise ValueError(f"batch normalization in training needs more than one value per channel, got input of {size}")
+    of_batch = module.training or running is None
     momentum = 0.0
-    if running is not None:
+    if module.training and running is not None:
         assert module.num_batches_tracked is not None
-        module.num_batches_tracked.add_(1)
         # None asks for the mean over all batches.
-        momentum = 1.0 / float(module.num_batches_tracked) if module.momentum is None else module.momentum
-    return lines.Norm.of_batch(data, images, module.weight, module.bias, module.eps, running, momentum)
-
-
-def rectify(value: Value, users: int, module: nn.Module | None = None) -> Value:
-    """ReLU. What two use, an addition and a convolution before it, gets a place where their gradients meet."""
-    if module is not None and (type(module) is not nn.ReLU or _has_hooks(module)):
-        return module(ordinary(value))
-    if isinstance(value, Pending):
-        value.norm.relu = True
-        if users == 1 and value.residual is None:
-            return value
-        value = value.carry_out()
-        if users == 2:
-            value.join = lines.Join()
-        return value
-    if isinstance(value, Lines):
-        return Lines(F.relu(value.data), value.images)
-    return F.relu(value)
-
-
-def add(a: Value, b: Value, users: int) -> Value:
-    """``a + b``; the addition to a normalization waits for the ReLU that may follow."""
-    if not (isinstance(a, (Lines, Pending)) or isinstance(b, (Lines, Pending))):
-        return a + b
-    if not (_is_maps(a) and _is_maps(b)) or _map_shape(a) != _map_shape(b):
-        return ordinary(a) + ordinary(b)
-    if not _can_take_residual(a):
-        a, b = b, a
-    if not _can_take_residual(a):
-        a, b = _lines(a), _lines(b)
-        return Lines(a.data + b.data, a.images)
-    a.residual = _lines(b)
-    return a if users == 1 else a.carry_out()
-
-
-def _can_take_residual(value: Value) -> bool:
-    return isinstance(value, Pending) and value.residual is None and not value.norm.relu
-
-
-def _map_shape(value: Lines | Pending | Tensor) -> tuple[int, ...]:
-    if isinstance(value, Pending):
-        value = value.source
-    return tuple(value.shape) if isinstance(value, Tensor) else (value.images, *value.data.shape[1:4])
-
-
-def each(value: Value, module: nn.Module) -> Value:
-    """An activation that treats every element alike."""
-    if type(module) in _EACH and not _has_hooks(module) and isinstance(value, (Lines, Pending)):
-        value = _lines(value)
-        return Lines(module(value.data), value.images)
-    return module(ordinary(value))
-
-
-def hand_on(value: Value, module: nn.Module) -> Value:
-    """Nothing."""
-    return value if type(module) is nn.Identity and not _has_hooks(module) else module(ordinary(value))
-
-
-def max_pool(value: Value, module: nn.MaxPool2d) -> Value:
-    """Maximum pooling."""
-    if type(module) is not nn.MaxPool2d or _has_hooks(module) or module.ceil_mode or module.return_indices:
-        return module(ordinary(value))
-    if not isinstance(value, (Lines, Pending)):
-        return module(value)
-    value = _lines(value)
-    settings = (_pair(s) for s in (module.kernel_size, module.stride, module.padding, module.dilation))
-    return Lines(lines.MaxPool.apply(value.data, *settings), value.images)
+        momentum = 1.0 / float(module.num_batches_tracked + 1) if module.momentum is None else module.momentum
+    elif of_batch:
+        running = None
+    return lines.Normalization(module.weight, module.bias, running, module.eps, momentum, of_batch)
 
 
 # -- the rewritten network ---------------------------------------------------------------------------------------------
 
-
-class _Tracer(torch.fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, SparseMaskedModule) or super().is_leaf_module(m, module_qualified_name)
+_PASSES_ON = ("relu", "add", "each", "pool", "same", "slice", "pad", "norm", "stem")
+_Part = Callable[..., tuple[Any, ...]]
 
 
-_ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_EACH: set[type[nn.Module]] = {
-    *(nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Sigmoid, nn.Tanh),
-    *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh),
-}
-_KINDS: dict[type[nn.Module], str] = {
-    **{SparseMaskedConv2d: "conv", nn.BatchNorm2d: "norm", nn.ReLU: "relu"},
-    **{nn.MaxPool2d: "pool", nn.Identity: "same"},
-}
-_PASSES_ON = ("relu", "add", "each", "pool", "same")
-_RELUS = {torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"}
+def _compile(graph: torch.fx.Graph) -> Callable[..., Any]:
+    code = graph.python_code("self")
+    namespace = dict(code.globals)
+    exec(compile(code.src, "<sparsebilevel.layout>", "exec"), namespace)
+    return namespace["forward"]
 
 
-def _kind(node: torch.fx.Node, modules: dict[str, nn.Module]) -> str:
-    """``conv``, ``norm``, ``relu``, ``add``, ``pool``, ``same``, ``each`` (other activations) or ``other``."""
-    if node.op == "call_module" and not node.kwargs and len(node.args) == 1:
-        module = modules[str(node.target)]
-        return "each" if type(module) in _EACH else _KINDS.get(type(module), "other")
-    if node.op in ("call_function", "call_method"):
-        values = [a for a in node.args if isinstance(a, torch.fx.Node)]
-        if node.target in _ADDITIONS and len(values) == len(node.args) == 2 and not node.kwargs:
-            return "add"
-        if node.target in _RELUS and len(values) == 1 and set(node.kwargs) <= {"inplace"}:
-            return "relu"
-    return "other"
+def _as_written(
+    graph: torch.fx.Graph,
+    nodes: Sequence[torch.fx.Node],
+    inputs: Sequence[torch.fx.Node],
+    outputs: Sequence[torch.fx.Node],
+) -> Callable[..., Any]:
+    """The nodes as a function of the model and the values of ``inputs``."""
+    part = torch.fx.Graph()
+    copies = {node: part.placeholder(node.name) for node in inputs}
+    for node in nodes:
+        copies[node] = part.node_copy(node, copies.__getitem__)
+    part.output(tuple(copies[node] for node in outputs))
+    return _compile(part)
 
 
-_OPS: dict[str, Callable[..., Value]] = {
-    **{"conv": convolve, "norm": normalize, "relu": rectify, "add": add},
-    **{"pool": max_pool, "same": hand_on, "each": each},
-}
+def _mutates(node: torch.fx.Node, module: nn.Module | None) -> bool:
+    """Whether it writes to its first argument."""
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return node.op in ("call_function", "call_method") and (
+        in_place
+        or node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+        or bool(node.kwargs.get("inplace", False))
+    )
 
 
-def _rewrite(model: nn.Module) -> torch.fx.Graph:
-    """The traced graph of ``model``, on values of this module."""
-    graph = _Tracer().trace(model)
-    modules = dict(model.named_modules())
-    kinds = {node: _kind(node, modules) for node in graph.nodes}
+class _Plan:
+    """A traced graph cut into parts, which run one after the other: segments in lines, and what is between them."""
 
-    leads_to_lines: set[torch.fx.Node] = set()  # by way of what can be done in lines
-    for node in reversed(list(graph.nodes)):
-        if any(kinds[u] == "conv" or (kinds[u] in _PASSES_ON and u in leads_to_lines) for u in node.users):
-            leads_to_lines.add(node)
+    def __init__(self, graph: torch.fx.Graph, modules: dict[str, nn.Module], dense: set[str]) -> None:
+        of_node = {n: modules[str(n.target)] if n.op == "call_module" else None for n in graph.nodes}
+        kinds = {
+            n: "other" if n.op == "call_module" and n.target in dense else _kind(n, of_node[n]) for n in graph.nodes
+        }
+        leads_to_lines: set[torch.fx.Node] = set()  # by way of what can be done in lines
+        for node in reversed(list(graph.nodes)):
+            if any(kinds[u] == "conv" or (kinds[u] in _PASSES_ON and u in leads_to_lines) for u in node.users):
+                leads_to_lines.add(node)
+        in_lines: set[torch.fx.Node] = set()
+        levels: dict[torch.fx.Node, int] = {}  # how often the way to a node has left the lines
+        for node in graph.nodes:
+            kind = kinds[node]
+            from_lines = any(a in in_lines and kinds[a] != "mean" for a in node.all_input_nodes)
+            starts = kind == "conv" or (kind in ("norm", "stem") and node in leads_to_lines)
+            if starts or (kind not in ("other", "stem") and from_lines):
+                in_lines.add(node)
+            left = [a in in_lines and (kinds[a] == "mean" or node not in in_lines) for a in node.all_input_nodes]
+            levels[node] = max((levels[a] + out for a, out in zip(node.all_input_nodes, left, strict=True)), default=0)
+            if node.all_input_nodes and _mutates(node, of_node[node]) and len(node.all_input_nodes[0].users) > 1:
+                raise ValueError(f"{node.name} writes to a tensor that others read")
+        self._inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        (output,) = (node for node in graph.nodes if node.op == "output")
+        inner = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+        self.parts: list[tuple[_Part | _Segment, list[torch.fx.Node], list[torch.fx.Node]]] = []
+        for level in range(max(levels.values()) + 1):
+            between = [node for node in inner if node not in in_lines and levels[node] == level]
+            if between:
+                inside = set(between)
+                inputs = list(dict.fromkeys(a for n in between for a in n.all_input_nodes if a not in inside))
+                outputs = [n for n in between if any(user not in inside for user in n.users)]
+                self.parts.append((_as_written(graph, between, inputs, outputs), inputs, outputs))
+            nodes = [node for node in inner if node in in_lines and levels[node] == level]
+            if nodes:
+                segment = _Segment(graph, nodes, kinds, modules)
+                self.parts.append((segment, segment.inputs, segment.outputs))
+        self._result = output.args[0]
+        wanted = list(output.all_input_nodes)
+        last = {node: i for i, (_, inputs, _) in enumerate(self.parts) for node in inputs}
+        self._done = [
+            [node for node, at in last.items() if at == i and node not in wanted] for i in range(len(self.parts))
+        ]
 
-    for node in list(graph.nodes):
-        kind, users = kinds[node], len(node.users)
-        with graph.inserting_before(node):
-            if kind == "other":
-                for argument in node.all_input_nodes:
-                    if kinds.get(argument, "ordinary") != "other":
-                        node.replace_input_with(argument, graph.call_function(ordinary, (argument,)))
-                continue
-            operands: tuple[Any, ...] = tuple(a for a in node.args if isinstance(a, torch.fx.Node))
-            module: tuple[Any, ...] = (graph.get_attr(str(node.target)),) if node.op == "call_module" else ()
-            if kind == "norm":
-                module += (node in leads_to_lines, users)
-            elif kind in ("relu", "add"):
-                module = (users, *module)
-            new = graph.call_function(_OPS[kind], (*operands, *module))
-        kinds[new] = kind
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
-    return graph
+    def __call__(self, model: nn.Module, state: _State, arguments: dict[str, Any]) -> Any:
+        values = {node: arguments[str(node.target).lstrip("*")] for node in self._inputs}
+        for (part, inputs, outputs), done in zip(self.parts, self._done, strict=True):
+            given = [values[node] for node in inputs]
+            out = part(state, model, *given) if isinstance(part, _Segment) else part(model, *given)
+            values.update(zip(outputs, out, strict=True))
+            for node in done:
+                del values[node]
+        return torch.fx.map_arg(self._result, values.__getitem__)
+
+
+class _State:
+    """What a forward finds of a model: modules by name, and the supports of its sparse convolutions, None = dense."""
+
+    def __init__(self, model: nn.Module, images: int) -> None:
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.supports: dict[str, Support | None] = {}
+        for name, module in self.modules.items():
+            if isinstance(module, SparseMaskedConv2d):
+                stride = module.stride[0] * module.stride[1]
+                weight = module.weight
+                self.supports[name] = sparse_support("masked_conv2d", weight, weight, module.mask, stride, images)
+
+    @property
+    def dense(self) -> set[str]:
+        """Sparse convolutions that the dense library takes."""
+        return {name for name, support in self.supports.items() if support is None}
 
 
 class InLayout(nn.Module):
@@ -299,8 +453,14 @@ class InLayout(nn.Module):
     _graphs: _Graphs  # in __dict__
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        run = None if _runs_plain(args, kwargs) else self._graphs.find(self)
-        return (run or self._plain_class.forward)(self, *args, **kwargs)
+        if not _runs_plain(args, kwargs):
+            state = _State(self, _images(args, kwargs))
+            plan = self._graphs.find(self, state)
+            if plan is not None:
+                bound = self._graphs.signature.bind(self, *args, **kwargs)
+                bound.apply_defaults()
+                return plan(self, state, bound.arguments)
+        return self._plain_class.forward(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self._plain_class, self._plain_state())
@@ -322,32 +482,54 @@ def _rebuild(plain_class: type[nn.Module], state: dict[str, Any]) -> nn.Module:
 
 
 class _Graphs:
-    """Forwards of a model in lines. Tracing fixes what a forward reads of ``training``, so there is one for each."""
+    """Plans of a model. Tracing fixes what a forward reads of ``training``, and a plan the kinds of the modules and
+    which convolutions are sparse, so there is one for each."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.signature = inspect.signature(type(model).forward)
         leaves = _Tracer()
-        self._traced_through = [m for m in model.modules() if m is model or not leaves.is_leaf_module(m, "")]
-        self._forwards: dict[tuple[bool, ...], Callable[..., Any] | None] = {}
-        if not self._hooked():
-            self._forwards[self._modes()] = _compile(_rewrite(model))
+        self._leaf = leaves.is_leaf_module
+        self._traces: dict[tuple[bool, ...], torch.fx.Graph | None] = {}
+        self._plans: dict[tuple, _Plan | None] = {}
+        state = _State(model, LANES)
+        through, hooked = self._traced_through(model, state)
+        if not hooked:
+            modes = tuple(m.training for m in through)
+            self._traces[modes] = _Tracer().trace(model)
+            self._plans[self._key(modes, state)] = _Plan(self._traces[modes], state.modules, state.dense)
 
-    def _modes(self) -> tuple[bool, ...]:
-        return tuple(m.training for m in self._traced_through)
+    def _traced_through(self, model: nn.Module, state: _State) -> tuple[list[nn.Module], bool]:
+        """Modules whose forward is traced, and whether one of them has a hook, which would not run."""
+        through = [m for m in state.modules.values() if m is model or not self._leaf(m, "")]
+        return through, any(_has_hooks(m) for m in through if m is not model)  # those of the model itself run anyway
 
-    def _hooked(self) -> bool:
-        return any(_has_hooks(m) for m in self._traced_through[1:])  # those of the model itself run anyway
+    def _key(self, modes: tuple[bool, ...], state: _State) -> tuple:
+        kinds = tuple((type(m), _has_hooks(m)) for m in state.modules.values() if self._leaf(m, ""))
+        return modes, kinds, frozenset(state.dense)
 
-    def find(self, model: nn.Module) -> Callable[..., Any] | None:
-        """The forward for the modes that the modules are in; None runs the model as it was written."""
-        if self._hooked():  # a hook on what is traced through would not run
+    def find(self, model: nn.Module, state: _State) -> _Plan | None:
+        """The plan for the modules as they are; None runs the model as it was written."""
+        through, hooked = self._traced_through(model, state)
+        if hooked:
             return None
-        modes = self._modes()
-        if modes not in self._forwards:
-            try:
-                self._forwards[modes] = _compile(_rewrite(model))
-            except Exception:  # a tracer meets whatever the forward does
-                self._forwards[modes] = None
-        return self._forwards[modes]
+        modes = tuple(m.training for m in through)
+        key = self._key(modes, state)
+        if key not in self._plans:
+            try:  # a tracer meets whatever the forward does
+                if modes not in self._traces:
+                    self._traces[modes] = None
+                    self._traces[modes] = _Tracer().trace(model)
+                graph = self._traces[modes]
+                self._plans[key] = None if graph is None else _Plan(graph, state.modules, state.dense)
+            except Exception:
+                self._plans[key] = None
+        return self._plans[key]
+
+
+def _images(args: Any, kwargs: Any) -> int:
+    """Size of the batch, by the first tensor that is given."""
+    sizes = (v.shape[0] for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim())
+    return next(sizes, LANES)
 
 
 def _runs_plain(args: Any, kwargs: Any) -> bool:
@@ -393,10 +575,3 @@ def optimize_for_cpu(model: nn.Module) -> nn.Module:
     model.__dict__["_graphs"] = graphs
     model.__class__ = type(plain.__name__, (InLayout, plain), {"_plain_class": plain, "__module__": plain.__module__})
     return model
-
-
-def _compile(graph: torch.fx.Graph) -> Callable[..., Any]:
-    code = graph.python_code("self")
-    namespace = dict(code.globals)
-    exec(compile(code.src, "<sparsebilevel.layout>", "exec"), namespace)
-    return namespace["forward"]
