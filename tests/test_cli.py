@@ -46,6 +46,14 @@ def test_version_and_help(capsys):
     assert "train" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", [[], ["train"], ["bench"]])
+def test_help_does_without_torch(command):
+    code = "import sys; sys.modules['torch'] = None; from sparsebilevel.cli import main; main()"
+    run = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "usage: sparsebilevel" in run.stdout
+
+
 def test_every_field_is_a_flag():
     assert config_of() == Config()
     examples = {int: "3", float: "0.25", str: "text", bool: None, tuple: "a b"}
