@@ -5,7 +5,7 @@ One operation has one stem: ``binarize`` lives in ``kernels/binarize.py``, ``csr
 """
 
 from .binarize import binarize, binarize_many
-from .dispatch import BACKENDS, Backend, choose_backend
+from .dispatch import BACKENDS, PASSES, Backend, choose_backend, describe
 from .gradient import make_grad_sink
 from .masked_conv2d import masked_conv2d
 from .masked_linear import masked_linear
@@ -13,10 +13,12 @@ from .plans import release_memory
 
 __all__ = [
     "BACKENDS",
+    "PASSES",
     "Backend",
     "binarize",
     "binarize_many",
     "choose_backend",
+    "describe",
     "make_grad_sink",
     "masked_conv2d",
     "masked_linear",

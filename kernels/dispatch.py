@@ -1,4 +1,4 @@
-"""Which kernel runs a masked op, and why: the only place that knows speeds.
+"""Which kernel runs a pass of a masked op, and why: the only place that knows speeds.
 
 The choice is a rule, not a measurement made on the way: near the break-even a measurement would fall one way in one run
 and the other way in the next, and runs that should be equal bit for bit would not be.
@@ -7,21 +7,49 @@ and the other way in the next, and runs that should be equal bit for bit would n
 from __future__ import annotations
 
 import functools
+import math
 import os
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import native
+from .gradient import Needs
 from .plans import Support, active_support
 
 BACKENDS = ("dense", "sparse")
+PASSES = ("forward", "input_grad", "weight_grad")
+"""The products of a layer. Each has a choice of its own: one may want the dense library and another not."""
 
-# What the sparse CPU kernels pay at an output pixel, in multiply-adds of the dense library: for a non-zero, and for
-# moving a pixel of one channel into or out of their layout. From benchmarks/bench_masked_conv2d.py.
-_NON_ZERO, _CHANNEL = 2.0, 12.0
+
+class _Cost(NamedTuple):
+    """What a sparse CPU kernel pays at an output pixel, in multiply-adds of the dense library."""
+
+    non_zero: float
+    channel: float  # to move a pixel of one channel into its layout, or out of it
+
+
+# Least squares over what the passes of the layers in benchmarks/bench_masked_conv2d.py, bench_masked_linear.py and of
+# smaller ones take, sparse and dense, at 50 to 95 %: a fit of 1 = ratio * (non_zero * non_zeros + channel * channels) /
+# weights, for ratios between 0.5 and 3.5 (what is far from the break-even need not fit).
+_COSTS = {
+    "masked_conv2d": {
+        "forward": _Cost(1.6, 16.0),
+        "input_grad": _Cost(1.6, 5.0),
+        "weight_grad": _Cost(1.6, 18.0),
+    },
+    "masked_linear": {
+        "forward": _Cost(1.7, 35.0),
+        "input_grad": _Cost(2.0, 26.0),
+        "weight_grad": _Cost(2.0, 37.0),
+    },
+}
 _LANES = 16
+# Elements of a weight from which on oneDNN multiplies faster than the BLAS that F.linear calls: 1.2 to 1.8 times on an
+# AMD processor (MKL is slow there). Smaller ones its calls' own cost slows down.
+_ONEDNN_LINEAR = 1 << 18
 
 
 class Backend(NamedTuple):
@@ -41,25 +69,35 @@ def choose_backend(
     non_zeros: int,
     *,
     stride: int = 1,
+    groups: int = 1,
     images: int = _LANES,
+    passes: str | Sequence[str] = PASSES,
+    dense_grad: bool = False,
 ) -> Backend:
     """Backend for one op (``"masked_linear"`` or ``"masked_conv2d"``) on one layer.
 
     Args:
         op, weight_shape, dtype, device: of the layer.
-        non_zeros: weights that the op works on.
+        non_zeros: weights that the op works on; in the weight gradient, those that learn.
         stride: input pixels to an output pixel.
+        groups: of the convolution.
         images: size of the batch; by default one that fills the lanes of the kernels.
+        passes: one of :data:`PASSES`, or several that are to go the same way.
+        dense_grad: the weight gradient is wanted everywhere, so that it is a dense product whatever the mask is.
 
     ``SPARSEBILEVEL_BACKEND`` forces a backend by name, where it can run.
 
     Raises:
-        ValueError: ``SPARSEBILEVEL_BACKEND`` names none.
+        ValueError: ``SPARSEBILEVEL_BACKEND`` names none; an unknown pass.
     """
     forced = os.environ.get("SPARSEBILEVEL_BACKEND", "auto")
     if forced not in ("auto", *BACKENDS):
         raise ValueError(f"SPARSEBILEVEL_BACKEND={forced!r} is not known; allowed: auto, {', '.join(BACKENDS)}")
-    return _choose(forced, op, weight_shape, dtype, device.type, non_zeros, stride, images)
+    passes = (passes,) if isinstance(passes, str) else tuple(passes)
+    if not passes or not set(passes) <= set(PASSES):
+        raise ValueError(f"passes={passes!r} is not known; allowed: {', '.join(PASSES)}")
+    geometry = stride, groups, images
+    return _choose(forced, op, weight_shape, dtype, device.type, non_zeros, geometry, passes, dense_grad)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -70,48 +108,124 @@ def _choose(
     dtype: torch.dtype,
     device: str,
     non_zeros: int,
-    stride: int,
-    images: int,
+    geometry: tuple[int, int, int],
+    passes: tuple[str, ...],
+    dense_grad: bool,
 ) -> Backend:
-    library = "cuBLAS/cuDNN" if device == "cuda" else "oneDNN/BLAS"
+    library = f"{_dense_library(op, weight_shape, dtype, device, passes)} on m*theta"
     if forced == "dense":
         return Backend("dense", "forced by SPARSEBILEVEL_BACKEND")
     if device != "cpu":
-        return Backend("dense", f"{library} on m*theta; no sparse kernel for {device} in this version")
+        return Backend("dense", f"{library}; no sparse kernel for {device} in this version")
     if dtype != torch.float32:
-        return Backend("dense", f"{library} on m*theta; the sparse CPU kernels take float32, not {dtype}")
+        return Backend("dense", f"{library}; the sparse CPU kernels take float32, not {dtype}")
     if not native.available():
-        return Backend("dense", f"{library} on m*theta; the C++ extension is not there: {native.reason}")
+        return Backend("dense", f"{library}; the C++ extension is not there: {native.reason}")
+    if dense_grad and "weight_grad" in passes:
+        return Backend("dense", f"{library}; the gradient is wanted everywhere, not at the mask's weights alone")
     if forced == "sparse":
         return Backend("sparse", "forced by SPARSEBILEVEL_BACKEND")
-    out_channels, fan_in, *kernel = weight_shape
-    dense = out_channels * fan_in
-    for size in kernel:
-        dense *= size
-    channels = stride * fan_in + out_channels
+    stride, groups, images = geometry
+    out_channels, fan_in = weight_shape[:2]
+    channels = stride * fan_in * groups + out_channels
     padded = -(-images // _LANES) * _LANES / max(images, 1)
-    ratio = dense / max((_NON_ZERO * non_zeros + _CHANNEL * channels) * padded, 1)
+    costs = [_COSTS[op][name] for name in passes]
+    sparse = padded * sum(cost.non_zero * non_zeros + cost.channel * channels for cost in costs)
+    ratio = len(passes) * math.prod(weight_shape) / max(sparse, 1)
     if ratio <= 1:
-        return Backend("dense", f"{library} on m*theta; the sparse CPU kernel would be slower", ratio)
+        return Backend("dense", f"{library}; the sparse CPU kernel would be slower", ratio)
     return Backend("sparse", f"sparse CPU kernel, {native.isa()}", ratio)
 
 
+def _dense_library(
+    op: str, weight_shape: tuple[int, ...], dtype: torch.dtype, device: str, passes: tuple[str, ...]
+) -> str:
+    if device != "cpu":
+        return "cuBLAS/cuDNN" if device == "cuda" else "dense library"
+    if op == "masked_conv2d":
+        return "oneDNN"
+    return "oneDNN" if takes_onednn(weight_shape, dtype, device) and passes != ("weight_grad",) else "BLAS"
+
+
+def takes_onednn(weight_shape: tuple[int, ...], dtype: torch.dtype, device: str) -> bool:
+    """Whether linear layers of this weight go to oneDNN, where they run dense, and not to ``F.linear``.
+
+    Output and input gradient; the weight gradient is not faster there.
+    """
+    is_large = math.prod(weight_shape) >= _ONEDNN_LINEAR
+    return is_large and device == "cpu" and dtype == torch.float32 and _has_onednn_linear()
+
+
+@functools.cache
+def _has_onednn_linear() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 def sparse_support(
-    op: str, input: Tensor, weight: Tensor, mask: Tensor, stride: int = 1, images: int | None = None
+    op: str,
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    stride: int = 1,
+    images: int | None = None,
+    *,
+    passes: str | Sequence[str] = PASSES,
 ) -> Support | None:
-    """Support of ``mask`` if the sparse kernels take this op on so many ``images`` (by default the first size)."""
-    if input.device.type != "cpu" or not native.available() or not input.numel() or not mask.numel():
+    """Support of ``mask`` if the sparse kernels take ``passes``, which go the same way, else None.
+
+    Args:
+        op, stride, passes: as in :func:`choose_backend`.
+        input, weight, mask: operands of the op; ``input`` may be in lines.
+        images: size of the batch; by default the input's first size.
+    """
+    if not _can_run_sparse(input, weight, mask):
         return None
-    if input.dtype != torch.float32 or weight.dtype != torch.float32:
-        return None
-    support = active_support(mask)
-    chosen = choose_backend(
-        op,
-        tuple(weight.shape),
-        weight.dtype,
-        weight.device,
-        support.non_zeros,
-        stride=stride,
-        images=input.shape[0] if images is None else images,
-    )
-    return support if chosen.name == "sparse" else None
+    support, images = active_support(mask), input.shape[0] if images is None else images
+    return support if _is_sparse(op, input, weight, support.non_zeros, stride, images, passes) else None
+
+
+def sparse_grads(
+    op: str, input: Tensor, weight: Tensor, mask: Tensor, needs: Needs, positions: Tensor | None, stride: int = 1
+) -> tuple[Support | None, Support | None]:
+    """Support of ``mask`` for the input gradient and for the weight gradient; None where it is dense or not needed.
+
+    Args:
+        op, input, weight, mask, stride: as in :func:`sparse_support`.
+        needs, positions: what the backward must give.
+    """
+    with_weight = needs.grad and not needs.dense_grad(positions)
+    if not (needs.input or with_weight) or not _can_run_sparse(input, weight, mask):
+        return None, None
+    support, images = active_support(mask), input.shape[0]
+    learning = support.non_zeros
+    if needs.sink and positions is not None:  # those of methods hold the active ones too
+        learning = max(learning, positions.numel())
+    with_input = needs.input and _is_sparse(op, input, weight, support.non_zeros, stride, images, "input_grad")
+    with_weight = with_weight and _is_sparse(op, input, weight, learning, stride, images, "weight_grad")
+    return support if with_input else None, support if with_weight else None
+
+
+def _can_run_sparse(input: Tensor, weight: Tensor, mask: Tensor) -> bool:
+    is_cpu = input.device.type == "cpu" and native.available()
+    is_float = input.dtype == weight.dtype == torch.float32
+    return is_cpu and is_float and input.numel() > 0 and mask.numel() > 0
+
+
+def _is_sparse(
+    op: str, input: Tensor, weight: Tensor, non_zeros: int, stride: int, images: int, passes: str | Sequence[str]
+) -> bool:
+    options: dict[str, Any] = {"stride": stride, "groups": input.shape[1] // weight.shape[1], "images": images}
+    shape = tuple(weight.shape)
+    return choose_backend(op, shape, weight.dtype, weight.device, non_zeros, passes=passes, **options).name == "sparse"
+
+
+def describe(backends: Mapping[str, Backend]) -> str:
+    """The choices of a layer, by pass, in few words: ``sparse``, or ``sparse, weight gradient dense``."""
+    names = [backend.name for backend in backends.values()]
+    usual = max(BACKENDS, key=names.count)
+    others = [
+        f"{name.replace('_grad', ' gradient')} {backend.name}"
+        for name, backend in backends.items()
+        if backend.name != usual
+    ]
+    return ", ".join([usual, *others])

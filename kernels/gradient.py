@@ -72,16 +72,25 @@ class Needs(NamedTuple):
         """Anything that follows from ``G``."""
         return self.weight or self.scores or self.sink
 
+    def dense_grad(self, positions: Tensor | None) -> bool:
+        """``G`` everywhere, and not only where the mask is True or at the ``positions`` of the sink."""
+        return self.scores or (self.sink and positions is None)
+
 
 def distribute_gradient(
-    grad: Tensor, weight: Tensor, mask: Tensor, positions: Tensor | None, needs: Needs
+    grad: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    positions: Tensor | None,
+    needs: Needs,
+    select: Callable[[Tensor, Tensor], Tensor] = effective_weight,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of (weight, mask_scores, grad_sink), where ``needs`` asks, from the one ``G`` of a backward.
 
-    Those of scores and sink are float32, or float64 if ``G`` is.
+    Those of scores and sink are float32, or float64 if ``G`` is. ``select`` gives ``m * G``.
     """
     dtype = torch.promote_types(grad.dtype, torch.float32)
-    grad_weight = effective_weight(grad, mask) if needs.weight else None
+    grad_weight = select(grad, mask) if needs.weight else None
     grad_scores = weight.to(dtype) * grad.to(dtype) if needs.scores else None
     grad_sink = None
     if needs.sink:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from . import plans, reference
-from .dispatch import sparse_support
+from . import dense, plans, reference
+from .dispatch import sparse_grads, sparse_support
 from .gradient import Needs, check_masked_operands, distribute_gradient, register_autocast
 from .plans import Geometry
 
@@ -30,9 +30,9 @@ def _masked_conv2d(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    support = sparse_support("masked_conv2d", input, weight, mask, stride[0] * stride[1])
+    support = sparse_support("masked_conv2d", input, weight, mask, stride[0] * stride[1], passes="forward")
     if support is None:
-        z = reference.effective_weight(weight, mask)
+        z = dense.effective_weight(weight, mask)
         return torch.ops.aten.convolution(input, z, bias, stride, padding, dilation, False, [0, 0], groups)
     geometry = Geometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
     size = input.shape[0], weight.shape[0], *geometry.output_size(input.shape[2:], weight.shape[2:])
@@ -58,13 +58,14 @@ def _dense_backward(
     positions: Tensor | None,
     geometry: tuple[Sequence[int], Sequence[int], Sequence[int], int],
     needs: Needs,
+    select: Callable[[Tensor, Tensor], Tensor] = reference.effective_weight,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients in the order of ``needs``; differentiable."""
+    """Gradients in the order of ``needs``; differentiable if ``select``, which gives ``m * theta``, is."""
     stride, padding, dilation, groups = geometry
     grad_input, grad, grad_bias = torch.ops.aten.convolution_backward(
         grad_output,
         input,
-        reference.effective_weight(weight, mask),
+        select(weight, mask) if needs.input else weight,  # of which the others need the shape only
         [weight.shape[0]],
         stride,
         padding,
@@ -75,7 +76,7 @@ def _dense_backward(
         [needs.input, needs.grad, needs.bias],
     )
     if needs.grad:
-        return grad_input, *distribute_gradient(grad, weight, mask, positions, needs), grad_bias
+        return grad_input, *distribute_gradient(grad, weight, mask, positions, needs, select), grad_bias
     return grad_input, None, None, None, grad_bias
 
 
@@ -95,26 +96,26 @@ def _masked_conv2d_backward(
     """The gradients that ``needs`` (see Needs) asks for, in its order."""
     wanted = Needs(*needs)
     grads: dict[str, Tensor | None] = {}
-    support = sparse_support("masked_conv2d", input, weight, mask, stride[0] * stride[1])
-    if support is not None:
-        geometry = Geometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
-        if wanted.input:
-            grad_input = plans.empty_maps(input.shape, _is_channels_last(input) or _is_channels_last(weight))
-            grads["input"] = plans.conv2d_input_grad(grad_output, weight, support, geometry, grad_input)
-        # A dense G is a matter for the dense library.
-        if wanted.grad and not wanted.scores and not (wanted.sink and positions is None):
-            learning = positions if wanted.sink else None
-            grads["weight"], grads["sink"] = plans.conv2d_weight_grad(
-                input, grad_output, weight, support, mask, learning, geometry
-            )
-        if wanted.bias:
-            grads["bias"] = grad_output.sum((0, 2, 3))
+    geometry = Geometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
+    pixels = stride[0] * stride[1]
+    for_input, for_weight = sparse_grads("masked_conv2d", input, weight, mask, wanted, positions, pixels)
+    if for_input is not None:
+        grad_input = plans.empty_maps(input.shape, _is_channels_last(input) or _is_channels_last(weight))
+        grads["input"] = plans.conv2d_input_grad(grad_output, weight, for_input, geometry, grad_input)
+    if for_weight is not None:
+        learning = positions if wanted.sink else None
+        grads["weight"], grads["sink"] = plans.conv2d_weight_grad(
+            input, grad_output, weight, for_weight, mask, learning, geometry
+        )
+    if wanted.bias and (for_weight is not None or not wanted.grad):  # else oneDNN gives it on the way
+        grads["bias"] = grad_output.sum((0, 2, 3))
     missing = Needs(*(need and name not in grads for name, need in zip(Needs._fields, wanted, strict=True)))
     if any(missing):
-        dense = _dense_backward(
-            grad_output, input, weight, mask, positions, (stride, padding, dilation, groups), missing
+        others = _dense_backward(
+            *(grad_output, input, weight, mask, positions, (stride, padding, dilation, groups), missing),
+            select=dense.effective_weight,
         )
-        grads |= {name: grad for name, grad in zip(Needs._fields, dense, strict=True) if grad is not None}
+        grads |= {name: grad for name, grad in zip(Needs._fields, others, strict=True) if grad is not None}
     return [grads[name] for name, need in zip(Needs._fields, wanted, strict=True) if need]  # type: ignore[misc]
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import plans, reference
-from .dispatch import sparse_support
+from . import dense, plans, reference
+from .dispatch import sparse_grads, sparse_support
 from .gradient import Needs, check_masked_operands, distribute_gradient, register_autocast
 from .plans import Geometry
 
@@ -26,9 +26,9 @@ def _masked_linear(
     positions: Tensor | None,
 ) -> Tensor:
     rows = input.reshape(-1, input.shape[-1])
-    support = sparse_support("masked_linear", rows, weight, _maps(mask))
+    support = sparse_support("masked_linear", rows, weight, _maps(mask), passes="forward")
     if support is None:
-        return reference.masked_linear(input, weight, mask, bias)
+        return dense.masked_linear(input, weight, mask, bias)
     output = input.new_empty(*input.shape[:-1], weight.shape[0])
     plans.conv2d(_maps(rows), _maps(weight), support, bias, Geometry(), _maps(output.view(-1, weight.shape[0])))
     return output
@@ -45,18 +45,24 @@ def _(input, weight, mask, bias, mask_scores, grad_sink, positions):
 
 
 def _dense_backward(
-    grad_output: Tensor, input: Tensor, weight: Tensor, mask: Tensor, positions: Tensor | None, needs: Needs
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    positions: Tensor | None,
+    needs: Needs,
+    library: Any = reference,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients in the order of ``needs``; differentiable."""
+    """Gradients in the order of ``needs``; differentiable by ``library=reference``, and faster by ``dense``."""
     grad_input = grad_weight = grad_scores = grad_sink = grad_bias = None
-    rows = grad_output.reshape(-1, grad_output.shape[-1])
     if needs.input:
-        grad_input = grad_output.matmul(reference.effective_weight(weight, mask))
+        grad_input = library.masked_linear(grad_output, weight.t(), mask.t())
     if needs.grad:
-        grad = rows.t().mm(input.reshape(-1, input.shape[-1]))
-        grad_weight, grad_scores, grad_sink = distribute_gradient(grad, weight, mask, positions, needs)
+        grad = library.linear_weight_grad(grad_output, input)
+        select = library.effective_weight
+        grad_weight, grad_scores, grad_sink = distribute_gradient(grad, weight, mask, positions, needs, select)
     if needs.bias:
-        grad_bias = rows.sum(0)
+        grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0)
     return grad_input, grad_weight, grad_scores, grad_sink, grad_bias
 
 
@@ -68,23 +74,21 @@ def _masked_linear_backward(
     wanted = Needs(*needs)
     grads: dict[str, Tensor | None] = {}
     rows, grad_rows = input.reshape(-1, input.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
-    support = sparse_support("masked_linear", rows, weight, _maps(mask))
-    if support is not None:
-        if wanted.input:
-            grad_input = torch.empty_like(rows)
-            plans.conv2d_input_grad(_maps(grad_rows), _maps(weight), support, Geometry(), _maps(grad_input))
-            grads["input"] = grad_input.view(input.shape)
-        # A dense G is a matter for the dense library.
-        if wanted.grad and not wanted.scores and not (wanted.sink and positions is None):
-            learning = positions if wanted.sink else None
-            grad_weight, grads["sink"] = plans.conv2d_weight_grad(
-                _maps(rows), _maps(grad_rows), _maps(weight), support, _maps(mask), learning, Geometry()
-            )
-            grads["weight"] = grad_weight.view(weight.shape)
+    for_input, for_weight = sparse_grads("masked_linear", rows, weight, _maps(mask), wanted, positions)
+    if for_input is not None:
+        grad_input = torch.empty_like(rows)
+        plans.conv2d_input_grad(_maps(grad_rows), _maps(weight), for_input, Geometry(), _maps(grad_input))
+        grads["input"] = grad_input.view(input.shape)
+    if for_weight is not None:
+        learning = positions if wanted.sink else None
+        grad_weight, grads["sink"] = plans.conv2d_weight_grad(
+            _maps(rows), _maps(grad_rows), _maps(weight), for_weight, _maps(mask), learning, Geometry()
+        )
+        grads["weight"] = grad_weight.view(weight.shape)
     missing = Needs(*(need and name not in grads for name, need in zip(Needs._fields, wanted, strict=True)))
     if any(missing):
-        dense = _dense_backward(grad_output, input, weight, mask, positions, missing)
-        grads |= {name: grad for name, grad in zip(Needs._fields, dense, strict=True) if grad is not None}
+        others = _dense_backward(grad_output, input, weight, mask, positions, missing, dense)
+        grads |= {name: grad for name, grad in zip(Needs._fields, others, strict=True) if grad is not None}
     return [grads[name] for name, need in zip(Needs._fields, wanted, strict=True) if need]  # type: ignore[misc]
 
 

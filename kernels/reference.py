@@ -28,6 +28,11 @@ def masked_linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | No
     return F.linear(input, effective_weight(weight, mask), bias)
 
 
+def linear_weight_grad(grad_output: Tensor, input: Tensor) -> Tensor:
+    """``G [N, K]`` of a linear layer, from the gradient of its output ``[..., N]`` and its input ``[..., K]``."""
+    return grad_output.reshape(-1, grad_output.shape[-1]).t().mm(input.reshape(-1, input.shape[-1]))
+
+
 def masked_conv2d(
     input: Tensor,
     weight: Tensor,

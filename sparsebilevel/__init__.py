@@ -1,6 +1,12 @@
-"""sparsebilevel: train neural networks whose sparsity mask is learned."""
+"""sparsebilevel: train neural networks whose sparsity mask is learned.
 
+Its names are those of `_api`, which is imported, and torch with it, when one of them is first asked for. Whoever wants
+no more than the operators in ``torch.ops.sparsebilevel`` imports `sparsebilevel.kernels`.
+"""
+
+from importlib import import_module
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 if find_spec("sparsebilevel.kernels") is None:
     raise ImportError(
@@ -9,35 +15,19 @@ if find_spec("sparsebilevel.kernels") is None:
         "`pip install --no-build-isolation -e .`"
     )
 
-# ruff: noqa: E402
-from .layout import optimize_for_cpu
-from .masks import NM, Block, Channel, Filter, Pattern, Unstructured
-from .methods import HYDRA, IMP, METHODS, OMP, SET, BiDST, BiP, RigL, Sparsifier, Static
-from .nn import SparseMaskedConv2d, SparseMaskedLinear, densify, sparse_layers, sparsify
-
 __version__ = "0.1.0"
 
-__all__ = [
-    "HYDRA",
-    "IMP",
-    "METHODS",
-    "NM",
-    "OMP",
-    "SET",
-    "BiDST",
-    "BiP",
-    "Block",
-    "Channel",
-    "Filter",
-    "Pattern",
-    "RigL",
-    "SparseMaskedConv2d",
-    "SparseMaskedLinear",
-    "Sparsifier",
-    "Static",
-    "Unstructured",
-    "densify",
-    "optimize_for_cpu",
-    "sparse_layers",
-    "sparsify",
-]
+if TYPE_CHECKING:
+    from ._api import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name == "__all__" or not name.startswith("__"):
+            api = import_module("._api", __name__)
+            globals().update({n: getattr(api, n) for n in api.__all__}, __all__=api.__all__)
+        if name in globals():  # the modules behind the names too
+            return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__")})

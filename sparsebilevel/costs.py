@@ -15,7 +15,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
+from .kernels import describe
+from .layout import optimize_for_cpu
 from .methods.base import unwrap
 from .nn import SparseMaskedModule, densify, sparse_layers
 
@@ -110,7 +112,7 @@ def count_costs(model: nn.Module, input_shape: Sequence[int], device: torch.devi
     model = unwrap(model)
     rows = _weight_rows(model)
     recorder = _forward_flops(model, input_shape, device)
-    on_sparse_kernels = {name for name, layer in sparse_layers(model) if layer.backend.name == "sparse"}
+    on_sparse_kernels = {name for name, layer in sparse_layers(model) if layer.backends["forward"].name == "sparse"}
     for name, row in rows.items():
         dense, executed = recorder.flops.pop(name, (0, 0))
         theoretical = round(dense * row["density"])
@@ -260,7 +262,13 @@ def _kept_random_state(device: torch.device) -> Any:
 
 
 def measure_step(
-    model: nn.Module, batch_shape: Sequence[int], num_classes: int, repeats: int = 20, budget_s: float = 5.0
+    model: nn.Module,
+    batch_shape: Sequence[int],
+    num_classes: int,
+    repeats: int = 20,
+    budget_s: float = 5.0,
+    *,
+    in_layout: bool = False,
 ) -> dict[str, float]:
     """Time of a training step (forward, cross-entropy, backward) against the densified model's, on copies.
 
@@ -271,11 +279,13 @@ def measure_step(
         model: a classifier, ``batch_shape -> [B, num_classes]`` (of a tuple, the first entry).
         batch_shape: shape of the input *with* the batch dimension.
         num_classes: size of the output.
-        repeats: pairs of steps after one of warm-up.
-        budget_s: no new pair is begun after so many seconds; one pair is always measured.
+        repeats: rounds of steps after one of warm-up.
+        budget_s: no new round is begun after so many seconds; one is always measured.
+        in_layout: also time a copy that :func:`~sparsebilevel.optimize_for_cpu` has rewritten.
 
     Returns:
-        ``sparse_ms`` and ``dense_ms`` (medians), ``ratio`` = dense / sparse (2.0: twice as fast as dense), ``repeats``.
+        ``sparse_ms`` and ``dense_ms`` (medians), ``ratio`` = dense / sparse (2.0: twice as fast as dense), ``repeats``;
+        with ``in_layout`` also ``in_layout_ms`` and ``in_layout_ratio``.
     """
     batch_shape = tuple(batch_shape)
     if not batch_shape or min(batch_shape) < 1:
@@ -284,7 +294,6 @@ def measure_step(
     weight = next(p for p in model.parameters() if p.is_floating_point())
     x = torch.linspace(-1, 1, math.prod(batch_shape), device=weight.device, dtype=weight.dtype).view(batch_shape)
     target = torch.arange(batch_shape[0], device=weight.device) % num_classes
-    sparse = copy.deepcopy(model)
 
     def step_of(network: nn.Module) -> Callable[[], None]:
         network.train()
@@ -300,17 +309,25 @@ def measure_step(
 
         return step
 
+    networks = {"sparse": copy.deepcopy(model), "dense": densify(model)}
+    if in_layout:
+        networks["in_layout"] = optimize_for_cpu(copy.deepcopy(model))
     with _kept_random_state(weight.device), torch.enable_grad():
-        return _interleave(step_of(sparse), step_of(densify(sparse)), repeats, budget_s, weight.device)
+        steps = {name: step_of(network) for name, network in networks.items()}
+        times, taken = _interleave(steps, repeats, budget_s, weight.device)
+    found = _against_dense(times["sparse"], times["dense"]) | {"repeats": taken}
+    if in_layout:
+        found |= {"in_layout_ms": times["in_layout"], "in_layout_ratio": times["dense"] / times["in_layout"]}
+    return found
 
 
 def measure_layers(
     model: nn.Module, example_input: Tensor, repeats: int = 20, budget_s: float = 5.0
 ) -> list[dict[str, Any]]:
-    """Time forward and backward of every sparse layer against its dense twin, and note it in ``layer.measured_ratio``.
+    """Time every sparse layer against its dense twin, and note it in ``layer.measured_ratio`` and ``measured_passes``.
 
     Each layer gets inputs of the shape, memory format and need for a gradient that it sees when the model trains on
-    ``example_input``; nothing else of ``model`` changes.
+    ``example_input``; nothing else of ``model`` changes. Its passes are timed one by one, and all of them together.
 
     Args:
         model: a model with sparse layers.
@@ -318,8 +335,10 @@ def measure_layers(
         repeats, budget_s: as in :func:`measure_step`; the budget is for all layers together.
 
     Returns:
-        One row a layer that the model reached: ``name``, ``shape``, ``input_shape``, ``sparsity``, ``backend``,
-        ``reason``, ``sparse_ms``, ``dense_ms``, ``ratio`` (dense / sparse), ``repeats``.
+        One row a layer that the model reached: ``name``, ``shape``, ``input_shape``, ``sparsity``, ``backend`` (of the
+        passes, in words), ``reason``, ``sparse_ms``, ``dense_ms``, ``ratio`` (dense / sparse), ``repeats``, ``passes``
+        (name -> ``sparse_ms``, ``dense_ms``, ``ratio``, ``backend``; without the gradients that training does not ask
+        for).
     """
     model = unwrap(model)
     layers = dict(sparse_layers(model))
@@ -327,16 +346,32 @@ def measure_layers(
     with _kept_random_state(example_input.device), torch.enable_grad():
         inputs = _layer_inputs(model, example_input)
         for name, layer_input in inputs.items():
-            sparse = copy.deepcopy(layers[name])
+            layer, sparse = layers[name], copy.deepcopy(layers[name])
             x = torch.randn_like(layer_input).requires_grad_(layer_input.requires_grad)
-            share = budget_s / len(inputs)
-            times = _interleave(_layer_step(sparse, x), _layer_step(densify(sparse), x), repeats, share, x.device)
-            layers[name].measured_ratio = times["ratio"]
-            backend, reason, _ = layers[name].backend
+            runs = {
+                f"{what} {kind}": run
+                for kind, twin in (("sparse", sparse), ("dense", densify(sparse)))
+                for what, run in _layer_runs(twin, x).items()
+            }
+            times, taken = _interleave(runs, repeats, budget_s / len(inputs), x.device)
+            backends = layer.backends
+            passes: dict[str, dict[str, Any]] = {
+                what: _against_dense(times[f"{what} sparse"], times[f"{what} dense"]) | {"backend": backend.name}
+                for what, backend in backends.items()
+                if f"{what} dense" in times
+            }
+            whole = _against_dense(times["layer sparse"], times["layer dense"])
+            layer.measured_ratio = whole["ratio"]
+            layer.measured_passes = {what: figures["ratio"] for what, figures in passes.items()}
             facts = {"name": name, "shape": list(sparse.weight.shape), "input_shape": list(x.shape)}
-            facts |= {"sparsity": sparse.sparsity, "backend": backend, "reason": reason}
-            rows.append(facts | times)
+            reason = "; ".join(dict.fromkeys(backend.reason for backend in backends.values()))
+            facts |= {"sparsity": sparse.sparsity, "backend": describe(backends), "reason": reason}
+            rows.append(facts | whole | {"repeats": taken, "passes": passes})
     return rows
+
+
+def _against_dense(sparse_ms: float, dense_ms: float) -> dict[str, float]:
+    return {"sparse_ms": sparse_ms, "dense_ms": dense_ms, "ratio": dense_ms / sparse_ms}
 
 
 def _layer_inputs(model: nn.Module, example_input: Tensor) -> dict[str, Tensor]:
@@ -356,24 +391,45 @@ def _layer_inputs(model: nn.Module, example_input: Tensor) -> dict[str, Tensor]:
     return inputs
 
 
-def _layer_step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
+def _layer_runs(layer: nn.Module, x: Tensor) -> dict[str, Callable[[], None]]:
+    """The whole layer in training, and its passes one by one, of those that training asks for."""
+    leaves: dict[str, list[Tensor]] = {"input_grad": [x], "weight_grad": list(layer.parameters())}
+    if isinstance(layer, SparseMaskedModule) and layer._grad_sink is not None:
+        leaves["weight_grad"].append(layer._grad_sink)
+    leaves = {name: [leaf for leaf in of_pass if leaf.requires_grad] for name, of_pass in leaves.items()}
+    every = [leaf for of_pass in leaves.values() for leaf in of_pass]
     with torch.no_grad():
         grad = torch.ones_like(layer(x))
 
-    def step() -> None:
-        layer(x).backward(grad)
-        layer.zero_grad()
-        x.grad = None
-        if isinstance(layer, SparseMaskedModule):
-            layer.zero_effective_grad()
+    def forward() -> None:
+        with torch.no_grad():
+            layer(x)
 
-    return step
+    def whole() -> None:
+        output = layer(x)
+        if every:
+            torch.autograd.grad(output, every, grad)
+
+    def gradient(wanted: list[Tensor]) -> Callable[[], None]:
+        # What a masked op computes is settled in its forward.
+        for leaf in every:
+            leaf.requires_grad_(any(leaf is other for other in wanted))
+        output = layer(x)
+        for leaf in every:
+            leaf.requires_grad_()
+
+        def run() -> None:
+            torch.autograd.grad(output, wanted, grad, retain_graph=True)
+
+        return run
+
+    return {"layer": whole, "forward": forward} | {name: gradient(wanted) for name, wanted in leaves.items() if wanted}
 
 
 def _interleave(
-    sparse: Callable[[], None], dense: Callable[[], None], repeats: int, budget_s: float, device: torch.device
-) -> dict[str, float]:
-    """Medians of two alternating functions in milliseconds. They take turns in going first, with cold caches."""
+    runs: Mapping[str, Callable[[], None]], repeats: int, budget_s: float, device: torch.device
+) -> tuple[dict[str, float], int]:
+    """Medians in milliseconds of functions that take turns, with cold caches, and how often each ran."""
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: must be at least 1")
 
@@ -387,18 +443,12 @@ def _interleave(
         return 1e3 * (time.perf_counter() - start)
 
     deadline = time.perf_counter() + budget_s
-    sparse()
-    dense()
-    times: dict[Callable[[], None], list[float]] = {sparse: [], dense: []}
+    for function in runs.values():
+        function()
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(repeats):
-        for function in (sparse, dense) if i % 2 else (dense, sparse):
-            times[function].append(timed(function))
+        for name in list(runs)[:: 1 if i % 2 else -1]:  # they take turns in going first
+            times[name].append(timed(runs[name]))
         if time.perf_counter() > deadline:
             break
-    sparse_ms, dense_ms = statistics.median(times[sparse]), statistics.median(times[dense])
-    return {
-        "sparse_ms": sparse_ms,
-        "dense_ms": dense_ms,
-        "ratio": dense_ms / sparse_ms,
-        "repeats": len(times[sparse]),
-    }
+    return {name: statistics.median(samples) for name, samples in times.items()}, len(times[name])

@@ -12,7 +12,7 @@ import copy
 import fnmatch
 import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,7 +20,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import Backend, choose_backend, make_grad_sink, masked_conv2d, masked_linear
+from .kernels import PASSES, Backend, choose_backend, describe, make_grad_sink, masked_conv2d, masked_linear
 from .kernels.reference import effective_weight
 from .masks import NM, Pattern, Unstructured, global_masks, parse_pattern, random_mask
 from .schedules import layer_counts
@@ -56,7 +56,8 @@ class SparseMaskedModule(nn.Module):
         self.num_kept = num_kept
         self.register_buffer("mask", mask)
         self.register_buffer("mask_scores", None)
-        self.measured_ratio: float | None = None
+        self.measured_ratio: float | None = None  # of times, dense over sparse: see costs.measure_layers
+        self.measured_passes: dict[str, float] = {}
         self.collect("none")
 
     def reset_mask(self, generator: torch.Generator | None = None) -> None:
@@ -157,25 +158,45 @@ class SparseMaskedModule(nn.Module):
         return 0.0 if self.mask.is_meta or not self.mask.numel() else 1.0 - self.mask.sum().item() / self.mask.numel()
 
     @property
+    def backends(self) -> dict[str, Backend]:
+        """Kernel that each pass takes for a batch of 16 or more images, and why; on the meta device as on the CPU."""
+        learning = 0 if self._positions is None else self._positions.numel()
+        dense_grad = self.score_support == "all" or isinstance(self.mask_scores, nn.Parameter)
+        return {
+            "forward": self._choose("forward"),
+            "input_grad": self._choose("input_grad"),
+            "weight_grad": self._choose("weight_grad", learning, dense_grad),
+        }
+
+    @property
     def backend(self) -> Backend:
-        """Kernel that this layer takes for a batch of 16 or more images, and why; on the meta device as on the CPU."""
-        weight, stride = self.weight, math.prod(getattr(self, "stride", (1,)))
+        """The choice for all passes together, as where maps stay in the layout of the sparse kernels."""
+        return self._choose(PASSES)
+
+    def _choose(self, passes: str | Sequence[str], learning: int = 0, dense_grad: bool = False) -> Backend:
+        weight = self.weight
         if weight.is_meta:
             non_zeros = round(weight.numel() * self.num_kept / self.pattern.num_groups(weight.shape))
             device = torch.device("cpu")
         else:
             non_zeros, device = int(self.mask.sum()), weight.device
-        return choose_backend(self._op, tuple(weight.shape), weight.dtype, device, non_zeros, stride=stride)
+        return choose_backend(
+            *(self._op, tuple(weight.shape), weight.dtype, device, max(non_zeros, learning)),
+            stride=math.prod(getattr(self, "stride", (1,))),
+            groups=getattr(self, "groups", 1),
+            passes=passes,
+            dense_grad=dense_grad,
+        )
 
     def effective_weight(self) -> Tensor:
         """``mask * weight``, differentiable in weight."""
         return effective_weight(self.weight, self.mask)
 
     def extra_repr(self) -> str:
-        name, reason, _ = self.backend
-        return (
-            f"{super().extra_repr()}, sparsity={self.sparsity:.4f}, pattern={self.pattern}, backend={name} ({reason})"
-        )
+        backends = self.backends
+        reasons = "; ".join(dict.fromkeys(backend.reason for backend in backends.values()))
+        kernels = f"backend={describe(backends)} ({reasons})"
+        return f"{super().extra_repr()}, sparsity={self.sparsity:.4f}, pattern={self.pattern}, {kernels}"
 
     # -- conversion ---------------------------------------------------------------------------------------------------
 
@@ -338,7 +359,15 @@ def _convert_to_dense(layer: Any) -> nn.Module:
         layer._buffers.pop(name, None)
         layer._parameters.pop(name, None)
         layer._non_persistent_buffers_set.discard(name)
-    for name in ("pattern", "num_kept", "measured_ratio", "score_support", "_positions", "_grad_sink"):
+    for name in (
+        "pattern",
+        "num_kept",
+        "measured_ratio",
+        "measured_passes",
+        "score_support",
+        "_positions",
+        "_grad_sink",
+    ):
         layer.__dict__.pop(name, None)
     layer.__class__ = layer._dense_class
     layer.weight = weight
@@ -581,4 +610,14 @@ def densify(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         _convert_to_dense(layer)
         layer.weight = dense_weights.setdefault(key, layer.weight)  # tied weights stay tied
     _open_fast_paths(model)
+    _leave_layout(model)
     return model
+
+
+def _leave_layout(model: nn.Module) -> None:
+    """Give what :func:`~sparsebilevel.optimize_for_cpu` has rewritten its own forward back."""
+    for module in model.modules():
+        plain = getattr(type(module), "_plain_class", None)
+        if plain is not None:
+            module.__dict__.pop("_graphs", None)
+            module.__class__ = plain

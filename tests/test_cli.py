@@ -10,6 +10,7 @@ import pytest
 import sparsebilevel
 from sparsebilevel import cli
 from sparsebilevel.cli import ablate
+from sparsebilevel.kernels import native
 from sparsebilevel.training.config import Config, check_fields, field_types
 from sparsebilevel.training.presets import PRESETS
 from sparsebilevel.training.runlog import read_log
@@ -43,6 +44,14 @@ def test_version_and_help(capsys):
         assert text in capsys.readouterr().out
     cli.main([])
     assert "train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["bench"]])
+def test_help_does_without_torch(command):
+    code = "import sys; sys.modules['torch'] = None; from sparsebilevel.cli import main; main()"
+    run = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "usage: sparsebilevel" in run.stdout
 
 
 def test_every_field_is_a_flag():
@@ -291,6 +300,22 @@ def test_bench(tmp_path, capsys):
         assert "Static: sparsity 0.9000 over 5 weights" in output
         assert "not measured" not in output
         assert "training step, batch 4" in output
+        last = output.splitlines()[-1]
+        assert ("x; optimize_for_cpu " in last) == native.available()
+        for part in ("cpu, ", "threads: dense ", " ms; sparse layers "):
+            assert part in last
+    cli.main(["bench", "mlp", "-b", "4"])
+    assert "optimize_for_cpu" not in capsys.readouterr().out  # it has no convolution
+
+
+def test_bench_of_a_network_that_takes_one_image_size_only(capsys):
+    try:
+        sparsebilevel._torchvision.import_torchvision()
+    except ImportError as error:
+        pytest.skip(str(error))
+    message = refused(capsys, "bench", "vit_b_16", "--image-size", "96")
+    assert "image_size=96 is not allowed; vit_b_16 takes images of 224x224 only" in message
+    assert "image_size=0 is not allowed" in refused(capsys, "bench", "resnet20", "--image-size", "0")
 
 
 def test_config_and_presets(capsys):

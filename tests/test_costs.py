@@ -10,7 +10,7 @@ from torch import nn
 
 import sparsebilevel as sb
 from sparsebilevel import costs
-from sparsebilevel.kernels import native
+from sparsebilevel.kernels import PASSES, native
 from sparsebilevel.models import create_model
 
 
@@ -184,6 +184,37 @@ def test_measured_layers():
     assert rows[1]["input_shape"] == [2, 32, 8, 8]
     for row, (_, layer) in zip(rows, sb.sparse_layers(model), strict=True):
         assert row["ratio"] == layer.measured_ratio > 0
+        assert row["ratio"] == pytest.approx(row["dense_ms"] / row["sparse_ms"])
+        # Nobody needs the gradient of the images.
+        assert list(row["passes"]) == [what for what in PASSES if what != "input_grad" or row is not rows[0]]
+        assert {what: found["ratio"] for what, found in row["passes"].items()} == layer.measured_passes
+        assert all(found["backend"] == layer.backends[what].name for what, found in row["passes"].items())
+
+
+def test_measured_passes_are_those_that_training_asks_for(monkeypatch):
+    model = sb.sparsify(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), 0.5)
+    model[1].requires_grad_(False)
+    model[1].collect("all")  # HYDRA: the weight is frozen, its scores learn
+    calls = []
+    masked_linear = importlib.import_module("sparsebilevel.kernels.masked_linear")
+    backward = masked_linear._dense_backward
+    monkeypatch.setattr(masked_linear, "_dense_backward", lambda *a, **k: calls.append(a[5]) or backward(*a, **k))
+    first, second = costs.measure_layers(model, torch.zeros(2, 8), repeats=1)
+    assert list(first["passes"]) == ["forward", "weight_grad"]
+    assert list(second["passes"]) == ["forward", "input_grad"]  # the dense twin has nothing to set against the scores
+    asked = {tuple(name for name, need in needs._asdict().items() if need) for needs in calls}
+    weights = ("weight", "bias")
+    assert asked == {weights, ("input",), ("sink",), ("input", "sink")}
+    assert model[0].weight.grad is None
+    assert [p.requires_grad for p in model.parameters()] == [True, True, False, False]
+
+
+@pytest.mark.skipif(not native.available(), reason="the C++ extension is not there")
+def test_measured_step_in_layout():
+    model = sb.sparsify(create_model("resnet20"), 0.9)
+    times = costs.measure_step(model, (2, 3, 8, 8), 10, repeats=1, in_layout=True)
+    assert times["in_layout_ratio"] == pytest.approx(times["dense_ms"] / times["in_layout_ms"])
+    assert not isinstance(model, sb.layout.InLayout)
 
 
 @pytest.mark.skipif(not native.available(), reason="the C++ extension is not there")

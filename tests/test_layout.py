@@ -232,7 +232,10 @@ def test_is_the_same_model_to_everybody_else(tmp_path):
         assert not torch.equal(other(x), expected)
     torch.save(optimized, tmp_path / "model.pth")
     assert torch.equal(torch.load(tmp_path / "model.pth", weights_only=False)(x), expected)
-    assert_close(sb.densify(optimized)(x), expected, rtol=1e-4, atol=1e-4)
+    dense = sb.densify(optimized)
+    assert_close(dense(x), expected, rtol=1e-4, atol=1e-4)
+    assert type(dense) is type(copy.deepcopy(dense))
+    assert not any(isinstance(module, InLayout) for module in dense.modules())
 
 
 @pytest.mark.parametrize("names", [("conv3", "bn4"), ("relu", "same", "pool"), ("inner",)], ids="-".join)

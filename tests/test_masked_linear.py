@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsebilevel.kernels import make_grad_sink, masked_linear, reference
+from sparsebilevel.kernels import dense, dispatch, make_grad_sink, masked_linear, reference
 
 OPERANDS = ("input", "weight", "bias", "mask_scores", "grad_sink")
 
@@ -207,6 +207,76 @@ def test_forward_mode_is_refused_rather_than_dropped():
 def test_vmap_gives_the_batched_result():
     x, w, m, b, _ = (t.detach() for t in operands((6,)))
     assert_close(torch.func.vmap(lambda x: masked_linear(x, w, m, b))(x), masked_linear(x, w, m, b))
+
+
+# -- the dense library -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (0, 3), (60, 50, 3, 3), (600, 700)], ids=str)
+def test_selected_bits_are_those_of_where(shape):
+    w, m = torch.randn(shape), torch.rand(shape) < 0.5
+    w[torch.rand(shape) < 0.3] = float("nan")
+    w[torch.rand(shape) < 0.3] = float("-inf")
+    w[torch.rand(shape) < 0.2] = -0.0
+    layouts = [(w, m), (w.transpose(0, 1), m.transpose(0, 1)), (w[::2], m[::2]), (w, m.mT.contiguous().mT)]
+    if w.dim() == 4:
+        layouts.append((w.contiguous(memory_format=torch.channels_last), m))
+    for weight, mask in layouts:
+        got, expected = dense.effective_weight(weight, mask), reference.effective_weight(weight, mask)
+        assert torch.equal(got.view(torch.int32), expected.view(torch.int32))
+        assert got.numel() < 20_000 or got.stride() == torch.empty_like(weight).stride()
+
+
+@pytest.mark.parametrize("rows", [(0,), (1,), (), (5, 0), (3, 7), (64,)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "cropped", "expanded"])
+def test_large_dense_layers_keep_the_contract(rows, layout, monkeypatch):
+    """They may take oneDNN, which small ones above do not."""
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "dense")
+    x, w, m, b, s = operands(rows, 520, 530, dtype=torch.float32)
+    w, dy = w.detach(), torch.randn(*rows, 520)
+    if layout == "transposed":
+        x, w, dy = (t.detach().mT.contiguous().mT if t.dim() > 1 else t.detach() for t in (x, w, dy))
+    elif layout == "cropped":
+        x, w = (torch.cat([t.detach()] * 2, -1)[..., t.shape[-1] // 2 :][..., : t.shape[-1]] for t in (x, w))
+    elif layout == "expanded":
+        x, dy = x.detach()[..., :1].expand_as(x), torch.ones(()).expand_as(dy)
+    w.requires_grad_()
+    x = x.detach().requires_grad_()
+    sink = make_grad_sink(w)
+    y = masked_linear(x, w, m, b, mask_scores=s, grad_sink=sink)
+    y.backward(dy)
+    expected, (dx, g, db) = oracle(x.double(), w.double(), m, b.double(), dy.double())
+    for got, want in ((y, expected), (x.grad, dx), (w.grad, g * m), (b.grad, db), (sink.grad, g)):
+        assert_close(got.double(), want, rtol=1e-4, atol=1e-3)
+    assert_close(s.grad, w.detach() * sink.grad)
+
+
+def test_large_dense_layers_can_be_differentiated_twice(monkeypatch):
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "dense")
+    x, w, m, b, _ = operands((4,), 520, 530, dtype=torch.float32)
+    twice = []
+    for y in (masked_linear(x, w, m, b), F.linear(x, torch.where(m, w, 0.0), b)):
+        first = torch.autograd.grad(y.square().sum(), (x, w), create_graph=True)
+        twice.append(torch.autograd.grad(sum(g.square().sum() for g in first), (x, w, b)))
+    for got, want in zip(*twice, strict=True):
+        assert_close(got, want, rtol=1e-3, atol=1e-2 * want.abs().max().item())
+
+
+def test_the_reason_names_the_dense_library(monkeypatch):
+    def reason(shape, passes="forward"):
+        return dispatch.choose_backend("masked_linear", shape, torch.float32, torch.device("cpu"), 9**9, passes=passes)[
+            1
+        ]
+
+    monkeypatch.setattr(dispatch, "_has_onednn_linear", lambda: True)
+    dispatch._choose.cache_clear()
+    assert reason((1024, 1024)).startswith("oneDNN on m*theta; ")
+    assert reason((1024, 1024), "weight_grad").startswith("BLAS on m*theta; ")
+    assert reason((10, 512)).startswith("BLAS on m*theta; ")
+    monkeypatch.setattr(dispatch, "_has_onednn_linear", lambda: False)
+    dispatch._choose.cache_clear()
+    assert reason((1024, 1024)).startswith("BLAS on m*theta; ")
+    dispatch._choose.cache_clear()
 
 
 @pytest.mark.parametrize(

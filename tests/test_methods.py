@@ -9,6 +9,7 @@ import io
 import logging
 import math
 import pickle
+import re
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from small_training import (
 from torch import nn
 
 import sparsebilevel as sb
+from sparsebilevel.kernels import native
 from sparsebilevel.masks import NM, Block, Channel, Filter, Unstructured
 from sparsebilevel.methods.base import mask_hash
 
@@ -998,6 +1000,27 @@ def test_the_printed_table(monkeypatch):
     assert "measure_layers" in lines[-1]
     model[0].measured_ratio = 0.5
     assert "0.50x" in str(sparsifier)
+    model[0].measured_passes = {"forward": 3.0, "weight_grad": 0.25}
+    lines = str(sparsifier).splitlines()
+    assert lines[1].split() == "layer shape sparsity pattern time vs dense forward input weight backend".split()
+    assert "0.50x          3.00x    -      0.25x" in lines[2]
+    assert "not measured   -        -      -" in lines[3]
+    assert {line.index(model[0].backends["forward"].name) for line in lines[2:5]} == {lines[1].index("backend")}
+
+
+@pytest.mark.skipif(not native.available(), reason="the C++ extension is not there")
+def test_the_printed_table_shows_the_choice_of_each_pass(monkeypatch):
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "auto")
+    model = sb.sparsify(nn.Sequential(nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3), nn.Linear(4, 4)), 0.9)
+    sparsifier = sb.Static(model)
+    model[1].collect("all")
+    _, _, first, second, third, *footer = str(sparsifier).splitlines()
+    assert re.search(r" about \d\.\dx +sparse$", first)
+    assert re.search(r" about \d\.\dx +sparse, weight gradient dense$", second)
+    assert re.search(r" not measured +dense$", third)
+    assert re.match(r"sparse: sparse CPU kernel, \w+ \(2 layers\)", footer[0])
+    assert "the gradient is wanted everywhere" in footer[1]
+    assert footer[2].startswith("dense: BLAS on m*theta; the sparse CPU kernel would be slower")
 
 
 def test_the_printed_table_of_a_mask_that_may_change_at_every_step():

@@ -50,6 +50,21 @@ def test_config_is_json_and_complete(capsys):
     assert "C++ extension" in capsys.readouterr().out
 
 
+def test_names_are_loaded_at_first_use():
+    code = """
+import sys
+import sparsebilevel, sparsebilevel.cli, sparsebilevel.training
+sparsebilevel.cli.make_parser()
+print("torch" in sys.modules)
+assert sparsebilevel.nn.sparsify is sparsebilevel.sparsify is sys.modules["sparsebilevel.nn"].sparsify
+assert sparsebilevel.training.train is sys.modules["sparsebilevel.training.loop"].train
+print(hasattr(sparsebilevel, "nothing"), hasattr(sparsebilevel.training, "nothing"))
+from sparsebilevel import *
+print(BiDST is sparsebilevel.BiDST, set(sparsebilevel.__all__) < set(dir(sparsebilevel)))
+"""
+    assert python(code)[0].split() == ["False", "False", "False", "True", "True"]
+
+
 def test_optional_packages_are_imported_where_they_are_needed_and_not_before():
     code = """
 import sys

@@ -1,6 +1,7 @@
 """The sparse CPU kernels against float64 autograd, on every instruction set that this machine has."""
 
 import copy
+import itertools
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +14,17 @@ from torch import nn
 from torch.testing import assert_close
 
 import sparsebilevel as sb
-from sparsebilevel.kernels import make_grad_sink, masked_conv2d, masked_linear, native, plans
+from sparsebilevel.kernels import (
+    PASSES,
+    choose_backend,
+    describe,
+    dispatch,
+    make_grad_sink,
+    masked_conv2d,
+    masked_linear,
+    native,
+    plans,
+)
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the C++ extension is not there")
 ISAS = [i for i in native.lib.Isa.__members__.values() if i <= native.lib.cpu_isa()] if native.available() else []
@@ -297,6 +308,95 @@ def test_threads_share_a_plan():
         for got in [list(pool.map(run, batches)) for _ in range(5)]:
             for tensors, others in zip(got, expected, strict=True):
                 assert all(map(torch.equal, tensors, others))
+
+
+# -- the choice, pass by pass ------------------------------------------------------------------------------------------
+
+CALLS = {"forward": "conv2d", "input_grad": "conv2d_input_grad", "weight_grad": "conv2d_weight_grad"}
+
+
+@pytest.fixture
+def sparse_passes(monkeypatch):
+    """Passes that ran on the sparse kernels, in order."""
+    ran = []
+    for name, function in CALLS.items():
+        compute = getattr(plans, function)
+        monkeypatch.setattr(plans, function, lambda *a, n=name, f=compute: ran.append(n) or f(*a))
+    return ran
+
+
+@pytest.fixture
+def prices(monkeypatch):
+    """``prices(*passes)``: the rule finds the sparse kernels cheap in these passes only."""
+
+    def set_prices(*cheap):
+        monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "auto")
+        costs = {name: dispatch._Cost(0.0 if name in cheap else 1e9, 0.0) for name in PASSES}
+        monkeypatch.setattr(dispatch, "_COSTS", {"masked_conv2d": costs, "masked_linear": costs})
+        dispatch._choose.cache_clear()
+
+    yield set_prices
+    dispatch._choose.cache_clear()
+
+
+@pytest.mark.parametrize("cheap", [c for r in range(4) for c in itertools.combinations(PASSES, r)], ids="-".join)
+@pytest.mark.parametrize("op", [masked_conv2d, masked_linear])
+def test_each_pass_has_a_choice_of_its_own(op, cheap, prices, sparse_passes):
+    prices(*cheap)
+    shape = (6, 4, 3, 3) if op is masked_conv2d else (6, 36)
+    x, w, b = torch.randn(17, *shape[1:]), torch.randn(shape), torch.randn(6)
+    m, positions = torch.rand(shape) < 0.4, torch.tensor([5, 0, -1, 40])
+    leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+    sink = make_grad_sink(w, positions)
+    y = op(leaves[0], leaves[1], m, leaves[2], grad_sink=sink, positions=positions)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    assert tuple(sparse_passes) == cheap
+
+    plain = [t.double().requires_grad_() for t in (x, torch.where(m, w, 0), b)]
+    expected = F.conv2d(*plain) if op is masked_conv2d else F.linear(*plain)
+    expected.backward(dy.double())
+    g = plain[1].grad
+    at = torch.where(positions >= 0, g.flatten()[positions.clamp(min=0)], 0)
+    gradients = ((leaves[0].grad, plain[0].grad), (leaves[1].grad, g * m), (leaves[2].grad, plain[2].grad))
+    for got, want in ((y, expected), (sink.grad, at), *gradients):
+        assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3), nn.Linear(36, 6)], ids=lambda layer: type(layer).__name__)
+def test_a_gradient_of_all_scores_takes_the_dense_library_for_one_pass(layer, sparse_passes):
+    layer = sb.sparsify(copy.deepcopy(layer), 0.8)
+    x = torch.randn(16, *layer.weight.shape[1:], requires_grad=True)
+    for collect, scores in (("none", False), ("all", False), ("none", True)):
+        layer.collect(collect)
+        layer.set_mask_scores(nn.Parameter(torch.rand_like(layer.weight)) if scores else None)
+        del sparse_passes[:]
+        layer(x).sum().backward()
+        expected = list(PASSES[: 3 if (collect, scores) == ("none", False) else 2])
+        assert sparse_passes == expected
+        assert [name for name, backend in layer.backends.items() if backend.name == "sparse"] == expected
+        assert ("backend=sparse, weight gradient dense" in repr(layer)) == (len(expected) == 2)
+    assert "the gradient is wanted everywhere" in layer.backends["weight_grad"].reason
+    layer.collect("none")
+    layer.set_mask_scores(None)
+    assert describe(layer.backends) == "sparse"
+
+
+def test_a_search_space_counts_in_the_weight_gradient_alone(monkeypatch, sparse_passes):
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "auto")
+    layer = sb.sparsify(nn.Conv2d(64, 64, 3), 0.95)
+    x = torch.randn(16, 64, 6, 6, requires_grad=True)
+    for searched, passes in ((400, 3), (30_000, 2)):
+        layer.collect("search", torch.arange(searched))
+        del sparse_passes[:]
+        layer(x).sum().backward()
+        assert sparse_passes == list(PASSES[:passes])
+        assert [backend.name for backend in layer.backends.values()].count("sparse") == passes
+
+
+def test_unknown_passes_are_refused():
+    with pytest.raises(ValueError, match=r"passes=\('backward',\) is not known; allowed: forward, input_grad"):
+        choose_backend("masked_linear", (4, 4), torch.float32, torch.device("cpu"), 4, passes="backward")
 
 
 # -- networks ----------------------------------------------------------------------------------------------------------

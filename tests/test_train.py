@@ -15,9 +15,12 @@ import torch
 from torch import nn
 
 import sparsebilevel as sb
+from sparsebilevel.kernels import native
+from sparsebilevel.layout import InLayout
+from sparsebilevel.training import build
 from sparsebilevel.training import checkpoint as ckpt
 from sparsebilevel.training.config import LOOP_OPTIONS, METHOD_NAMES, METHOD_OPTIONS, default_search_space, parse_steps
-from sparsebilevel.training.loop import Config, TrainingError, train
+from sparsebilevel.training.loop import Config, Trainer, TrainingError, train
 from sparsebilevel.training.plan import Phase, learning_rate, make_plan, score_lr_factor
 from sparsebilevel.training.runlog import Progress, read_log
 from sparsebilevel.training.runtime import EMA, Interrupted
@@ -111,6 +114,61 @@ def test_every_method(method, tmp_path):
     for key, mask in state["model"].items():
         if key.endswith(".mask"):
             assert not state["model"][key.replace("mask", "weight")][~mask].any()
+
+
+@pytest.fixture
+def in_layout(monkeypatch):
+    """Whether the network was in the layout of the sparse kernels, at each training step."""
+    seen = []
+    step = Trainer.train_step
+    monkeypatch.setattr(
+        Trainer, "train_step", lambda self, *a: step(self, *a) or seen.append(isinstance(self.model, InLayout))
+    )
+    return seen
+
+
+@pytest.mark.skipif(not native.available(), reason="the C++ extension is not there")
+def test_trains_in_the_layout_of_the_sparse_kernels(tmp_path, in_layout):
+    results, states = {}, {}
+    for flag in (True, False):
+        del in_layout[:]
+        folder = tmp_path / str(flag)
+        config = make_config(folder, method="static", optimize_for_cpu=flag, channels_last=True, model_ema=True)
+        results[flag] = train(config)
+        assert set(in_layout) == {flag}
+        assert json.loads((folder / "config.json").read_text())["optimize_for_cpu"] is flag
+        states[flag] = torch.load(folder / "checkpoint.pth", weights_only=True)["model"]
+    assert list(states[True]) == list(states[False])
+    assert results[True]["train_acc"] == pytest.approx(results[False]["train_acc"], abs=0.03)
+    assert results[True]["costs"] == results[False]["costs"]
+    with pytest.raises(ValueError, match="optimize_for_cpu was True, now False"):
+        train(dataclasses.replace(config, output_dir=str(tmp_path / "True"), resume=True))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"method": "dense"}, {"amp": "bf16"}, {"arch": "mlp"}, {"method": "omp", "pretrain_epochs": 1, "epochs": 1}],
+    ids=str,
+)
+def test_keeps_the_layout_where_it_is_of_use(changes, tmp_path, in_layout):
+    train(make_config(tmp_path, **{"method": "static", **changes}))
+    pretrained = changes.get("pretrain_epochs", 0) * native.available()  # it becomes sparse after them
+    assert set(in_layout) == ({False, True} if pretrained else {False})
+    assert in_layout == sorted(in_layout)
+
+
+@pytest.mark.skipif(not native.available(), reason="the C++ extension is not there")
+def test_a_network_that_cannot_be_traced_is_trained_as_it_is(tmp_path, monkeypatch, in_layout):
+    class Untraceable(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x if x.sum() > 0 else x)
+
+    make = build.create_model
+    monkeypatch.setattr(build, "create_model", lambda *a, **k: Untraceable(*make(*a, **k).children()))
+    with pytest.warns(UserWarning, match="Untraceable cannot be traced, so its layers convert one by one"):
+        result = train(make_config(tmp_path, method="static", epochs=1))
+    assert not any(in_layout)
+    assert result["epoch"] == 1
 
 
 def test_sparsity_by_layer(tmp_path):

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from .. import Static, sparsify
+from .. import SparseMaskedConv2d, Static, sparse_layers, sparsify
 from ..costs import measure_layers, measure_step
 from ..data import load_data
+from ..kernels import native
 from ..models import create_model
 from ..training.checkpoint import check_architecture, load_checkpoint
 from ..training.config import Config, read_config
@@ -32,12 +33,21 @@ def bench(
     device: str = "auto",
     threads: int | None = None,
 ) -> dict[str, float]:
-    """Print the layer table with measured times and the time of a whole training step; return the latter.
+    """Print the layer table with measured times, and the time of a whole training step, which is returned.
 
-    ``model`` is a name (then the masks are random, at ``sparsity``) or the folder of a run (then they are its own).
+    The step runs dense, with sparse layers and, where that works, as ``optimize_for_cpu`` rewrites the network.
+
+    Args:
+        model: a name (then the masks are random, at ``sparsity``) or the folder of a run (then they are its own).
+        sparsity, distribution, pattern, num_classes: of a named model.
+        batch_size: images in a batch.
+        image_size: their height and width, of a named model; by default what it was made for.
+        device, threads: where to measure.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} is not allowed; expected at least 1")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size={image_size} is not allowed; expected at least 1")
     if threads:
         torch.set_num_threads(threads)
     place = choose_device(device)
@@ -50,13 +60,22 @@ def bench(
     masks = Static(network)
     measure_layers(network, torch.randn(batch_size, *shape, device=place))
     print(masks)
-    times = measure_step(network, (batch_size, *shape), num_classes)
-    sparse, dense = times["sparse_ms"], times["dense_ms"]
+    times = measure_step(network, (batch_size, *shape), num_classes, in_layout=_has_layout(network, place))
     where = (
         f"{place.type}, {torch.get_num_threads()} threads" if place.type == "cpu" else torch.cuda.get_device_name(place)
     )
-    print(f"training step, batch {batch_size}, {where}: {sparse:.2f} ms; dense {dense:.2f} ms; {times['ratio']:.2f}x")
+    line = f"training step, batch {batch_size}, {where}: dense {times['dense_ms']:.2f} ms; "
+    line += f"sparse layers {times['sparse_ms']:.2f} ms, {times['ratio']:.2f}x"
+    if "in_layout_ms" in times:
+        line += f"; optimize_for_cpu {times['in_layout_ms']:.2f} ms, {times['in_layout_ratio']:.2f}x"
+    print(line)
     return times
+
+
+def _has_layout(network: torch.nn.Module, place: torch.device) -> bool:
+    """Whether ``optimize_for_cpu`` has something to do."""
+    is_usable = place.type == "cpu" and native.available()
+    return is_usable and any(isinstance(layer, SparseMaskedConv2d) for _, layer in sparse_layers(network))
 
 
 def _from_name(name: str, num_classes: int, image_size: int | None) -> tuple[torch.nn.Module, tuple[int, int, int]]:
@@ -65,6 +84,9 @@ def _from_name(name: str, num_classes: int, image_size: int | None) -> tuple[tor
     channels, size = _SIZES.get(name, (3, 32 if name in list_models() else 224))
     size = image_size or size
     network = create_model(name, num_classes, channels * size * size if name == "mlp" else None)
+    wanted = getattr(network, "image_size", None)  # which vision transformers have
+    if wanted not in (size, None):
+        raise ValueError(f"image_size={size} is not allowed; {name} takes images of {wanted}x{wanted} only")
     return network, (channels, size, size)
 
 

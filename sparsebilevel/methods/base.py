@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 
-from ..kernels import binarize
+from ..kernels import Backend, binarize, describe
 from ..masks import NM, Pattern, random_mask
 from ..nn import SparseMaskedModule, sparse_layers
 from ..schedules import UpdateSchedule, layer_counts
@@ -487,17 +487,20 @@ class Sparsifier:
         return {name: t.to(self.weights[name].weight.device, copy=True) for name, t in tensors.items()}
 
     def __str__(self) -> str:
-        rows = [("layer", "shape", "sparsity", "pattern", "time vs dense", "backend")]
-        reasons: dict[str, list[str]] = {}
-        for name, masked in self.weights.items():
-            layer = masked.layers[0]
-            backend, reason, estimate = layer.backend
-            ratio = f"about {estimate:.1f}x" if backend == "sparse" and estimate else "not measured"
-            if layer.measured_ratio is not None:
-                ratio = f"{layer.measured_ratio:.2f}x"
-            shape = "x".join(map(str, masked.weight.shape))
-            rows.append((name, shape, f"{layer.sparsity:.4f}", type(masked.pattern).__name__, ratio, backend))
-            reasons.setdefault(f"{backend}: {reason}", []).append(name)
+        layers = {name: masked.layers[0] for name, masked in self.weights.items()}
+        is_measured = any(layer.measured_passes for layer in layers.values())
+        short = {"forward": "forward", "input_grad": "input", "weight_grad": "weight"} if is_measured else {}
+        rows = [("layer", "shape", "sparsity", "pattern", "time vs dense", *short.values(), "backend")]
+        reasons: dict[str, set[str]] = {}
+        for name, layer in layers.items():
+            backends = layer.backends
+            ratio = _estimate(backends) if layer.measured_ratio is None else f"{layer.measured_ratio:.2f}x"
+            shape = "x".join(map(str, layer.weight.shape))
+            facts = (name, shape, f"{layer.sparsity:.4f}", type(layer.pattern).__name__, ratio)
+            passes = [f"{layer.measured_passes[what]:.2f}x" if what in layer.measured_passes else "-" for what in short]
+            rows.append((*facts, *passes, describe(backends)))
+            for backend in backends.values():
+                reasons.setdefault(f"{backend.name}: {backend.reason}", set()).add(name)
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
         lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
         covered = sum(w.weight.numel() for w in self.weights.values())
@@ -506,9 +509,17 @@ class Sparsifier:
         title += f"({100 * share:.1f} % of all parameters), step {self.step_count}, "
         title += "mask changes continuously" if self.continuous else f"{len(self.history)} topology changes"
         footer = [f"{why} ({len(names)} layers)" for why, names in reasons.items()]
-        if any(w.layers[0].measured_ratio is None for w in self.weights.values()):
+        if any(layer.measured_ratio is None for layer in layers.values()):
             footer.append("measure with sparsebilevel.costs.measure_layers(model, example_input)")
         return "\n".join([title, *lines, *footer])
+
+
+def _estimate(backends: Mapping[str, Backend]) -> str:
+    """Time against dense of a layer that nobody has measured."""
+    gains = [backend.estimate if backend.name == "sparse" else 1.0 for backend in backends.values()]
+    if None in gains or all(backend.name == "dense" for backend in backends.values()):
+        return "not measured"
+    return f"about {len(gains) / sum(1 / gain for gain in gains if gain):.1f}x"
 
 
 def check_non_negative(argument: str, value: float) -> float:

@@ -177,6 +177,9 @@ class Config:
     amp: str = option("none", "automatic mixed precision", ("none", "bf16", "fp16"))
     channels_last: bool = option(False, "memory format of images and weights")
     compile: bool = option(False, "torch.compile the model")
+    optimize_for_cpu: bool = option(
+        True, "keep feature maps in the layout of the sparse kernels (CPU, float32, sparse convolutions, not compiled)"
+    )
     seed: int = option(0, "of weights, masks, orders and augmentation")
     deterministic: bool = option(False, "refuse operations that are not repeatable (CUDA)")
     threads: int | None = option(None, "CPU threads of one process; default: torch's")

@@ -57,7 +57,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import METHODS, sparsify
+from .. import METHODS, SparseMaskedConv2d, optimize_for_cpu, sparse_layers, sparsify
+from ..kernels import native
 from ..methods import HYDRA, IMP, BiP, Sparsifier
 from .build import make_data, make_model, make_optimizer
 from .checkpoint import (
@@ -416,7 +417,10 @@ class Trainer:
     # -- small parts --------------------------------------------------------------------------------------------------
 
     def _equip(self) -> None:
-        """Compiled and distributed forms of the model as it is now, averages, and the upper level's batches."""
+        """Forms of the model for this machine, as it is now, averages, and the upper level's batches."""
+        if self._has_layout():
+            # In the mode in which it trains, whatever came before. What cannot be traced stays, with a warning.
+            optimize_for_cpu(self.model.train())
         self.net = self.model
         if self.config.compile:
             self.net = torch.compile(self.net)  # type: ignore[assignment]
@@ -428,6 +432,12 @@ class Trainer:
             phase = self.plan[min(self.phase_index, len(self.plan) - 1)]
             done = self.phase_epoch * phase.steps_per_epoch + self.batch
             self.upper_batches = self.loaders["upper"].stream(-(-done // self.config.resolve("lower_steps")))
+
+    def _has_layout(self) -> bool:
+        """Whether the model is trained in the layout of the sparse kernels; what the masks are does not matter."""
+        c, layers = self.config, sparse_layers(self.model)
+        is_usable = self.device.type == "cpu" and native.available() and c.amp == "none" and not c.compile
+        return c.optimize_for_cpu and is_usable and any(isinstance(m, SparseMaskedConv2d) for _, m in layers)
 
     def _check_method(self) -> None:
         """Find out now, and not after the pretraining, whether the method can work on this model."""

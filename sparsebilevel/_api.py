@@ -1,0 +1,31 @@
+"""What `sparsebilevel` offers. The package loads it at first use: it needs torch, and help texts do not."""
+
+from .layout import optimize_for_cpu
+from .masks import NM, Block, Channel, Filter, Pattern, Unstructured
+from .methods import HYDRA, IMP, METHODS, OMP, SET, BiDST, BiP, RigL, Sparsifier, Static
+from .nn import SparseMaskedConv2d, SparseMaskedLinear, densify, sparse_layers, sparsify
+
+__all__ = [
+    "HYDRA",
+    "IMP",
+    "METHODS",
+    "NM",
+    "OMP",
+    "SET",
+    "BiDST",
+    "BiP",
+    "Block",
+    "Channel",
+    "Filter",
+    "Pattern",
+    "RigL",
+    "SparseMaskedConv2d",
+    "SparseMaskedLinear",
+    "Sparsifier",
+    "Static",
+    "Unstructured",
+    "densify",
+    "optimize_for_cpu",
+    "sparse_layers",
+    "sparsify",
+]
