@@ -169,19 +169,21 @@ def sparse_support(
     stride: int = 1,
     images: int | None = None,
     *,
+    groups: int | None = None,
     passes: str | Sequence[str] = PASSES,
 ) -> Support | None:
     """Support of ``mask`` if the sparse kernels take ``passes``, which go the same way, else None.
 
     Args:
         op, stride, passes: as in :func:`choose_backend`.
-        input, weight, mask: operands of the op; ``input`` may be in lines.
-        images: size of the batch; by default the input's first size.
+        input, weight, mask: operands of the op; given the next two, ``input`` is read for its type alone.
+        images, groups: size of the batch and groups of channels; by default those of the input.
     """
     if not _can_run_sparse(input, weight, mask):
         return None
     support, images = active_support(mask), input.shape[0] if images is None else images
-    return support if _is_sparse(op, input, weight, support.non_zeros, stride, images, passes) else None
+    groups = input.shape[1] // weight.shape[1] if groups is None else groups
+    return support if _is_sparse(op, weight, support.non_zeros, (stride, groups, images), passes) else None
 
 
 def sparse_grads(
@@ -200,8 +202,9 @@ def sparse_grads(
     learning = support.non_zeros
     if needs.sink and positions is not None:  # those of methods hold the active ones too
         learning = max(learning, positions.numel())
-    with_input = needs.input and _is_sparse(op, input, weight, support.non_zeros, stride, images, "input_grad")
-    with_weight = with_weight and _is_sparse(op, input, weight, learning, stride, images, "weight_grad")
+    geometry = stride, input.shape[1] // weight.shape[1], images
+    with_input = needs.input and _is_sparse(op, weight, support.non_zeros, geometry, "input_grad")
+    with_weight = with_weight and _is_sparse(op, weight, learning, geometry, "weight_grad")
     return support if with_input else None, support if with_weight else None
 
 
@@ -212,11 +215,11 @@ def _can_run_sparse(input: Tensor, weight: Tensor, mask: Tensor) -> bool:
 
 
 def _is_sparse(
-    op: str, input: Tensor, weight: Tensor, non_zeros: int, stride: int, images: int, passes: str | Sequence[str]
+    op: str, weight: Tensor, non_zeros: int, geometry: tuple[int, int, int], passes: str | Sequence[str]
 ) -> bool:
-    options: dict[str, Any] = {"stride": stride, "groups": input.shape[1] // weight.shape[1], "images": images}
-    shape = tuple(weight.shape)
-    return choose_backend(op, shape, weight.dtype, weight.device, non_zeros, passes=passes, **options).name == "sparse"
+    stride, groups, images = geometry
+    options: dict[str, Any] = {"stride": stride, "groups": groups, "images": images, "passes": passes}
+    return choose_backend(op, tuple(weight.shape), weight.dtype, weight.device, non_zeros, **options).name == "sparse"
 
 
 def describe(backends: Mapping[str, Backend]) -> str:

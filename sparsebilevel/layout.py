@@ -437,8 +437,8 @@ class _State:
         for name, module in self.modules.items():
             if isinstance(module, SparseMaskedConv2d):
                 stride = module.stride[0] * module.stride[1]
-                weight = module.weight
-                self.supports[name] = sparse_support("masked_conv2d", weight, weight, module.mask, stride, images)
+                operands = module.weight, module.weight, module.mask
+                self.supports[name] = sparse_support("masked_conv2d", *operands, stride, images, groups=module.groups)
 
     @property
     def dense(self) -> set[str]:
