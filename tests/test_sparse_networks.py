@@ -6,6 +6,8 @@ from functools import cache, partial
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
@@ -18,13 +20,15 @@ from sparsebilevel.models import create_model
 from sparsebilevel.models.resnet import BasicBlock, resnet_cifar
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the C++ extension is not there")
+ISAS = [i for i in native.lib.Isa.__members__.values() if i <= native.lib.cpu_isa()] if native.available() else []
 
 
 @pytest.fixture(autouse=True)
 def _sparse(monkeypatch):
     monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "sparse")
-    threads = torch.get_num_threads()
+    best, threads = native.lib.isa(), torch.get_num_threads()
     yield
+    native.lib.set_isa(best)
     torch.set_num_threads(threads)
 
 
@@ -129,6 +133,74 @@ def test_gradients_of_a_large_network(name, size, images, sparsity):
     sums over channels_last maps are that inexact in the dense network too: up to 2e-4 here."""
     bounds = {"layers": 1e-4, "layers, channels_last": 1e-3, "in layout": 1e-4, "in layout, channels_last": 1e-4}
     check_gradients(partial(create_model, name, 10), size, images, sparsity, bounds)
+
+
+class Block(nn.Module):
+    """A convolution of any geometry, a residual one, and a strided one; everything that is fused in layout."""
+
+    def __init__(self, channels, filters, geometry, second, stride):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, filters, **geometry, bias=False), nn.BatchNorm2d(filters)
+        self.conv2, self.bn2 = nn.Conv2d(filters, filters, **second, bias=False), nn.BatchNorm2d(filters)
+        self.conv3, self.relu = nn.Conv2d(filters, 5, 3, stride, padding=1), nn.ReLU()
+
+    def forward(self, x):
+        y = self.relu(self.bn1(self.conv1(x)))
+        return self.conv3(self.relu(self.bn2(self.conv2(y)) + y))
+
+
+@st.composite
+def blocks(draw):
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    channels, filters = (groups * draw(st.sampled_from([1, 2, 5, 8, 17])) for _ in range(2))
+    pairs = [st.tuples(*[st.integers(low, high)] * 2) for low, high in ((1, 4), (1, 3), (0, 2), (1, 2))]
+    geometry = dict(zip(("kernel_size", "stride", "padding", "dilation"), draw(st.tuples(*pairs)), strict=True))
+    reach = [d * (k - 1) + 1 for k, d in zip(geometry["kernel_size"], geometry["dilation"], strict=True)]
+    # At least 4x4 pixels behind it: statistics of fewer values amplify rounding errors.
+    size = [r + 3 * s + draw(st.integers(0, 9)) for r, s in zip(reach, geometry["stride"], strict=True)]
+    dilation = draw(st.integers(1, 2))
+    second = {"kernel_size": 3, "padding": dilation, "dilation": dilation, "groups": draw(st.sampled_from([1, groups]))}
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    net = Block(channels, filters, geometry | {"groups": groups}, second, draw(st.integers(1, 2)))
+    net = sb.sparsify(net, 0.5)
+    for _, layer in sb.sparse_layers(net):
+        density = draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+        mask = torch.rand(layer.mask.shape) < density
+        mask[-1] = draw(st.booleans())
+        layer.set_mask(mask)
+    return net, torch.randn(draw(st.sampled_from([1, 3, 15, 16, 17, 33])), channels, *size)
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+@given(blocks())
+@settings(deadline=None, max_examples=50)
+def test_blocks_in_layout(isa, problem):
+    native.lib.set_isa(isa)
+    net, x = problem
+    exact = sb.densify(net).double()
+    leaf = x.double().requires_grad_()
+    keep_relus_off_zero(exact, leaf)
+    net.load_state_dict({name: value.float() for name, value in exact.state_dict().items()})
+    expected = exact(leaf)
+    dy = torch.randn(expected.shape)
+    dy /= dy.norm()
+    expected.backward(dy.double())
+    masks = {f"{name}.weight": layer.mask for name, layer in sb.sparse_layers(net)}
+
+    sb.optimize_for_cpu(net)
+    spoiled = copy.deepcopy(net)  # leaves NaN in whatever memory is kept, in all images of a block
+    nan = torch.full((-(-len(x) // 16) * 16, *x.shape[1:]), float("nan"), requires_grad=True)
+    spoiled(nan).sum().backward()
+    x.requires_grad_()
+    y = net(x)
+    y.backward(dy)
+    assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+    assert_close(x.grad.double(), leaf.grad, rtol=1e-4, atol=1e-4)
+    for name, p in net.named_parameters():
+        want = exact.get_parameter(name).grad * masks.get(name, 1)
+        assert (p.grad - want).norm() < 1e-4 * max(1.0, float(want.norm())), name
+    for name, want in exact.named_buffers():
+        assert_close(net.get_buffer(name).double(), want.double(), rtol=1e-4, atol=1e-5)
 
 
 # -- threads -----------------------------------------------------------------------------------------------------------
