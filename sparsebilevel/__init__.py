@@ -10,6 +10,7 @@ if find_spec("sparsebilevel.kernels") is None:
     )
 
 # ruff: noqa: E402
+from . import optim
 from .layout import optimize_for_cpu
 from .masks import NM, Block, Channel, Filter, Pattern, Unstructured
 from .methods import HYDRA, IMP, METHODS, OMP, SET, BiDST, BiP, RigL, Sparsifier, Static
@@ -37,6 +38,7 @@ __all__ = [
     "Static",
     "Unstructured",
     "densify",
+    "optim",
     "optimize_for_cpu",
     "sparse_layers",
     "sparsify",

@@ -12,6 +12,7 @@ import copy
 import fnmatch
 import math
 import warnings
+import weakref
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
@@ -58,6 +59,11 @@ class SparseMaskedModule(nn.Module):
         self.register_buffer("mask_scores", None)
         self.measured_ratio: float | None = None
         self.collect("none")
+        _LAYERS.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of copies and unpickled layers
+        super().__setstate__(state)
+        _LAYERS.add(self)
 
     def reset_mask(self, generator: torch.Generator | None = None) -> None:
         """Draw a random mask with the layer's exact count; on the meta device there is nothing to draw."""
@@ -311,6 +317,8 @@ class SparseMaskedConv2d(SparseMaskedModule, nn.Conv2d):  # type: ignore[misc]
         return masked_conv2d(input, self.weight, self.mask, self.bias, *geometry, **self._sink_arguments())
 
 
+_LAYERS: weakref.WeakSet[SparseMaskedModule] = weakref.WeakSet()  # all that there are, for masks_by_weight
+
 _SPARSE_CLASSES: dict[type[nn.Module], type[SparseMaskedModule]] = {
     nn.Linear: SparseMaskedLinear,
     nn.Conv2d: SparseMaskedConv2d,
@@ -364,6 +372,23 @@ def sparse_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, SparseMaskedModule):
             yield name, module
+
+
+def masks_by_weight(smallest: int = 0) -> dict[int, Tensor | None]:
+    """The masks of all sparse layers by the id of their weight; None where layers share it and have a mask each.
+
+    For those who hold weights and not the model, as optimizers do.
+
+    Args:
+        smallest: leave out masks of fewer elements.
+    """
+    masks: dict[int, Tensor | None] = {}
+    for layer in _LAYERS:
+        if isinstance(layer, SparseMaskedModule):  # densify changes a layer's class
+            key, mask = id(layer._parameters.get("weight")), layer._buffers["mask"]
+            if mask is not None and mask.numel() >= smallest:
+                masks[key] = mask if masks.get(key, mask) is mask else None
+    return masks
 
 
 def _select(model: nn.Module, argument: str, selectors: Selector | Collection[Selector]) -> set[int]:
