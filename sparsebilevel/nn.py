@@ -13,13 +13,14 @@ import fnmatch
 import math
 import warnings
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from typing import Any, Literal
 
 import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .kernels import Backend, choose_backend, make_grad_sink, masked_conv2d, masked_linear
 from .kernels.reference import effective_weight
@@ -59,11 +60,16 @@ class SparseMaskedModule(nn.Module):
         self.register_buffer("mask_scores", None)
         self.measured_ratio: float | None = None
         self.collect("none")
-        _LAYERS.add(self)
+        _note_weight(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # of copies and unpickled layers
         super().__setstate__(state)
-        _LAYERS.add(self)
+        _note_weight(self)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:  # every assignment comes here
+        super().register_parameter(name, param)
+        if name == "weight":
+            _note_weight(self)
 
     def reset_mask(self, generator: torch.Generator | None = None) -> None:
         """Draw a random mask with the layer's exact count; on the meta device there is nothing to draw."""
@@ -208,6 +214,7 @@ class SparseMaskedModule(nn.Module):
             # .half() and friends: a sum of many small steps must not lose its low bits.
             self.mask_scores = torch.empty_like(cast, dtype=scores.dtype).copy_(scores)
         self._refit_collection()
+        _note_weight(self)
         return self
 
     def _refit_collection(self) -> None:
@@ -317,7 +324,25 @@ class SparseMaskedConv2d(SparseMaskedModule, nn.Conv2d):  # type: ignore[misc]
         return masked_conv2d(input, self.weight, self.mask, self.bias, *geometry, **self._sink_arguments())
 
 
-_LAYERS: weakref.WeakSet[SparseMaskedModule] = weakref.WeakSet()  # all that there are, for masks_by_weight
+# Sparse layers by their weight, for those who hold weights and no model, as optimizers do. Nothing is kept alive.
+_LAYERS: MutableMapping[Tensor, weakref.WeakSet[SparseMaskedModule]] = WeakTensorKeyDictionary()
+
+
+def _note_weight(layer: SparseMaskedModule) -> None:
+    weight = layer._parameters.get("weight")
+    if weight is not None:
+        _LAYERS.setdefault(weight, weakref.WeakSet()).add(layer)
+
+
+def mask_of(weight: Tensor) -> Tensor | None:
+    """The mask of the sparse layer whose weight this is; None without one, or if layers share it and have several."""
+    masks = [
+        layer.mask
+        for layer in _LAYERS.get(weight, ())
+        if isinstance(layer, SparseMaskedModule) and layer._parameters.get("weight") is weight  # no more after densify
+    ]
+    return masks[0] if masks and all(mask is masks[0] for mask in masks) else None
+
 
 _SPARSE_CLASSES: dict[type[nn.Module], type[SparseMaskedModule]] = {
     nn.Linear: SparseMaskedLinear,
@@ -372,23 +397,6 @@ def sparse_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, SparseMaskedModule):
             yield name, module
-
-
-def masks_by_weight(smallest: int = 0) -> dict[int, Tensor | None]:
-    """The masks of all sparse layers by the id of their weight; None where layers share it and have a mask each.
-
-    For those who hold weights and not the model, as optimizers do.
-
-    Args:
-        smallest: leave out masks of fewer elements.
-    """
-    masks: dict[int, Tensor | None] = {}
-    for layer in _LAYERS:
-        if isinstance(layer, SparseMaskedModule):  # densify changes a layer's class
-            key, mask = id(layer._parameters.get("weight")), layer._buffers["mask"]
-            if mask is not None and mask.numel() >= smallest:
-                masks[key] = mask if masks.get(key, mask) is mask else None
-    return masks
 
 
 def _select(model: nn.Module, argument: str, selectors: Selector | Collection[Selector]) -> set[int]:

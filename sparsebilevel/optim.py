@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .kernels import optimizer_step
 from .kernels.optimizer_step import ActiveWeight
-from .nn import masks_by_weight
+from .nn import mask_of
 
 
 class _Found:
@@ -57,12 +57,12 @@ def _fit(weight: Tensor, grad: Tensor, state: Sequence[Tensor]) -> bool:
     if grad.layout is not torch.strided or grad.dtype is not torch.float32 or not grad.is_cpu:
         return False
     strides = grad.stride()
-    return (
-        weight.dtype is torch.float32
-        and weight.stride() == strides
-        and (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last))
-        and all(tensor.stride() == strides for tensor in state)
-    )
+    if weight.dtype is not torch.float32 or weight.stride() != strides:
+        return False
+    for tensor in state:  # no all(...): this runs for every parameter at every step
+        if tensor.stride() != strides:
+            return False
+    return weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
 
 
 class _ActiveSteps:
@@ -91,11 +91,11 @@ class _ActiveSteps:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups, masks = self.param_groups, masks_by_weight(optimizer_step.SMALLEST)
+        groups = self.param_groups
         looked_at: list[tuple[_Found, list[Tensor]]] = []
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             try:
-                self.param_groups = [rest for group in groups for rest in self._step_group(group, masks, looked_at)]
+                self.param_groups = [rest for group in groups for rest in self._step_group(group, looked_at)]
                 self._dense_step()
             finally:
                 self.param_groups = groups
@@ -103,9 +103,7 @@ class _ActiveSteps:
             found.remember(tensors)
         return loss
 
-    def _step_group(
-        self, group: dict[str, Any], masks: dict[int, Tensor | None], looked_at: list[tuple[_Found, list[Tensor]]]
-    ) -> list[dict[str, Any]]:
+    def _step_group(self, group: dict[str, Any], looked_at: list[tuple[_Found, list[Tensor]]]) -> list[dict[str, Any]]:
         """Step active weights; returns groups of what is left for torch's step."""
         if not self._takes(group):
             return [group]
@@ -124,7 +122,7 @@ class _ActiveSteps:
                 others.append(weight)
             elif len(state) < len(names):
                 fresh.append(weight)
-            elif (mask := masks.get(id(weight))) is None or weight in active:
+            elif weight.numel() < optimizer_step.SMALLEST or (mask := mask_of(weight)) is None or weight in active:
                 fused.append(weight)
             else:
                 found = self._find(mask, weight, state)
