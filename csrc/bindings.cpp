@@ -12,12 +12,14 @@
 #include <optional>
 #include <tuple>
 #include <variant>
+#include <vector>
 
 #include "build_info.h"
 #include "cpu/binarize.h"
 #include "cpu/feature_maps.h"
 #include "cpu/isa.h"
 #include "cpu/masked_conv2d.h"
+#include "cpu/optimizer_step.h"
 #include "cpu/pool.h"
 #ifdef _OPENMP
 #include <omp.h>
@@ -60,6 +62,18 @@ Maps maps(const MapsArguments& a) {
     maps.lines = false;
   }
   return maps;
+}
+
+// Of an optimizer: (pieces, weight, grad, first, second, size, step), see OptimizedWeight.
+using WeightArguments =
+    std::tuple<std::shared_ptr<ActivePieces>, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, double>;
+
+std::vector<OptimizedWeight> optimized_weights(const std::vector<WeightArguments>& arguments) {
+  std::vector<OptimizedWeight> weights;
+  for (const auto& [pieces, weight, grad, first, second, size, step] : arguments)
+    weights.push_back({pieces, pointer<float>(weight), pointer<const float>(grad), pointer<float>(first),
+                       pointer<float>(second), size, step});
+  return weights;
 }
 
 }  // namespace
@@ -183,6 +197,34 @@ PYBIND11_MODULE(_C, m) {
   m.def("same_bytes", [](uintptr_t a, uintptr_t b, int64_t count) {
     return std::memcmp(pointer<const char>(a), pointer<const char>(b), count) == 0;
   });
+
+  py::class_<ActivePieces, std::shared_ptr<ActivePieces>>(m, "ActivePieces")
+      .def("__len__", [](const ActivePieces& pieces) { return pieces.list.size(); });
+  m.def(
+      "find_active_pieces",
+      [](uintptr_t mask, int64_t size, const std::vector<uintptr_t>& tensors, int64_t most, int threads) {
+        std::vector<const float*> pointers;
+        for (const uintptr_t tensor : tensors) pointers.push_back(pointer<const float>(tensor));
+        return find_active_pieces(pointer<const bool>(mask), size, pointers, most, threads);
+      },
+      py::arg("mask"), py::arg("size"), py::arg("tensors"), py::arg("most"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "sgd_step",
+      [](const std::vector<WeightArguments>& weights, double rate, double momentum, double dampening,
+         double weight_decay, bool nesterov, bool maximize, int threads) {
+        sgd_step(optimized_weights(weights), {rate, momentum, dampening, weight_decay, nesterov, maximize}, threads);
+      },
+      py::arg("weights"), py::arg("rate"), py::arg("momentum"), py::arg("dampening"), py::arg("weight_decay"),
+      py::arg("nesterov"), py::arg("maximize"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "adamw_step",
+      [](const std::vector<WeightArguments>& weights, double rate, double beta1, double beta2, double epsilon,
+         double weight_decay, bool maximize, int threads) {
+        adamw_step(optimized_weights(weights), {rate, beta1, beta2, epsilon, weight_decay, maximize}, threads);
+      },
+      py::arg("weights"), py::arg("rate"), py::arg("beta1"), py::arg("beta2"), py::arg("epsilon"),
+      py::arg("weight_decay"), py::arg("maximize"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   const auto pool_shape = [](const std::array<int64_t, 12>& s) {
     return PoolShape{s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11]};

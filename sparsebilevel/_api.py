@@ -1,5 +1,6 @@
 """What `sparsebilevel` offers. The package loads it at first use: it needs torch, and help texts do not."""
 
+from . import optim
 from .layout import optimize_for_cpu
 from .masks import NM, Block, Channel, Filter, Pattern, Unstructured
 from .methods import HYDRA, IMP, METHODS, OMP, SET, BiDST, BiP, RigL, Sparsifier, Static
@@ -25,6 +26,7 @@ __all__ = [
     "Static",
     "Unstructured",
     "densify",
+    "optim",
     "optimize_for_cpu",
     "sparse_layers",
     "sparsify",

@@ -12,13 +12,15 @@ import copy
 import fnmatch
 import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .kernels import PASSES, Backend, choose_backend, describe, make_grad_sink, masked_conv2d, masked_linear
 from .kernels.reference import effective_weight
@@ -59,6 +61,16 @@ class SparseMaskedModule(nn.Module):
         self.measured_ratio: float | None = None  # of times, dense over sparse: see costs.measure_layers
         self.measured_passes: dict[str, float] = {}
         self.collect("none")
+        _note_weight(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of copies and unpickled layers
+        super().__setstate__(state)
+        _note_weight(self)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:  # every assignment comes here
+        super().register_parameter(name, param)
+        if name == "weight":
+            _note_weight(self)
 
     def reset_mask(self, generator: torch.Generator | None = None) -> None:
         """Draw a random mask with the layer's exact count; on the meta device there is nothing to draw."""
@@ -223,6 +235,7 @@ class SparseMaskedModule(nn.Module):
             # .half() and friends: a sum of many small steps must not lose its low bits.
             self.mask_scores = torch.empty_like(cast, dtype=scores.dtype).copy_(scores)
         self._refit_collection()
+        _note_weight(self)
         return self
 
     def _refit_collection(self) -> None:
@@ -330,6 +343,26 @@ class SparseMaskedConv2d(SparseMaskedModule, nn.Conv2d):  # type: ignore[misc]
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         geometry = (self.stride, padding, self.dilation, self.groups)
         return masked_conv2d(input, self.weight, self.mask, self.bias, *geometry, **self._sink_arguments())
+
+
+# Sparse layers by their weight, for those who hold weights and no model, as optimizers do. Nothing is kept alive.
+_LAYERS: MutableMapping[Tensor, weakref.WeakSet[SparseMaskedModule]] = WeakTensorKeyDictionary()
+
+
+def _note_weight(layer: SparseMaskedModule) -> None:
+    weight = layer._parameters.get("weight")
+    if weight is not None:
+        _LAYERS.setdefault(weight, weakref.WeakSet()).add(layer)
+
+
+def mask_of(weight: Tensor) -> Tensor | None:
+    """The mask of the sparse layer whose weight this is; None without one, or if layers share it and have several."""
+    masks = [
+        layer.mask
+        for layer in _LAYERS.get(weight, ())
+        if isinstance(layer, SparseMaskedModule) and layer._parameters.get("weight") is weight  # no more after densify
+    ]
+    return masks[0] if masks and all(mask is masks[0] for mask in masks) else None
 
 
 _SPARSE_CLASSES: dict[type[nn.Module], type[SparseMaskedModule]] = {
