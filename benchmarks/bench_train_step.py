@@ -190,6 +190,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NETWORK")
     parser.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES), metavar="FRACTION")
     parser.add_argument("--quick", action="store_true", help="small networks, hardly measured: only see that all runs")
+    parser.add_argument("--save", metavar="NAME", help="write results/NAME.json, of a selection too")
     parser.add_argument("--plot", action="store_true", help="only draw the figures of the last complete run")
     args = parser.parse_args()
     results = RESULTS / "train_step.json"
@@ -213,7 +214,9 @@ def main() -> None:
                 print(f"left out: {variant}, {reason}")
     print("\nms a step (speed-up over the best dense)\n")
     print(markdown_table(["network", "sparsity", *VARIANTS], rows), "\n")
-    if chosen == list(NETWORKS) and args.sparsities == list(SPARSITIES) and not args.quick:
+    if args.save:
+        print(write_result(args.save, {"figures": figures}))
+    elif chosen == list(NETWORKS) and args.sparsities == list(SPARSITIES) and not args.quick:
         print(write_result("train_step", {"figures": figures}))
         with contextlib.suppress(ImportError):
             print(plot(results))

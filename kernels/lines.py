@@ -49,7 +49,7 @@ class Convolution(NamedTuple):
 
 
 class Normalization(NamedTuple):
-    """Operands of a batch normalization; the first two have gradients."""
+    """Operands of a batch normalization: contiguous float32 ``[C]``; the first two have gradients."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -242,7 +242,7 @@ class Convolve:
         out = run.values[self.out] = run.new(self.out)
         plan = c.support.plan(False, run.maps(self.source), c.weight, c.geometry)
         source = run.reading(self.source, self.norm, self.relu)
-        bias = None if c.bias is None else c.bias.contiguous()
+        bias = plans.checked_bias(c.bias, c.weight)
         plan.forward(
             c.weight.data_ptr(), source, (out.data_ptr(), run.images, None), _address(bias), False, run.threads
         )

@@ -181,6 +181,7 @@ def _zeros_like(weight: Tensor) -> Tensor:
 
 def to_lines(maps: Tensor) -> Tensor:
     """Maps ``[B, C, H, W]`` of any strides to lines ``[ceil(B / 16), C, H, W, 16]``."""
+    maps = maps.resolve_neg()  # what is only marked as negative in memory
     lines = empty(-(-maps.shape[0] // LANES), *maps.shape[1:], LANES)
     native.lib.to_lines(_maps(maps), list(maps.shape[1:]), lines.data_ptr(), torch.get_num_threads())
     return lines
@@ -217,16 +218,23 @@ def _run(plan: Any, weight: Tensor, maps: Tensor, bias: Tensor | None, result: T
     return result
 
 
+def checked_bias(bias: Tensor | None, weight: Tensor) -> Tensor | None:
+    """Contiguous; ValueError if it does not fit the weight, since kernels would read past its end."""
+    if bias is None:
+        return None
+    if bias.shape != weight.shape[:1] or bias.dtype != weight.dtype:
+        raise ValueError(
+            f"bias is {bias.dtype} of shape {list(bias.shape)}; expected {weight.dtype} of {[weight.shape[0]]}"
+        )
+    return bias.contiguous()
+
+
 def conv2d(
     input: Tensor, weight: Tensor, support: Support, bias: Tensor | None, geometry: Geometry, output: Tensor
 ) -> Tensor:
     """Convolution with ``weight`` at ``support``, zero elsewhere, written into ``output``. Float32, any strides."""
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
-        raise ValueError(
-            f"bias is {bias.dtype} of shape {list(bias.shape)}; expected {weight.dtype} of {[weight.shape[0]]}"
-        )
     plan = support.plan(False, input.shape, weight, geometry)
-    return _run(plan, weight, input, None if bias is None else bias.contiguous(), output)
+    return _run(plan, weight, input, checked_bias(bias, weight), output)
 
 
 def conv2d_input_grad(

@@ -87,7 +87,17 @@ def _fits(module: nn.Module, kind: str) -> bool:
         return not module.ceil_mode and not module.return_indices
     if isinstance(module, nn.AdaptiveAvgPool2d):
         return module.output_size in (1, (1, 1))
-    return True
+    return _has_plain_vectors(module)
+
+
+def _has_plain_vectors(module: nn.Module) -> bool:
+    """Whether what a batch normalization holds can be read and written as arrays of float32."""
+    if not isinstance(module, nn.BatchNorm2d):
+        return True
+    return all(
+        v is None or (v.dtype == torch.float32 and v.is_contiguous() and v.shape == (module.num_features,))
+        for v in (module.weight, module.bias, module.running_mean, module.running_var)
+    )
 
 
 def _is_slice(index: Any) -> bool:
@@ -504,7 +514,8 @@ class _Graphs:
         return through, any(_has_hooks(m) for m in through if m is not model)  # those of the model itself run anyway
 
     def _key(self, modes: tuple[bool, ...], state: _State) -> tuple:
-        kinds = tuple((type(m), _has_hooks(m)) for m in state.modules.values() if self._leaf(m, ""))
+        leaves = (m for m in state.modules.values() if self._leaf(m, ""))
+        kinds = tuple((type(m), _has_hooks(m), _has_plain_vectors(m)) for m in leaves)
         return modes, kinds, frozenset(state.dense)
 
     def find(self, model: nn.Module, state: _State) -> _Plan | None:

@@ -161,6 +161,92 @@ def test_gradients_meet(kind):
     compare(plain, optimized, torch.randn(18, 4, 6, 6))
 
 
+class Between(nn.Module):
+    """Ordinary tensors between parts that are in lines, and values that go past them."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.conv1, self.conv2, self.conv3 = (nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(3))
+        self.bn1, self.bn2, self.pool = nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1)
+        self.shuffle, self.gate = nn.PixelShuffle(2), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x, scale=1.0):
+        y = F.relu(self.bn1(self.conv1(x)))
+        if self.kind == "past an unknown module":
+            z = torch.cat([self.shuffle(y)] * 4, 1)[:, :, ::2, ::2]
+            return self.bn2(self.conv2(z)) + y
+        if self.kind == "gate":  # squeeze and excitation
+            return self.conv2(y * torch.sigmoid(self.gate(self.pool(y)))) + y
+        if self.kind == "slice and pad":
+            return self.conv2(F.pad(y[:, 2:6, 1:, ::2], (0, 1, 1, 0, 2, 2))) * scale
+        if self.kind == "several results":
+            return {"maps": y, "more": [self.conv2(y), self.pool(y).flatten(1)]}
+        return self.conv2(y), y + self.conv3(y)
+
+
+class Flat(nn.Module):
+    """A network with its results in one tensor."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return flatten(self.net(x))
+
+
+def flatten(out):
+    if isinstance(out, torch.Tensor):
+        return out.flatten(1)
+    values = out.values() if isinstance(out, dict) else out
+    return torch.cat([flatten(v) for v in values], 1)
+
+
+@pytest.mark.parametrize("kind", ["past an unknown module", "gate", "slice and pad", "several results", "pair"])
+@pytest.mark.parametrize("images", [3, 18])
+def test_segments(kind, images):
+    plain, optimized = pair(Between(kind), 0.3)
+    compare(Flat(plain), Flat(optimized), torch.randn(images, 8, 6, 6))
+
+
+def test_arguments_are_bound_as_written():
+    plain, optimized = pair(Between("slice and pad").eval(), 0.3)
+    x = torch.randn(16, 8, 6, 6)
+    for args, kwargs in (((x, 2.0), {}), ((x,), {"scale": 3.0}), ((), {"x": x})):
+        assert_close(optimized(*args, **kwargs), plain(*args, **kwargs), rtol=1e-4, atol=1e-4)
+    with pytest.raises(TypeError, match="scales"):
+        optimized(x, scales=1.0)
+
+
+def test_what_writes_to_a_shared_tensor_is_left_as_it_is():
+    class Writes(Between):
+        def forward(self, x):
+            y = self.bn1(self.conv1(x))
+            z = F.relu(y, inplace=True)
+            return self.conv2(y) + z
+
+    model = sb.sparsify(Writes("writes"), 0.5)
+    with pytest.warns(UserWarning, match="relu writes to a tensor that others read"):
+        assert sb.optimize_for_cpu(model) is model
+    assert type(model) is Writes
+
+
+def test_maps_without_a_batch_run_as_written():
+    class Convs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x):
+            return self.conv2(F.relu(self.conv1(x)))
+
+    plain, optimized = pair(Convs(), 0.3)
+    x = torch.randn(8, 9, 9)
+    assert_close(optimized(x), plain(x))
+    assert_close(optimized(x.unsqueeze(0))[0], plain(x), rtol=1e-4, atol=1e-4)
+
+
 def test_gradients_of_some_parameters_and_twice():
     plain, optimized = pair(Uses("block"), 0.3)
     x = torch.randn(18, 4, 6, 6)
