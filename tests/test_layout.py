@@ -408,6 +408,37 @@ def test_one_value_per_channel_is_refused_as_in_torch():
             net(x)
 
 
+def apart(vector):
+    """The same values, with others between them."""
+    return torch.stack([vector, torch.full_like(vector, 100)], 1)[:, 0]
+
+
+@pytest.mark.parametrize("name", ["conv2.bias", "bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var"])
+def test_vectors_that_are_not_contiguous(name):
+    plain, optimized = pair(Uses("two convolutions"), 0.3)
+    module, vector = name.split(".")
+    values = torch.rand(4) + 0.5
+    for net in (plain, optimized):
+        new = apart(values)
+        setattr(net.get_submodule(module), vector, new if vector.startswith("running") else nn.Parameter(new))
+    compare(plain, optimized, torch.randn(18, 4, 6, 6))
+
+
+def test_an_input_that_is_lazily_negated():
+    plain, optimized = pair(Uses("block"), 0.3)
+    x = torch.randn(18, 4, 6, 6, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    assert_close(optimized(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [torch.zeros(3), torch.zeros(4, dtype=torch.float64)], ids=["short", "float64"])
+def test_a_bias_that_does_not_fit_is_refused(bias):
+    for net in pair(Uses("block"), 0.3):
+        net.conv2.bias = nn.Parameter(bias)
+        with pytest.raises(ValueError, match="bias is"):
+            net(torch.randn(18, 4, 6, 6))
+
+
 def test_statistics_of_maps_far_from_zero():
     """A float32 mean of squares would lose every digit here."""
     x = (torch.randn(40, 6, 30, 30, dtype=torch.float64) + 1000).float()
