@@ -49,12 +49,12 @@ class Convolution(NamedTuple):
 
 
 class Normalization(NamedTuple):
-    """Operands of a batch normalization: contiguous float32 ``[C]``; the first two have gradients."""
+    """Operands of a batch normalization, float32 ``[C]``; the first two have gradients."""
 
     weight: Tensor | None
     bias: Tensor | None
     running: tuple[Tensor, Tensor] | None
-    """Mean and variance, which move towards those of the batch by `momentum` if that is the case, see `of_batch`."""
+    """Mean and variance, contiguous; in training they move towards those of the batch by `momentum`."""
     eps: float
     momentum: float
     of_batch: bool
@@ -329,11 +329,13 @@ class Statistics:
             if run.images * math.prod(run.shapes[self.source][1:]) == 1:
                 size = [run.images, *run.shapes[self.source]]
                 raise ValueError(f"batch normalization in training needs more than one value per channel, got {size}")
+            weight = None if n.weight is None else n.weight.contiguous()
+            bias = None if n.bias is None else n.bias.contiguous()
             native.lib.batch_norm_terms(
                 run.extent(self.source),
                 run.value(self.source).data_ptr(),
-                _address(n.weight),
-                _address(n.bias),
+                _address(weight),
+                _address(bias),
                 n.eps,
                 0 if n.running is None else n.running[0].data_ptr(),
                 0 if n.running is None else n.running[1].data_ptr(),
@@ -642,8 +644,8 @@ class Program:
             found = [(0, 0, 0)] * self.registers
             if len({shape[0] for shape in key}) != 1:
                 raise Unfit("batches of several sizes")
-            for register, shape in enumerate(key):
-                found[register] = (shape[1], shape[2], shape[3])
+            for register, size in enumerate(key):
+                found[register] = (size[1], size[2], size[3])
             for step in self.steps:
                 shape, out = step.shape(found, operands), step.writes()
                 if shape is not None and out is not None:

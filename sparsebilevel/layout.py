@@ -94,10 +94,11 @@ def _has_plain_vectors(module: nn.Module) -> bool:
     """Whether what a batch normalization holds can be read and written as arrays of float32."""
     if not isinstance(module, nn.BatchNorm2d):
         return True
+    running = module.running_mean, module.running_var
     return all(
-        v is None or (v.dtype == torch.float32 and v.is_contiguous() and v.shape == (module.num_features,))
-        for v in (module.weight, module.bias, module.running_mean, module.running_var)
-    )
+        v is None or (v.dtype == torch.float32 and v.shape == (module.num_features,))
+        for v in (module.weight, module.bias, *running)
+    ) and all(v is None or v.is_contiguous() for v in running)
 
 
 def _is_slice(index: Any) -> bool:
@@ -201,9 +202,12 @@ class _Builder:
         return out
 
     def max_pool(self, value: int | _Pending, module: nn.MaxPool2d) -> int:
-        source, settings = self.register(value), (module.kernel_size, module.stride, module.padding, module.dilation)
+        kernel, stride, padding, dilation = map(
+            _pair, (module.kernel_size, module.stride, module.padding, module.dilation)
+        )
+        source = self.register(value)
         out = self.new()
-        self.steps.append(lines.MaxPool(*map(_pair, settings), source, out))
+        self.steps.append(lines.MaxPool(kernel, stride, padding, dilation, source, out))
         return out
 
 
@@ -279,10 +283,9 @@ class _Segment:
             index: Any = node.args[1]
             return builder.apply(operands[0], operator.itemgetter(index))
         if kind == "pad":
+            value: Any = node.kwargs.get("value")
             pad: Any = node.args[1] if len(node.args) > 1 else node.kwargs["pad"]
-            return builder.apply(
-                operands[0], functools.partial(F.pad, pad=(0, 0, *pad), value=node.kwargs.get("value"))
-            )
+            return builder.apply(operands[0], functools.partial(F.pad, pad=(0, 0, *pad), value=value))
         return operands[0]  # "same"
 
     def __call__(self, state: _State, model: nn.Module, *inputs: Any) -> tuple[Any, ...]:
@@ -379,6 +382,15 @@ def _mutates(node: torch.fx.Node, module: nn.Module | None) -> bool:
         or node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)
         or bool(node.kwargs.get("inplace", False))
     )
+
+
+def _trace(model: nn.Module) -> torch.fx.Graph:
+    """The graph of the forward as it was written."""
+    root = model
+    if isinstance(model, InLayout):
+        root = model._plain_class.__new__(model._plain_class)
+        root.__dict__.update(model._plain_state())
+    return _Tracer().trace(root)
 
 
 class _Plan:
@@ -505,8 +517,8 @@ class _Graphs:
         through, hooked = self._traced_through(model, state)
         if not hooked:
             modes = tuple(m.training for m in through)
-            self._traces[modes] = _Tracer().trace(model)
-            self._plans[self._key(modes, state)] = _Plan(self._traces[modes], state.modules, state.dense)
+            graph = self._traces[modes] = _trace(model)
+            self._plans[self._key(modes, state)] = _Plan(graph, state.modules, state.dense)
 
     def _traced_through(self, model: nn.Module, state: _State) -> tuple[list[nn.Module], bool]:
         """Modules whose forward is traced, and whether one of them has a hook, which would not run."""
@@ -529,7 +541,7 @@ class _Graphs:
             try:  # a tracer meets whatever the forward does
                 if modes not in self._traces:
                     self._traces[modes] = None
-                    self._traces[modes] = _Tracer().trace(model)
+                    self._traces[modes] = _trace(model)
                 graph = self._traces[modes]
                 self._plans[key] = None if graph is None else _Plan(graph, state.modules, state.dense)
             except Exception:

@@ -90,6 +90,9 @@ def test_training_and_inference(images, memory_format):
     plain.eval()
     optimized.eval()
     compare(plain, optimized, torch.randn(images, 3, 8, 8))
+    plans_of_modes = list(optimized._graphs._plans.values())
+    assert len(plans_of_modes) == 2
+    assert None not in plans_of_modes
     with torch.no_grad():
         compare(plain, optimized, torch.randn(1, 3, 8, 8), backward=False)
 
