@@ -38,17 +38,19 @@ class _Found:
     What torch writes to a tensor counts its version up. What goes past it, through ``.data``, is not seen.
     """
 
-    def __init__(self, pieces: Any | None, tensors: Iterable[Tensor]) -> None:
+    def __init__(self, pieces: Any | None, tensors: Sequence[Tensor]) -> None:
         self.pieces = pieces
+        self._tensors = [(weakref.ref(t), t.data_ptr()) for t in tensors]
         self.remember(tensors)
 
     def remember(self, tensors: Iterable[Tensor]) -> None:
-        self._seen = [(weakref.ref(t), t.data_ptr(), t._version) for t in tensors]
+        """Take these, the same tensors, as they are now."""
+        self._versions = [t._version for t in tensors]
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
-        return len(tensors) == len(self._seen) and all(
-            ref() is t and address == t.data_ptr() and version == t._version
-            for t, (ref, address, version) in zip(tensors, self._seen, strict=True)
+        """Whether these are the tensors, unchanged."""
+        return [t._version for t in tensors] == self._versions and all(
+            ref() is t and address == t.data_ptr() for t, (ref, address) in zip(tensors, self._tensors, strict=True)
         )
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..data import Data, list_data, load_data
 from ..models import create_model
+from ..optim import SGD, AdamW
 from .config import Config
 from .runtime import Ranks
 
@@ -43,5 +44,5 @@ def make_optimizer(c: Config, model: nn.Module) -> torch.optim.Optimizer:
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "norm": False}]
     groups += [{"params": small, "norm": True}] if small else []
     if c.opt == "adamw":
-        return torch.optim.AdamW(groups, lr=c.lr, weight_decay=c.weight_decay)
-    return torch.optim.SGD(groups, c.lr, momentum=c.momentum, weight_decay=c.weight_decay, nesterov=c.nesterov)
+        return AdamW(groups, lr=c.lr, weight_decay=c.weight_decay)
+    return SGD(groups, c.lr, momentum=c.momentum, weight_decay=c.weight_decay, nesterov=c.nesterov)
