@@ -47,9 +47,10 @@ def test_version_and_help(capsys):
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["bench"]])
-def test_help_does_without_torch(command):
+def test_help_does_without_torch(command, tmp_path):
     code = "import sys; sys.modules['torch'] = None; from sparsebilevel.cli import main; main()"
-    run = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True)
+    start = [sys.executable, "-c", code]
+    run = subprocess.run([*start, *command, "--help"], capture_output=True, text=True, cwd=tmp_path)
     assert (run.returncode, run.stderr) == (0, "")
     assert "usage: sparsebilevel" in run.stdout
 
