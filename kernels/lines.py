@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,7 +120,7 @@ class _Back(_Run):
     wanted: list[bool]
     """Registers whose gradient leads to something that asks for it."""
     needs: Sequence[bool]
-    """Of all operands, in the order of `Program.tensors`."""
+    """Of inputs and operands, see `Program.convolution_operand` and `norm_operand`."""
     grads: list[Tensor | None]
     found: list[Tensor | None]
     norm_grads: Tensor
@@ -180,33 +180,40 @@ def _address(tensor: Tensor | None) -> int:
 # -- steps -------------------------------------------------------------------------------------------------------------
 
 
-class Step(Protocol):
+class Step:
     """One operation of a program."""
 
     def reads(self) -> Sequence[int]:
         """Registers that the forward pass reads."""
+        raise NotImplementedError
 
     def writes(self) -> int | None:
         """Register that it writes."""
+        raise NotImplementedError
 
     def keeps(self) -> Sequence[int]:
         """Registers that the backward pass reads."""
+        return ()
 
     def shape(self, shapes: list[Shape], operands: Operands) -> Shape | None:
         """Of what it writes; raises Unfit."""
+        raise NotImplementedError
 
     def forward(self, run: _Run) -> None:
         """Carry it out."""
+        raise NotImplementedError
 
     def backward(self, back: _Back) -> None:
         """From the gradient of what it wrote to those of what it read."""
+        raise NotImplementedError
 
     def operand_needs(self, program: Program, needs: Sequence[bool]) -> bool:
         """Whether any operand of its own needs a gradient."""
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
-class Convolve:
+class Convolve(Step):
     """Masked convolution of a register, which it may read through a normalization."""
 
     source: int
@@ -302,7 +309,7 @@ class Convolve:
 
 
 @dataclasses.dataclass(frozen=True)
-class Statistics:
+class Statistics(Step):
     """The terms of a normalization: by the statistics of the register in this batch, or by the running ones."""
 
     source: int
@@ -314,14 +321,8 @@ class Statistics:
     def writes(self) -> None:
         return None
 
-    def keeps(self) -> Sequence[int]:
-        return ()
-
     def shape(self, shapes: list[Shape], operands: Operands) -> None:
         return None
-
-    def operand_needs(self, program: Program, needs: Sequence[bool]) -> bool:
-        return False
 
     def forward(self, run: _Run) -> None:
         n = run.operands.normalizations[self.norm]
@@ -359,7 +360,7 @@ class Statistics:
 
 
 @dataclasses.dataclass(frozen=True)
-class Normalize:
+class Normalize(Step):
     """``relu(scale * source + shift + residual)``; residual and ReLU are optional."""
 
     source: int
@@ -424,7 +425,7 @@ class Normalize:
 
 
 @dataclasses.dataclass(frozen=True)
-class Add:
+class Add(Step):
     """The sum of two registers."""
 
     a: int
@@ -437,16 +438,10 @@ class Add:
     def writes(self) -> int:
         return self.out
 
-    def keeps(self) -> Sequence[int]:
-        return ()
-
     def shape(self, shapes: list[Shape], operands: Operands) -> Shape:
         if shapes[self.a] != shapes[self.b]:
             raise Unfit("an addition of maps of two shapes")
         return shapes[self.a]
-
-    def operand_needs(self, program: Program, needs: Sequence[bool]) -> bool:
-        return False
 
     def forward(self, run: _Run) -> None:
         run.values[self.out] = torch.add(run.value(self.a), run.value(self.b), out=run.new(self.out))
@@ -462,7 +457,7 @@ class Add:
 
 
 @dataclasses.dataclass(frozen=True)
-class Apply:
+class Apply(Step):
     """A differentiable function of maps that treats all images alike, given ``[..., C, H, W, 16]`` in their place.
 
     The backward pass computes it again.
@@ -487,9 +482,6 @@ class Apply:
             raise Unfit("a function that does not give maps")
         return probe.shape[1], probe.shape[2], probe.shape[3]
 
-    def operand_needs(self, program: Program, needs: Sequence[bool]) -> bool:
-        return False
-
     def forward(self, run: _Run) -> None:
         run.values[self.out] = self.function(run.value(self.source)).contiguous()
 
@@ -505,7 +497,7 @@ class Apply:
 
 
 @dataclasses.dataclass(frozen=True)
-class MaxPool:
+class MaxPool(Step):
     """Maximum over windows, for settings as ``F.max_pool2d`` takes them (pairs)."""
 
     kernel: Pair
@@ -527,9 +519,6 @@ class MaxPool:
     def shape(self, shapes: list[Shape], operands: Operands) -> Shape:
         channels, height, width = shapes[self.source]
         return channels, *Geometry(self.stride, self.padding, self.dilation).output_size((height, width), self.kernel)
-
-    def operand_needs(self, program: Program, needs: Sequence[bool]) -> bool:
-        return False
 
     def _arguments(self, run: _Run) -> tuple[list[int], int]:
         size = [*run.shapes[self.source][1:], *run.shapes[self.out][1:]]
@@ -639,7 +628,9 @@ class Program:
     def shapes(self, inputs: Sequence[Tensor], operands: Operands) -> list[Shape]:
         """Of all registers. Raises Unfit."""
         key = tuple(x.shape for x in inputs)
-        found = self._shapes.get(key)
+        # The operands may be others than last time, of a module that was replaced or given other settings.
+        whole_key = key, tuple((c.weight.shape, c.geometry) for c in operands.convolutions)
+        found = self._shapes.get(whole_key)
         if found is None:
             found = [(0, 0, 0)] * self.registers
             if len({shape[0] for shape in key}) != 1:
@@ -647,12 +638,14 @@ class Program:
             for register, size in enumerate(key):
                 found[register] = (size[1], size[2], size[3])
             for step in self.steps:
+                if isinstance(step, Statistics) and found[step.source][0] != self.terms[step.norm][1]:
+                    raise Unfit("a normalization of another number of channels")
                 shape, out = step.shape(found, operands), step.writes()
                 if shape is not None and out is not None:
                     found[out] = shape
             if len(self._shapes) >= 64:
                 self._shapes.clear()
-            self._shapes[key] = found
+            self._shapes[whole_key] = found
         return found
 
     def __call__(self, inputs: Sequence[Tensor], operands: Operands) -> tuple[Tensor, ...]:

@@ -90,6 +90,13 @@ def _fits(module: nn.Module, kind: str) -> bool:
     return _has_plain_vectors(module)
 
 
+def _settings(module: nn.Module) -> Any:
+    """What a plan takes over of a module; the rest is asked for at each run."""
+    if isinstance(module, nn.BatchNorm2d):
+        return module.num_features, _has_plain_vectors(module)
+    return module.extra_repr() if isinstance(module, (nn.MaxPool2d, nn.AdaptiveAvgPool2d)) else None
+
+
 def _has_plain_vectors(module: nn.Module) -> bool:
     """Whether what a batch normalization holds can be read and written as arrays of float32."""
     if not isinstance(module, nn.BatchNorm2d):
@@ -145,7 +152,6 @@ class _Builder:
     """Writes the program of a segment, node by node. Values are registers, or pending."""
 
     def __init__(self) -> None:
-        self.inputs: list[torch.fx.Node] = []
         self.steps: list[lines.Step] = []
         self.convolutions: list[str] = []
         self.norms: list[str] = []
@@ -167,7 +173,8 @@ class _Builder:
     def convolve(self, value: int | _Pending, name: str) -> int:
         pending = value if isinstance(value, _Pending) and value.residual is None else None
         source = self.register(value) if pending is None else pending.source
-        out, self.convolutions = self.new(), [*self.convolutions, name]
+        self.convolutions.append(name)
+        out = self.new()
         norm, relu = (None, False) if pending is None else (pending.norm, pending.relu)
         self.steps.append(lines.Convolve(source, norm, relu, len(self.convolutions) - 1, out))
         return out
@@ -527,7 +534,7 @@ class _Graphs:
 
     def _key(self, modes: tuple[bool, ...], state: _State) -> tuple:
         leaves = (m for m in state.modules.values() if self._leaf(m, ""))
-        kinds = tuple((type(m), _has_hooks(m), _has_plain_vectors(m)) for m in leaves)
+        kinds = tuple((m, type(m), _has_hooks(m), _settings(m)) for m in leaves)
         return modes, kinds, frozenset(state.dense)
 
     def find(self, model: nn.Module, state: _State) -> _Plan | None:

@@ -379,6 +379,29 @@ def test_replaced_modules_are_used():
     assert_close(optimized(x), plain(x), rtol=1e-4, atol=1e-4)
 
 
+def test_replaced_modules_of_the_same_kind_and_changed_settings_are_used():
+    class Pooled(Uses):
+        def __init__(self):
+            super().__init__("pooled")
+            self.pool, self.act = nn.MaxPool2d(2), nn.LeakyReLU(0.1)
+
+        def forward(self, x):
+            return self.conv2(self.pool(self.act(self.bn1(self.conv1(x)))))
+
+    plain, optimized = pair(Pooled(), 0.3)
+    x = torch.randn(18, 4, 6, 6)
+    compare(plain, optimized, x)
+    conv1, conv2 = (sb.SparseMaskedConv2d(*channels, 3, padding=1, sparsity=0.3) for channels in ((4, 12), (12, 5)))
+    for net in (plain, optimized):
+        net.zero_grad()
+        net.conv1, net.conv2 = copy.deepcopy(conv1), copy.deepcopy(conv2)
+        net.bn1, net.act, net.pool.kernel_size = nn.BatchNorm2d(12), nn.LeakyReLU(0.4), 3
+    compare(plain, optimized, x)
+    optimized.bn1 = nn.BatchNorm2d(7)
+    with pytest.raises(RuntimeError, match="12"):
+        optimized(x)
+
+
 def test_autocast_and_meta_tensors_run_the_model_as_written():
     plain, optimized = pair(Net().eval())
     x = torch.randn(16, 3, 8, 8)
