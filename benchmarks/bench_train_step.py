@@ -57,6 +57,7 @@ class Variant(NamedTuple):
     make: Callable[[nn.Module, float, tuple[int, ...]], nn.Module]
     channels_last: bool = True
     baseline: bool = False
+    bfloat16: bool = False  # under autocast
 
 
 def ends(model: nn.Module) -> list[str]:
@@ -103,17 +104,21 @@ VARIANTS = {
     "sparse NHWC": Variant(uniform),
     "in layout": Variant(in_layout),
     "in layout, ERK": Variant(erk),
+    "dense NHWC, bf16": Variant(dense, bfloat16=True),
+    "in layout, bf16": Variant(in_layout, bfloat16=True),
     "SparseProp": Variant(swapped, channels_last=False),
 }
 
 
-def training_step(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
+def training_step(model: nn.Module, x: Tensor, y: Tensor, bfloat16: bool) -> Callable[[], None]:
     """A step on the batch, again and again: at a rate so low that it stays the same problem."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9, fused=True)
 
     def step() -> None:
         optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = F.cross_entropy(model(x), y)
+        loss.backward()
         optimizer.step()
 
     return step
@@ -128,7 +133,7 @@ def prepare(network: Network, variant: Variant, sparsity: float) -> tuple[nn.Mod
     model = variant.make(model, sparsity, tuple(x.shape))
     if variant.channels_last:
         model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-    return model, training_step(model, x, y)
+    return model, training_step(model, x, y, variant.bfloat16)
 
 
 def measure(network: Network, sparsity: float, effort: dict[str, Any]) -> dict[str, Any]:

@@ -199,11 +199,11 @@ class Buffer(NamedTuple):
         images, *rest = shape
         if layout == "lines":
             memory = torch.randn(-(-images // 16), *rest, 16)
-            return cls(memory, (memory.data_ptr(), images, None))
+            return cls(memory, (memory.data_ptr(), False, images, None))
         memory = torch.randn(shape)
         if layout == "channels_last":
             memory = memory.contiguous(memory_format=torch.channels_last)
-        return cls(memory, (memory.data_ptr(), images, memory.stride()))
+        return cls(memory, (memory.data_ptr(), False, images, memory.stride()))
 
 
 def measure_passes(case: Case, effort: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,9 +219,9 @@ def measure_passes(case: Case, effort: Mapping[str, Any]) -> dict[str, Any]:
     def passes(x: Buffer, dx: Buffer, y: Buffer, dy: Buffer) -> dict[str, Callable[[], None]]:
         w, g = weight.data_ptr(), grads.data_ptr()
         return {
-            "forward": lambda: plan.forward(w, x.maps, y.maps, 0, False, threads),
-            "input gradient": lambda: transposed.forward(w, dy.maps, dx.maps, 0, False, threads),
-            "weight gradient": lambda: plan.weight_grad(x.maps, dy.maps, g, False, threads),
+            "forward": lambda: plan.forward(w, False, x.maps, y.maps, 0, False, threads),
+            "input gradient": lambda: transposed.forward(w, False, dy.maps, dx.maps, 0, False, threads),
+            "weight gradient": lambda: plan.weight_grad(x.maps, dy.maps, g, False, False, threads),
         }
 
     runs = {}

@@ -43,15 +43,18 @@ int openmp_max_threads() {
 #endif
 }
 
-// Maps cross the border as (address, images, (stride_n, stride_c, stride_h, stride_w)), or in lines as
-// (address, images, None) or (address, images, (scale, shift, relu)).
+// Maps cross the border as (address, bfloat16, images, (stride_n, stride_c, stride_h, stride_w)), or in lines as
+// (address, bfloat16, images, None) or (address, bfloat16, images, (scale, shift, relu)); bfloat16 or else float32.
 using Strides = std::tuple<int64_t, int64_t, int64_t, int64_t>;
 using Affine = std::tuple<uintptr_t, uintptr_t, bool>;
-using MapsArguments = std::tuple<uintptr_t, int64_t, std::variant<std::monostate, Affine, Strides>>;
+using MapsArguments = std::tuple<uintptr_t, bool, int64_t, std::variant<std::monostate, Affine, Strides>>;
+
+Element element(bool bfloat16) { return bfloat16 ? Element::bfloat16 : Element::float32; }
 
 Maps maps(const MapsArguments& a) {
-  const auto& [data, images, rest] = a;
-  Maps maps{pointer<float>(data), images, 0, 0, 0, 0, true};
+  const auto& [data, bfloat16, images, rest] = a;
+  Maps maps{pointer<void>(data), images, 0, 0, 0, 0, true};
+  maps.element = element(bfloat16);
   if (const auto* affine = std::get_if<Affine>(&rest)) {
     const auto [scale, shift, relu] = *affine;
     maps.scale = pointer<const float>(scale);
@@ -111,20 +114,20 @@ PYBIND11_MODULE(_C, m) {
            py::arg("tiling") = py::none())
       .def(
           "forward",
-          [](const ConvPlan& plan, uintptr_t weight, const MapsArguments& in, const MapsArguments& out, uintptr_t bias,
-             bool accumulate, int threads) {
-            plan.forward(pointer<const float>(weight), maps(in), maps(out), pointer<const float>(bias), accumulate,
-                         threads);
+          [](const ConvPlan& plan, uintptr_t weight, bool bfloat16, const MapsArguments& in, const MapsArguments& out,
+             uintptr_t bias, bool accumulate, int threads) {
+            plan.forward(pointer<const void>(weight), element(bfloat16), maps(in), maps(out),
+                         pointer<const float>(bias), accumulate, threads);
           },
-          py::arg("weight"), py::arg("input"), py::arg("output"), py::arg("bias"), py::arg("accumulate"),
+          py::arg("weight"), py::arg("bfloat16"), py::arg("input"), py::arg("output"), py::arg("bias"), py::arg("accumulate"),
           py::arg("threads"), py::call_guard<py::gil_scoped_release>())
       .def(
           "weight_grad",
-          [](const ConvPlan& plan, const MapsArguments& in, const MapsArguments& grad, uintptr_t grads, bool scatter,
-             int threads) {
-            plan.weight_grad(maps(in), maps(grad), pointer<float>(grads), scatter, threads);
+          [](const ConvPlan& plan, const MapsArguments& in, const MapsArguments& grad, uintptr_t grads, bool bfloat16,
+             bool scatter, int threads) {
+            plan.weight_grad(maps(in), maps(grad), pointer<void>(grads), element(bfloat16), scatter, threads);
           },
-          py::arg("input"), py::arg("grad_output"), py::arg("grads"), py::arg("scatter"), py::arg("threads"),
+          py::arg("input"), py::arg("grad_output"), py::arg("grads"), py::arg("bfloat16"), py::arg("scatter"), py::arg("threads"),
           py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("non_zeros", &ConvPlan::non_zeros)
       .def_property_readonly("tiling", [](const ConvPlan& plan) {
@@ -132,13 +135,16 @@ PYBIND11_MODULE(_C, m) {
         return std::array<int, 5>{t.tile_rows, t.tile_cols, t.tile_blocks, t.strip_rows, t.planes_per_block};
       });
 
+  const auto line_maps = [](const std::array<int64_t, 4>& s) {  // images, channels, pixels, bfloat16
+    return LineMaps{s[0], s[1], s[2], element(s[3] != 0)};
+  };
   m.def(
       "batch_norm_terms",
-      [](const std::array<int64_t, 3>& shape, uintptr_t lines, uintptr_t weight, uintptr_t bias, double epsilon,
+      [line_maps](const std::array<int64_t, 4>& shape, uintptr_t lines, uintptr_t weight, uintptr_t bias, double epsilon,
          uintptr_t running_mean, uintptr_t running_variance, double momentum, uintptr_t terms, int threads) {
         auto* t = pointer<float>(terms);  // [4, channels]
         const int64_t n = shape[1];
-        batch_norm_terms({shape[0], n, shape[2]}, pointer<const float>(lines), pointer<const float>(weight),
+        batch_norm_terms(line_maps(shape), pointer<const void>(lines), pointer<const float>(weight),
                          pointer<const float>(bias), epsilon, pointer<float>(running_mean),
                          pointer<float>(running_variance), momentum, {t, t + n, t + 2 * n, t + 3 * n}, threads);
       },
@@ -147,22 +153,22 @@ PYBIND11_MODULE(_C, m) {
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "batch_norm_forward",
-      [](const std::array<int64_t, 3>& shape, uintptr_t lines, uintptr_t residual, uintptr_t scale, uintptr_t shift,
+      [line_maps](const std::array<int64_t, 4>& shape, uintptr_t lines, uintptr_t residual, uintptr_t scale, uintptr_t shift,
          bool relu, uintptr_t out, int threads) {
-        batch_norm_forward({shape[0], shape[1], shape[2]}, pointer<const float>(lines), pointer<const float>(residual),
-                           pointer<const float>(scale), pointer<const float>(shift), relu, pointer<float>(out), threads);
+        batch_norm_forward(line_maps(shape), pointer<const void>(lines), pointer<const void>(residual),
+                           pointer<const float>(scale), pointer<const float>(shift), relu, pointer<void>(out), threads);
       },
       py::arg("shape"), py::arg("lines"), py::arg("residual"), py::arg("scale"), py::arg("shift"), py::arg("relu"),
       py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   m.def(
       "batch_norm_backward",
-      [](const std::array<int64_t, 3>& shape, uintptr_t grad, uintptr_t lines, uintptr_t activation, uintptr_t scale,
+      [line_maps](const std::array<int64_t, 4>& shape, uintptr_t grad, uintptr_t lines, uintptr_t activation, uintptr_t scale,
          uintptr_t shift, uintptr_t mean, uintptr_t inverse, bool relu, bool training, uintptr_t grad_lines,
          uintptr_t grad_residual, uintptr_t grad_weight, uintptr_t grad_bias, int threads) {
-        batch_norm_backward({shape[0], shape[1], shape[2]}, pointer<const float>(grad), pointer<const float>(lines),
-                            pointer<const float>(activation), pointer<const float>(scale), pointer<const float>(shift),
+        batch_norm_backward(line_maps(shape), pointer<const void>(grad), pointer<const void>(lines),
+                            pointer<const void>(activation), pointer<const float>(scale), pointer<const float>(shift),
                             pointer<const float>(mean), pointer<const float>(inverse), relu, training,
-                            pointer<float>(grad_lines), pointer<float>(grad_residual), pointer<float>(grad_weight),
+                            pointer<void>(grad_lines), pointer<void>(grad_residual), pointer<float>(grad_weight),
                             pointer<float>(grad_bias), threads);
       },
       py::arg("shape"), py::arg("grad"), py::arg("lines"), py::arg("activation"), py::arg("scale"), py::arg("shift"),
@@ -172,17 +178,17 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "to_lines",
-      [](const MapsArguments& from, const std::array<int64_t, 3>& s, uintptr_t lines, int threads) {
-        to_lines(maps(from), s[0], s[1], s[2], pointer<float>(lines), threads);
+      [](const MapsArguments& from, const std::array<int64_t, 3>& s, uintptr_t lines, bool bfloat16, int threads) {
+        to_lines(maps(from), s[0], s[1], s[2], pointer<void>(lines), element(bfloat16), threads);
       },
-      py::arg("maps"), py::arg("shape"), py::arg("lines"), py::arg("threads"),
+      py::arg("maps"), py::arg("shape"), py::arg("lines"), py::arg("bfloat16"), py::arg("threads"),
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "from_lines",
-      [](uintptr_t lines, const MapsArguments& to, const std::array<int64_t, 3>& s, int threads) {
-        from_lines(pointer<const float>(lines), maps(to), s[0], s[1], s[2], threads);
+      [](uintptr_t lines, bool bfloat16, const MapsArguments& to, const std::array<int64_t, 3>& s, int threads) {
+        from_lines(pointer<const void>(lines), element(bfloat16), maps(to), s[0], s[1], s[2], threads);
       },
-      py::arg("lines"), py::arg("maps"), py::arg("shape"), py::arg("threads"),
+      py::arg("lines"), py::arg("bfloat16"), py::arg("maps"), py::arg("shape"), py::arg("threads"),
       py::call_guard<py::gil_scoped_release>());
 
   // A writable float32 array of `count` elements from the pool, which gets it back when the last reference is gone.
@@ -231,18 +237,19 @@ PYBIND11_MODULE(_C, m) {
   };
   m.def(
       "max_pool_forward",
-      [pool_shape](const std::array<int64_t, 12>& shape, int64_t planes, uintptr_t in, uintptr_t out, int threads) {
-        max_pool_forward(pool_shape(shape), planes, pointer<const float>(in), pointer<float>(out), threads);
+      [pool_shape](const std::array<int64_t, 12>& shape, int64_t planes, bool bfloat16, uintptr_t in, uintptr_t out,
+                   int threads) {
+        max_pool_forward(pool_shape(shape), planes, element(bfloat16), pointer<const void>(in), pointer<void>(out), threads);
       },
-      py::arg("shape"), py::arg("planes"), py::arg("lines"), py::arg("out"), py::arg("threads"),
+      py::arg("shape"), py::arg("planes"), py::arg("bfloat16"), py::arg("lines"), py::arg("out"), py::arg("threads"),
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "max_pool_backward",
-      [pool_shape](const std::array<int64_t, 12>& shape, int64_t planes, uintptr_t in, uintptr_t out, uintptr_t grad_out,
-                   uintptr_t grad_in, int threads) {
-        max_pool_backward(pool_shape(shape), planes, pointer<const float>(in), pointer<const float>(out),
-                          pointer<const float>(grad_out), pointer<float>(grad_in), threads);
+      [pool_shape](const std::array<int64_t, 12>& shape, int64_t planes, bool bfloat16, uintptr_t in, uintptr_t out,
+                   uintptr_t grad_out, uintptr_t grad_in, int threads) {
+        max_pool_backward(pool_shape(shape), planes, element(bfloat16), pointer<const void>(in),
+                          pointer<const void>(out), pointer<const void>(grad_out), pointer<void>(grad_in), threads);
       },
-      py::arg("shape"), py::arg("planes"), py::arg("lines"), py::arg("out"), py::arg("grad_out"), py::arg("grad_in"),
+      py::arg("shape"), py::arg("planes"), py::arg("bfloat16"), py::arg("lines"), py::arg("out"), py::arg("grad_out"), py::arg("grad_in"),
       py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }

@@ -46,6 +46,10 @@ _COSTS = {
         "weight_grad": _Cost(2.0, 37.0),
     },
 }
+# How much faster the dense library is with bfloat16 operands than with float32 ones, where the processor multiplies
+# them itself. Ours computes in float32 whatever is stored; without such instructions so does the dense library.
+_DENSE_BFLOAT16 = 2.0
+_SPARSE_DTYPES = (torch.float32, torch.bfloat16)
 _LANES = 16
 # Elements of a weight from which on oneDNN multiplies faster than the BLAS that F.linear calls: 1.2 to 1.8 times on an
 # AMD processor (MKL is slow there). Smaller ones its calls' own cost slows down.
@@ -117,8 +121,8 @@ def _choose(
         return Backend("dense", "forced by SPARSEBILEVEL_BACKEND")
     if device != "cpu":
         return Backend("dense", f"{library}; no sparse kernel for {device} in this version")
-    if dtype != torch.float32:
-        return Backend("dense", f"{library}; the sparse CPU kernels take float32, not {dtype}")
+    if dtype not in _SPARSE_DTYPES:
+        return Backend("dense", f"{library}; the sparse CPU kernels take float32 and bfloat16, not {dtype}")
     if not native.available():
         return Backend("dense", f"{library}; the C++ extension is not there: {native.reason}")
     if dense_grad and "weight_grad" in passes:
@@ -131,7 +135,10 @@ def _choose(
     padded = -(-images // _LANES) * _LANES / max(images, 1)
     costs = [_COSTS[op][name] for name in passes]
     sparse = padded * sum(cost.non_zero * non_zeros + cost.channel * channels for cost in costs)
-    ratio = len(passes) * math.prod(weight_shape) / max(sparse, 1)
+    dense = len(passes) * math.prod(weight_shape)
+    if dtype == torch.bfloat16 and _multiplies_bfloat16():
+        dense /= _DENSE_BFLOAT16
+    ratio = dense / max(sparse, 1)
     if ratio <= 1:
         return Backend("dense", f"{library}; the sparse CPU kernel would be slower", ratio)
     return Backend("sparse", f"sparse CPU kernel, {native.isa()}", ratio)
@@ -154,6 +161,11 @@ def takes_onednn(weight_shape: tuple[int, ...], dtype: torch.dtype, device: str)
     """
     is_large = math.prod(weight_shape) >= _ONEDNN_LINEAR
     return is_large and device == "cpu" and dtype == torch.float32 and _has_onednn_linear()
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 @functools.cache
@@ -210,16 +222,21 @@ def sparse_grads(
 
 def _can_run_sparse(input: Tensor, weight: Tensor, mask: Tensor) -> bool:
     is_cpu = input.device.type == "cpu" and native.available()
-    is_float = input.dtype == weight.dtype == torch.float32
+    is_float = input.dtype == weight.dtype and input.dtype in _SPARSE_DTYPES
     return is_cpu and is_float and input.numel() > 0 and mask.numel() > 0
 
 
 def _is_sparse(
-    op: str, weight: Tensor, non_zeros: int, geometry: tuple[int, int, int], passes: str | Sequence[str]
+    op: str,
+    weight: Tensor,
+    non_zeros: int,
+    geometry: tuple[int, int, int],
+    passes: str | Sequence[str],
 ) -> bool:
     stride, groups, images = geometry
     options: dict[str, Any] = {"stride": stride, "groups": groups, "images": images, "passes": passes}
-    return choose_backend(op, tuple(weight.shape), weight.dtype, weight.device, non_zeros, **options).name == "sparse"
+    operands = tuple(weight.shape), weight.dtype, weight.device, non_zeros
+    return choose_backend(op, *operands, **options).name == "sparse"
 
 
 def describe(backends: Mapping[str, Backend]) -> str:

@@ -1,11 +1,12 @@
-"""Parts of networks on feature maps in lines: contiguous float32 ``[ceil(B / 16), C, H, W, 16]``, 16 images a line.
+"""Parts of networks on feature maps in lines: contiguous ``[ceil(B / 16), C, H, W, 16]``, 16 images a line.
 
 The layout of the sparse CPU kernels (csrc/cpu/line_kernels.h). Lanes past the last image of the batch ``B`` hold
 anything in maps, and zero in gradients; no sum reads them.
 
 A :class:`Program` is a list of steps on numbered *registers*, each holding maps in lines. It runs as one autograd
 function: its backward pass goes through the steps in reverse, so that it knows where gradients meet and adds them up
-while they are computed. For use by :mod:`sparsebilevel.layout`; float32 on the CPU, once differentiable.
+while they are computed. Maps are float32, or bfloat16 in half the memory; parameters, statistics and all arithmetic are
+float32. For use by :mod:`sparsebilevel.layout`; on the CPU, once differentiable.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from . import native, plans
 from .gradient import Needs, distribute_gradient
-from .plans import LANES, Geometry, Support, empty, to_lines
+from .plans import LANES, Geometry, Support, empty, lines_maps, to_lines
 from .reference import effective_weight
 
 Pair = tuple[int, int]
@@ -77,6 +78,8 @@ class _Run:
 
     program: Program
     operands: Operands
+    dtype: torch.dtype
+    """Of the maps."""
     images: int
     shapes: list[Shape]
     terms: Tensor
@@ -87,7 +90,7 @@ class _Run:
     def new(self, register: int) -> Tensor:
         """Memory for a register's maps, or their gradient."""
         channels, height, width = self.shapes[register]
-        return empty(-(-self.images // LANES), channels, height, width, LANES)
+        return empty(-(-self.images // LANES), channels, height, width, LANES, dtype=self.dtype)
 
     def value(self, register: int) -> Tensor:
         found = self.values[register]
@@ -101,7 +104,7 @@ class _Run:
 
     def extent(self, register: int) -> list[int]:
         channels, height, width = self.shapes[register]
-        return [self.images, channels, height * width]
+        return [self.images, channels, height * width, self.dtype == torch.bfloat16]
 
     def maps(self, register: int) -> tuple[int, int, int, int]:
         """``[B, C, H, W]``."""
@@ -110,7 +113,7 @@ class _Run:
     def reading(self, register: int, norm: int | None, relu: bool) -> tuple:
         """A register as the extension takes it, read through a normalization."""
         through = None if norm is None else (self.term(norm, 2), self.term(norm, 3), relu)
-        return self.value(register).data_ptr(), self.images, through
+        return lines_maps(self.value(register), self.images, through)
 
 
 @dataclasses.dataclass
@@ -249,10 +252,8 @@ class Convolve(Step):
         out = run.values[self.out] = run.new(self.out)
         plan = c.support.plan(False, run.maps(self.source), c.weight, c.geometry)
         source = run.reading(self.source, self.norm, self.relu)
-        bias = plans.checked_bias(c.bias, c.weight)
-        plan.forward(
-            c.weight.data_ptr(), source, (out.data_ptr(), run.images, None), _address(bias), False, run.threads
-        )
+        bias, into = plans.checked_bias(c.bias, c.weight), lines_maps(out, run.images)
+        plan.forward(c.weight.data_ptr(), False, source, into, _address(bias), False, run.threads)
 
     def backward(self, back: _Back) -> None:
         grad = back.take(self.out)
@@ -261,14 +262,14 @@ class Convolve(Step):
         c = back.operands.convolutions[self.convolution]
         at = back.program.convolution_operand(self.convolution)
         need_weight, need_bias, need_scores, need_sink = back.needs[at : at + 4]
-        maps = grad.data_ptr(), back.images, None
+        maps = lines_maps(grad, back.images)
         grad_source = None
         if back.wanted[self.source] or (self.norm is not None and back.needs_norm(self.norm)):
             held = back.grads[self.source] if self.norm is None else None
             grad_source = back.new(self.source) if held is None else held
             plan = c.support.plan(True, back.maps(self.source), c.weight, c.geometry)
-            into = grad_source.data_ptr(), back.images, None
-            plan.forward(c.weight.data_ptr(), maps, into, 0, held is not None, back.threads)
+            into = lines_maps(grad_source, back.images)
+            plan.forward(c.weight.data_ptr(), False, maps, into, 0, held is not None, back.threads)
             if self.norm is None:
                 back.grads[self.source] = grad_source
         grad_weight = grad_scores = grad_sink = None
@@ -288,7 +289,7 @@ class Convolve(Step):
                 c.positions if need_sink else None,
                 c.geometry,
             )
-        grad_bias = grad.sum((0, 2, 3, 4)) if need_bias else None
+        grad_bias = grad.sum((0, 2, 3, 4), dtype=torch.float32) if need_bias else None
         back.found[at : at + 4] = (grad_weight if need_weight else None), grad_bias, grad_scores, grad_sink
         if grad_source is not None and self.norm is not None:
             back.through_norm(self.norm, self.relu, grad_source, self.source, None, None)
@@ -299,13 +300,14 @@ class Convolve(Step):
             first, channels = back.program.terms[self.norm]
             terms = back.terms[4 * first : 4 * (first + channels)].view(4, channels, 1, 1, 1)
             lines = torch.addcmul(terms[3], lines, terms[2])
-            lines = lines.relu_() if self.relu else lines
+            lines = (lines.relu_() if self.relu else lines).to(back.dtype)
         stride, padding, dilation, groups = c.geometry
-        operands = _from_lines(grad, back.images), _from_lines(lines, back.images), effective_weight(c.weight, c.mask)
+        z = effective_weight(c.weight, c.mask).to(back.dtype)
+        operands = _from_lines(grad, back.images), _from_lines(lines, back.images), z
         _, dense, _ = torch.ops.aten.convolution_backward(
             *operands, None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]
         )
-        return dense
+        return dense.float()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -520,10 +522,11 @@ class MaxPool(Step):
         channels, height, width = shapes[self.source]
         return channels, *Geometry(self.stride, self.padding, self.dilation).output_size((height, width), self.kernel)
 
-    def _arguments(self, run: _Run) -> tuple[list[int], int]:
+    def _arguments(self, run: _Run) -> tuple[list[int], int, bool]:
         size = [*run.shapes[self.source][1:], *run.shapes[self.out][1:]]
         planes = -(-run.images // LANES) * run.shapes[self.source][0]
-        return [*size, *self.kernel, *self.stride, *self.padding, *self.dilation], planes
+        settings = [*size, *self.kernel, *self.stride, *self.padding, *self.dilation]
+        return settings, planes, run.dtype == torch.bfloat16
 
     def forward(self, run: _Run) -> None:
         out = run.values[self.out] = run.new(self.out)
@@ -553,7 +556,7 @@ class Maps(NamedTuple):
         return _from_lines(run.value(self.source), run.images)
 
     def enter(self, back: _Back, grad: Tensor) -> Tensor:
-        return to_lines(grad)
+        return to_lines(grad, back.dtype)
 
 
 class Mean(NamedTuple):
@@ -568,7 +571,7 @@ class Mean(NamedTuple):
     def enter(self, back: _Back, grad: Tensor) -> Tensor:
         channels, height, width = back.shapes[self.source]
         found = back.new(self.source)
-        rows = torch.zeros(found.shape[0] * LANES, channels)
+        rows = torch.zeros(found.shape[0] * LANES, channels, dtype=grad.dtype)
         torch.div(grad.reshape(-1, channels), height * width, out=rows[: back.images])
         found.copy_(rows.view(-1, LANES, channels).transpose(1, 2)[:, :, None, None])
         return found
@@ -578,7 +581,7 @@ End = Maps | Mean
 
 
 def _from_lines(lines: Tensor, images: int) -> Tensor:
-    maps = plans.empty_maps((images, *lines.shape[1:4]), channels_last=True)
+    maps = plans.empty_maps((images, *lines.shape[1:4]), channels_last=True, dtype=lines.dtype)
     return plans.from_lines(lines, maps)
 
 
@@ -648,8 +651,12 @@ class Program:
             self._shapes[whole_key] = found
         return found
 
-    def __call__(self, inputs: Sequence[Tensor], operands: Operands) -> tuple[Tensor, ...]:
-        """What leaves, for ordinary maps ``[B, C, H, W]`` of any strides, float32, not empty.
+    def __call__(
+        self, inputs: Sequence[Tensor], operands: Operands, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, ...]:
+        """What leaves, for ordinary maps ``[B, C, H, W]`` of any strides, not empty.
+
+        Maps are of ``dtype``, float32 or bfloat16, inside and when they leave; float32 ones are made bfloat16.
 
         Raises:
             Unfit: before anything was done, if the inputs are no such maps or do not fit together.
@@ -657,19 +664,19 @@ class Program:
         if any(
             not isinstance(x, Tensor)
             or x.dim() != 4
-            or x.dtype != torch.float32
+            or x.dtype not in (torch.float32, dtype)
             or not x.numel()
             or x.device.type != "cpu"
             for x in inputs
         ):
-            raise Unfit("an input that is not a float32 map")
+            raise Unfit("an input that is not made of maps")
         shapes = self.shapes(inputs, operands)
         tensors: list[Tensor | None] = [*inputs]
         for c in operands.convolutions:
             tensors += c[:4]
         for n in operands.normalizations:
             tensors += n[:2]
-        return _Execute.apply(self, operands, shapes, torch.is_grad_enabled(), *tensors)
+        return _Execute.apply(self, operands, dtype, shapes, torch.is_grad_enabled(), *tensors)
 
     def forward(self, run: _Run, keep: bool) -> None:
         """Carries out the steps; with ``keep``, what the backward pass needs stays in the registers."""
@@ -694,19 +701,25 @@ class Program:
 class _Execute(Function):
     @staticmethod
     def forward(
-        ctx: Any, program: Program, operands: Operands, shapes: list[Shape], record: bool, *tensors: Tensor | None
+        ctx: Any,
+        program: Program,
+        operands: Operands,
+        dtype: torch.dtype,
+        shapes: list[Shape],
+        record: bool,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         images = tensors[0].shape[0]  # type: ignore[union-attr]
-        values: list[Tensor | None] = [to_lines(x) for x in tensors[: program.inputs]]  # type: ignore[arg-type]
+        values: list[Tensor | None] = [to_lines(x, dtype) for x in tensors[: program.inputs]]  # type: ignore[arg-type]
         values += [None] * (program.registers - program.inputs)
         terms = torch.empty(4 * program.all_channels)
-        run = _Run(program, operands, images, shapes, terms, values, torch.get_num_threads())
+        run = _Run(program, operands, dtype, images, shapes, terms, values, torch.get_num_threads())
         program.forward(run, keep=record)
         out = tuple(end.leave(run) for end in program.ends)
         if record:
             weights = [c.weight for c in operands.convolutions]
             ctx.save_for_backward(terms, *weights, *(run.values[register] for register in program.kept))
-            ctx.program, ctx.operands, ctx.shapes, ctx.images = program, operands, shapes, images
+            ctx.program, ctx.operands, ctx.dtype, ctx.shapes, ctx.images = program, operands, dtype, shapes, images
             ctx.set_materialize_grads(False)
         return out
 
@@ -714,7 +727,7 @@ class _Execute(Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         program: Program = ctx.program
-        needs = ctx.needs_input_grad[4:]
+        needs = ctx.needs_input_grad[5:]
         terms, *saved = ctx.saved_tensors
         values: list[Tensor | None] = [None] * program.registers
         for register, value in zip(program.kept, saved[program.convolutions :], strict=True):
@@ -722,6 +735,7 @@ class _Execute(Function):
         back = _Back(
             program,
             ctx.operands,
+            ctx.dtype,
             ctx.images,
             ctx.shapes,
             terms,
@@ -751,4 +765,4 @@ class _Execute(Function):
             grad = back.take(register)
             if grad is not None and needs[register]:
                 back.found[register] = _from_lines(grad, ctx.images)
-        return None, None, None, None, *back.found
+        return None, None, None, None, None, *back.found

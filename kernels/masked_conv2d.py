@@ -36,7 +36,7 @@ def _masked_conv2d(
         return torch.ops.aten.convolution(input, z, bias, stride, padding, dilation, False, [0, 0], groups)
     geometry = Geometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
     size = input.shape[0], weight.shape[0], *geometry.output_size(input.shape[2:], weight.shape[2:])
-    output = plans.empty_maps(size, _is_channels_last(input) or _is_channels_last(weight))
+    output = plans.empty_maps(size, _is_channels_last(input) or _is_channels_last(weight), input.dtype)
     return plans.conv2d(input, weight, support, bias, geometry, output)
 
 
@@ -100,7 +100,8 @@ def _masked_conv2d_backward(
     pixels = stride[0] * stride[1]
     for_input, for_weight = sparse_grads("masked_conv2d", input, weight, mask, wanted, positions, pixels)
     if for_input is not None:
-        grad_input = plans.empty_maps(input.shape, _is_channels_last(input) or _is_channels_last(weight))
+        channels_last = _is_channels_last(input) or _is_channels_last(weight)
+        grad_input = plans.empty_maps(input.shape, channels_last, input.dtype)
         grads["input"] = plans.conv2d_input_grad(grad_output, weight, for_input, geometry, grad_input)
     if for_weight is not None:
         learning = positions if wanted.sink else None

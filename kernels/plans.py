@@ -4,7 +4,7 @@ A *plan* holds the index lists of one mask for one pass and shape. Building it t
 plans are kept, and found again by the mask's content: a mask that was changed in any way whatever, in place, by loading
 or by the garbage collector's reuse of its memory, never meets an old plan. The comparison reads one byte a weight.
 
-A linear layer is a 1x1 convolution on 1x1 maps.
+A linear layer is a 1x1 convolution on 1x1 maps. Maps and weights are float32 or bfloat16; all sums are float32.
 """
 
 from __future__ import annotations
@@ -146,23 +146,37 @@ def learning_support(mask: Tensor, positions: Tensor) -> LearningSupport:
     return _memory.find(LearningSupport, mask, positions)
 
 
+def is_bfloat16(tensor: Tensor) -> bool:
+    """As the extension is told the type of what it is given: bfloat16, or else float32."""
+    return tensor.dtype == torch.bfloat16
+
+
 def _maps(tensor: Tensor) -> tuple:
-    return tensor.data_ptr(), tensor.shape[0], tensor.stride()
+    return tensor.data_ptr(), is_bfloat16(tensor), tensor.shape[0], tensor.stride()
 
 
-def empty(*size: int) -> Tensor:
-    """Uninitialised float32, from memory that is kept between steps (csrc/cpu/pool.h)."""
-    return torch.from_numpy(native.lib.pool_array(math.prod(size))).view(size)
+def lines_maps(lines: Tensor, images: int, through: tuple[int, int, bool] | None = None) -> tuple:
+    """Maps in lines as the extension takes them: ``through`` addresses of scale and shift, and whether with ReLU."""
+    return lines.data_ptr(), is_bfloat16(lines), images, through
 
 
-def empty_maps(size: Sequence[int], channels_last: bool) -> Tensor:
+def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uninitialised, from memory that is kept between steps (csrc/cpu/pool.h)."""
+    count = math.prod(size)
+    if dtype == torch.float32:
+        return torch.from_numpy(native.lib.pool_array(count)).view(size)
+    return torch.from_numpy(native.lib.pool_array(-(-count // 2))).view(torch.bfloat16)[:count].view(size)
+
+
+def empty_maps(size: Sequence[int], channels_last: bool, dtype: torch.dtype = torch.float32) -> Tensor:
     """Uninitialised maps ``[B, C, H, W]``; large ones from the memory that is kept, which saves touching new pages."""
     if math.prod(size) < _LARGE:
-        return torch.empty(size, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        return torch.empty(size, dtype=dtype, memory_format=memory_format)
     if not channels_last:
-        return empty(*size)
+        return empty(*size, dtype=dtype)
     images, channels, height, width = size
-    return empty(images, height, width, channels).permute(0, 3, 1, 2)
+    return empty(images, height, width, channels, dtype=dtype).permute(0, 3, 1, 2)
 
 
 def release_memory() -> None:
@@ -176,20 +190,22 @@ def _zeros_like(weight: Tensor) -> Tensor:
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
     if not dense or weight.numel() < _LARGE:
         return torch.zeros_like(weight)
-    return empty(weight.numel()).zero_().as_strided(weight.shape, weight.stride())
+    return empty(weight.numel(), dtype=weight.dtype).zero_().as_strided(weight.shape, weight.stride())
 
 
-def to_lines(maps: Tensor) -> Tensor:
-    """Maps ``[B, C, H, W]`` of any strides to lines ``[ceil(B / 16), C, H, W, 16]``."""
+def to_lines(maps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Maps ``[B, C, H, W]`` of any strides to lines ``[ceil(B / 16), C, H, W, 16]``, of their type or another."""
     maps = maps.resolve_neg()  # what is only marked as negative in memory
-    lines = empty(-(-maps.shape[0] // LANES), *maps.shape[1:], LANES)
-    native.lib.to_lines(_maps(maps), list(maps.shape[1:]), lines.data_ptr(), torch.get_num_threads())
+    lines = empty(-(-maps.shape[0] // LANES), *maps.shape[1:], LANES, dtype=dtype or maps.dtype)
+    address, threads = lines.data_ptr(), torch.get_num_threads()
+    native.lib.to_lines(_maps(maps), list(maps.shape[1:]), address, is_bfloat16(lines), threads)
     return lines
 
 
 def from_lines(lines: Tensor, maps: Tensor) -> Tensor:
     """Lines to ``maps [B, C, H, W]`` of any strides, which is returned."""
-    native.lib.from_lines(lines.data_ptr(), _maps(maps), list(maps.shape[1:]), torch.get_num_threads())
+    address, threads = lines.data_ptr(), torch.get_num_threads()
+    native.lib.from_lines(address, is_bfloat16(lines), _maps(maps), list(maps.shape[1:]), threads)
     return maps
 
 
@@ -202,7 +218,7 @@ def _source(maps: Tensor) -> tuple[Tensor, tuple]:
     """Maps that kernels read quickly, and as the extension takes them."""
     if _is_planar(maps):
         lines = to_lines(maps)
-        return lines, (lines.data_ptr(), maps.shape[0], None)
+        return lines, lines_maps(lines, maps.shape[0])
     maps = maps if maps.stride(1) == 1 else maps.contiguous()
     return maps, _maps(maps)
 
@@ -210,29 +226,30 @@ def _source(maps: Tensor) -> tuple[Tensor, tuple]:
 def _run(plan: Any, weight: Tensor, maps: Tensor, bias: Tensor | None, result: Tensor) -> Tensor:
     held, source = _source(maps)
     address, threads = 0 if bias is None else bias.data_ptr(), torch.get_num_threads()
+    values = weight.data_ptr(), is_bfloat16(weight)
     if _is_planar(result):
-        lines = empty(-(-result.shape[0] // LANES), *result.shape[1:], LANES)
-        plan.forward(weight.data_ptr(), source, (lines.data_ptr(), result.shape[0], None), address, False, threads)
+        lines = empty(-(-result.shape[0] // LANES), *result.shape[1:], LANES, dtype=result.dtype)
+        plan.forward(*values, source, lines_maps(lines, result.shape[0]), address, False, threads)
         return from_lines(lines, result)
-    plan.forward(weight.data_ptr(), source, _maps(result), address, False, threads)
+    plan.forward(*values, source, _maps(result), address, False, threads)
     return result
 
 
 def checked_bias(bias: Tensor | None, weight: Tensor) -> Tensor | None:
-    """Contiguous; ValueError if it does not fit the weight, since kernels would read past its end."""
+    """Contiguous float32; ValueError if it does not fit the weight, since kernels would read past its end."""
     if bias is None:
         return None
     if bias.shape != weight.shape[:1] or bias.dtype != weight.dtype:
         raise ValueError(
             f"bias is {bias.dtype} of shape {list(bias.shape)}; expected {weight.dtype} of {[weight.shape[0]]}"
         )
-    return bias.contiguous()
+    return bias.float().contiguous()
 
 
 def conv2d(
     input: Tensor, weight: Tensor, support: Support, bias: Tensor | None, geometry: Geometry, output: Tensor
 ) -> Tensor:
-    """Convolution with ``weight`` at ``support``, zero elsewhere, written into ``output``. Float32, any strides."""
+    """Convolution with ``weight`` at ``support``, zero elsewhere, written into ``output``. Any strides."""
     plan = support.plan(False, input.shape, weight, geometry)
     return _run(plan, weight, input, checked_bias(bias, weight), output)
 
@@ -275,11 +292,11 @@ def weight_grad(
         grad_weight = _zeros_like(weight)
         # Of the gradient's strides: they differ from the weight's if that is a slice of something.
         plan = support.plan(False, input_shape, grad_weight, geometry)
-        plan.weight_grad(input, grad_output, grad_weight.data_ptr(), True, threads)
+        plan.weight_grad(input, grad_output, grad_weight.data_ptr(), is_bfloat16(grad_weight), True, threads)
         return grad_weight, None
     learning = learning_support(mask, positions)
-    grads = torch.zeros(learning.positions.numel() + 1, dtype=weight.dtype)  # the last one is what padding takes
+    grads = torch.zeros(learning.positions.numel() + 1)  # the last one is what padding takes
     plan = learning.plan(False, input_shape, weight, geometry)
-    plan.weight_grad(input, grad_output, grads.data_ptr(), False, threads)
-    active = torch.where(learning.active, grads[:-1], 0)
+    plan.weight_grad(input, grad_output, grads.data_ptr(), False, False, threads)
+    active = torch.where(learning.active, grads[:-1], 0).to(weight.dtype)
     return _zeros_like(weight).put_(learning.positions, active), grads[learning.wanted]

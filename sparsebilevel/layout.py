@@ -302,7 +302,7 @@ class _Segment:
             [_normalization(norm) for norm in norms],
         )
         try:
-            out = self._program(inputs, operands)
+            out = self._program(inputs, operands, _maps_dtype())
         except lines.Unfit:
             return self._plain(model, *inputs)
         counters = [n.num_batches_tracked for n in norms if n.training and n.num_batches_tracked is not None]
@@ -562,11 +562,16 @@ def _images(args: Any, kwargs: Any) -> int:
     return next(sizes, LANES)
 
 
+def _maps_dtype() -> torch.dtype:
+    """Autocast asks for maps of half the size."""
+    return torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
+
+
 def _runs_plain(args: Any, kwargs: Any) -> bool:
     """Compilers and exporters see the model as it was written, and so does what the sparse kernels do not take."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not native.available():
         return True
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16:
         return True
     values = (*args, *kwargs.values())
     return any(
@@ -580,8 +585,9 @@ def optimize_for_cpu(model: nn.Module) -> nn.Module:
 
     Call it after :func:`sparsebilevel.sparsify`, before DDP wraps the model. Results are those of the model as it was,
     up to the rounding of float32; parameters, buffers, hooks, state-dict keys and the class interface stay. What the
-    layout does not know gets ordinary tensors. Under autocast, torch.compile, export, on other devices and without the
-    C++ extension the model runs as it was written.
+    layout does not know gets ordinary tensors. Under autocast to bfloat16 the maps are bfloat16, and the parameters are
+    read as they are. Under torch.compile, export, on other devices and without the C++ extension the model runs as it
+    was written.
 
     Args:
         model: has sparse convolutions, and can be traced by ``torch.fx``; if it cannot, it is left as it is, with a

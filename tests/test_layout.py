@@ -117,7 +117,7 @@ def test_known_architectures_stay_in_lines(name, size, monkeypatch):
     plain, optimized = pair(models.create_model(name, 10).eval(), 0.8)
     entered, left = [], []
     to_lines, from_lines = lines.to_lines, lines._from_lines
-    monkeypatch.setattr(lines, "to_lines", lambda x: entered.append(x.shape) or to_lines(x))
+    monkeypatch.setattr(lines, "to_lines", lambda x, dtype: entered.append(x.shape) or to_lines(x, dtype))
     monkeypatch.setattr(lines, "_from_lines", lambda *a: left.append(a[0].shape) or from_lines(*a))
     x = torch.randn(4, 3, size, size)
     with torch.no_grad():
@@ -402,10 +402,10 @@ def test_replaced_modules_of_the_same_kind_and_changed_settings_are_used():
         optimized(x)
 
 
-def test_autocast_and_meta_tensors_run_the_model_as_written():
+def test_other_types_run_the_model_as_written():
     plain, optimized = pair(Net().eval())
     x = torch.randn(16, 3, 8, 8)
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+    with torch.autocast("cpu", torch.float16), torch.no_grad():
         assert torch.equal(optimized(x), plain(x))
     assert optimized.double()(x.double()).dtype == torch.float64
 
@@ -478,28 +478,77 @@ def test_statistics_of_maps_far_from_zero():
     assert_close(got.double(), F.batch_norm(exact, None, None, training=True), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (17, 5, 3, 7), (32, 16, 4, 4), (5, 40, 1, 9)])
+@pytest.mark.parametrize("images", [5, 32])
+@pytest.mark.parametrize("train", [True, False])
+def test_autocast_keeps_maps_in_bfloat16(images, train, monkeypatch):
+    plain, optimized = pair(Net(bias=True).train(train))
+    x = torch.randn(images, 3, 8, 8)
+    seen = []
+    execute = lines.Program.__call__
+    monkeypatch.setattr(lines.Program, "__call__", lambda *args: seen.append(args[3]) or execute(*args))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = optimized(x)
+    assert seen
+    assert set(seen) == {torch.bfloat16}
+    assert got.dtype == torch.bfloat16
+    exact = copy.deepcopy(plain).double()
+    expected = exact(x.double())
+    error = (got - expected).norm() / expected.norm()
+    assert error < 0.02, error
+    dy = torch.randn_like(expected)
+    got.backward(dy.bfloat16())
+    expected.backward(dy)
+    whole = torch.cat([q.grad.flatten() for q in exact.parameters()]).norm()
+    for (name, p), q in zip(optimized.named_parameters(), exact.parameters(), strict=True):
+        assert p.grad.dtype == torch.float32
+        # Signs before a ReLU differ here and there; biases before a normalization have no gradient.
+        assert (p.grad - q.grad).norm() < 0.25 * q.grad.norm() + 0.01 * whole, name
+    for name, buffer in exact.named_buffers():
+        if "running" in name:
+            assert_close(optimized.get_buffer(name).double(), buffer, rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("support", ["all", "active", "search"])
+def test_autocast_collects_the_effective_gradient(support):
+    plain, optimized = pair(Net())
+    x = torch.randn(16, 3, 8, 8)
+    for net, dtype in ((plain, torch.float32), (optimized, torch.bfloat16)):
+        for _, layer in sb.sparse_layers(net):
+            searched = torch.arange(0, layer.weight.numel(), 3) if support == "search" else None
+            layer.collect(support, searched)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = net(x).float().square().sum()
+        loss.backward()
+    for (_, a), (_, b) in zip(sb.sparse_layers(plain), sb.sparse_layers(optimized), strict=True):
+        found, expected = b.effective_grad, a.effective_grad
+        assert found.dtype == torch.float32
+        assert (found - expected).norm() < 0.25 * expected.norm()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (17, 5, 3, 7), (32, 16, 4, 4), (5, 40, 1, 9), (3, 70, 2, 2)])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_conversion_and_back(shape, memory_format):
-    x = torch.randn(shape).to(memory_format=memory_format)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_conversion_and_back(shape, memory_format, dtype):
+    x = torch.randn(shape, dtype=dtype).to(memory_format=memory_format)
     data = plans.to_lines(x)
     assert data.shape == (-(-shape[0] // 16), *shape[1:], 16)
     assert torch.equal(lines._from_lines(data, shape[0]), x)
     assert not data.permute(0, 4, 1, 2, 3).reshape(-1, *shape[1:])[shape[0] :].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding", "dilation"), [(2, 2, 0, 1), (3, 2, 1, 1), ((3, 2), (1, 2), (1, 0), (2, 1))], ids=str
 )
-def test_max_pool(kernel, stride, padding, dilation):
+def test_max_pool(kernel, stride, padding, dilation, dtype):
     pool = nn.MaxPool2d(kernel, stride, padding, dilation)
     settings = [s if isinstance(s, tuple) else (s, s) for s in (kernel, stride, padding, dilation)]
-    x = torch.randn(18, 5, 9, 8).round(decimals=1)  # with equal values
+    x = torch.randn(18, 5, 9, 8).round(decimals=1).to(dtype)  # with equal values
     x[0, 0, 4, 4] = float("nan")
     leaves = [x.clone().requires_grad_() for _ in range(2)]
     expected = pool(leaves[0])
     program = lines.Program(1, [lines.MaxPool(*settings, 0, 1)], [lines.Maps(1)], channels=[], convolutions=0)
-    (got,) = program([leaves[1]], lines.Operands([], []))
+    (got,) = program([leaves[1]], lines.Operands([], []), dtype)
     assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
     dy = torch.randn_like(expected)
     expected[1:].backward(dy[1:])

@@ -46,6 +46,7 @@ def pairs(low, high):
     return st.tuples(st.integers(low, high), st.integers(low, high))
 
 
+DTYPES = st.sampled_from([torch.float32, torch.float32, torch.bfloat16])
 LAYOUTS = ("contiguous", "channels_last", "transposed", "expanded", "cropped", "cropped channels_last", "apart")
 LAYOUTS += ("shifted",)
 
@@ -107,7 +108,7 @@ def convolutions(draw):
     mask = drawn_mask(draw, shape, generator)
     x, w, b = (torch.randn(s, generator=generator) for s in ((images, channels, *size), shape, (filters,)))
     layouts = draw(st.tuples(*[st.sampled_from(LAYOUTS)] * 5))
-    return (x, w, mask, b), (stride, padding, dilation, groups), layouts, drawn_positions(draw, w)
+    return (x, w, mask, b), (stride, padding, dilation, groups), layouts, drawn_positions(draw, w), draw(DTYPES)
 
 
 @st.composite
@@ -118,19 +119,20 @@ def products(draw):
     mask = drawn_mask(draw, (n, k), generator)
     x, w, b = (torch.randn(s, generator=generator) for s in ((*rows, k), (n, k), (n,)))
     layouts = draw(st.tuples(*[st.sampled_from(LAYOUTS)] * 5))
-    return (x, w, mask, b), (), layouts, drawn_positions(draw, w)
+    return (x, w, mask, b), (), layouts, drawn_positions(draw, w), draw(DTYPES)
 
 
-def check(op, operands, geometry=(), layouts=("contiguous",) * 5, positions=None):
+def check(op, operands, geometry=(), layouts=("contiguous",) * 5, positions=None, dtype=torch.float32):
     """Output and gradients against float64, with the layouts of input, weight, mask, bias and output gradient.
 
     The op runs on NaN first, with all weights and in blocks of images that are full: whatever memory it keeps for the
     next call then holds NaN, and a value that is read before it is written shows.
     """
+    operands = (t if t.dtype == torch.bool else t.to(dtype) for t in operands)
     x, w, m, b = (expanded(t, layout) for t, layout in zip(operands, layouts[:4], strict=True))
     leaves = [t.double().requires_grad_() for t in (x, torch.where(m, w, 0), b)]
     expected = (F.conv2d if op is masked_conv2d else F.linear)(*leaves, *geometry)
-    dy = torch.randn(expected.shape)
+    dy = torch.randn(expected.shape).to(dtype)
     if layouts[4] == "expanded":
         dy = dy[..., :1, :1].expand_as(dy) if dy.dim() > 1 else dy[:1].expand_as(dy)
     expected.backward(dy.double())
@@ -144,20 +146,22 @@ def check(op, operands, geometry=(), layouts=("contiguous",) * 5, positions=None
         y.backward(dy)
         return y.detach(), x.grad, w.grad, b.grad, None if sink is None else sink.grad
 
-    whole = [torch.full((-(-t.shape[0] // 16) * 16, *t.shape[1:]), float("nan")) for t in (x, dy)]
+    whole = [t.new_full((-(-t.shape[0] // 16) * 16, *t.shape[1:]), float("nan")) for t in (x, dy)]
     run(whole[0], w * float("nan"), torch.ones_like(m), b * float("nan"), whole[1])
     y, grad_x, grad_w, grad_b, at_positions = run(x, w, m, b, dy)
 
-    close = {"rtol": 1e-4, "atol": 2e-5 * max(1.0, w.numel() / w.shape[0]) ** 0.5}
-    assert_close(y.double(), expected.detach(), **close)
-    assert_close(grad_x.double(), dx, rtol=1e-4, atol=2e-5 * max(1.0, w.numel() / w.shape[1]) ** 0.5)
-    assert_close(grad_b.double(), db, rtol=1e-4, atol=1e-3)
-    sums = {"rtol": 1e-4, "atol": 1e-5 * max(1.0, dy.numel() / w.shape[0]) ** 0.5 + 1e-5}
+    assert {t.dtype for t in (y, grad_x, grad_w, grad_b)} == {dtype}
+    rtol = 1e-4 if dtype == torch.float32 else 2**-8  # of bfloat16: results are rounded once, sums are float32
+    assert_close(y.double(), expected.detach(), rtol=rtol, atol=2e-5 * max(1.0, w.numel() / w.shape[0]) ** 0.5)
+    assert_close(grad_x.double(), dx, rtol=rtol, atol=2e-5 * max(1.0, w.numel() / w.shape[1]) ** 0.5)
+    assert_close(grad_b.double(), db, rtol=rtol, atol=1e-3)
+    sums = {"rtol": rtol, "atol": 1e-5 * max(1.0, dy.numel() / w.shape[0]) ** 0.5 + 1e-5}
     assert_close(grad_w.double(), g * m, **sums)
     assert not grad_w[~m].any()
     if positions is not None:
         at = torch.where(positions >= 0, g.flatten()[positions.clamp(min=0)], 0)
-        assert_close(at_positions.double(), at, **sums)
+        assert at_positions.dtype == torch.float32
+        assert_close(at_positions.double(), at, rtol=1e-4, atol=sums["atol"])
 
 
 @pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
@@ -433,18 +437,37 @@ def test_the_gradient_has_the_dtype_and_the_layout_of_the_weight(searched):
     assert w.grad.stride() == w.stride()
 
 
-def test_autocast_takes_the_dense_library(monkeypatch):
-    monkeypatch.setattr(plans, "conv2d", None)
-    monkeypatch.setattr(plans, "conv2d_input_grad", None)
-    monkeypatch.setattr(plans, "conv2d_weight_grad", None)
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+def test_bfloat16_is_rounded_as_pytorch_rounds(isa):
+    native.lib.set_isa(isa)
+    ties = (
+        torch.tensor([0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x00018000, 0x7F800001]).to(torch.int32).view(torch.float32)
+    )
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, -3.4e38])
+    x = torch.cat([ties, -ties, special, torch.randn(100) * 10.0 ** torch.randint(-38, 38, (100,))]).view(1, 1, 1, -1)
+    rounded = x.bfloat16()
+    data = plans.to_lines(x, torch.bfloat16)
+    assert torch.equal(data[0, :, :, :, 0].nan_to_num(7.0), rounded[0].nan_to_num(7.0))
+    for dtype in (torch.float32, torch.bfloat16):
+        back = plans.from_lines(data, torch.empty(x.shape, dtype=dtype))
+        assert torch.equal(back.nan_to_num(7.0), rounded.to(dtype).nan_to_num(7.0))
+
+
+def test_autocast_is_obeyed(monkeypatch):
     net = sb.sparsify(nn.Sequential(nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(80, 3)), 0.5)
     x = torch.randn(16, 4, 6, 6, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         y, expected = net(x), sb.densify(net)(x)
     assert y.dtype == torch.bfloat16
-    assert_close(y, expected)
+    assert_close(y, expected, rtol=2**-6, atol=2**-6)
     y.sum().backward()
     assert all(leaf.grad.dtype == torch.float32 and leaf.grad.any() for leaf in (x, *net.parameters()))
+
+
+def test_float16_takes_the_dense_library():
+    conv = sb.sparsify(nn.Conv2d(4, 5, 3), 0.5).half()
+    assert conv.backend.name == "dense"
+    assert "float32 and bfloat16, not torch.float16" in conv.backend.reason
 
 
 def test_threads_share_a_plan():

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
+#include <type_traits>
 #include <vector>
 
 namespace sparsebilevel {
@@ -33,50 +33,105 @@ void for_each_plane(const LineMaps& maps, int threads, Visit visit) {
   }
 }
 
+// The elements from `at` on, of maps that may not be there.
+template <typename E>
+const E* plane_of(const void* maps, int64_t at) {
+  return maps ? static_cast<const E*>(maps) + at : nullptr;
+}
+template <typename E>
+E* plane_of(void* maps, int64_t at) {
+  return maps ? static_cast<E*>(maps) + at : nullptr;
+}
+
+constexpr int64_t kChunk = 64;  // lines converted at a time
+
+// `count` lines as MapKernels::load gives them, and store takes them, but of any element.
+template <typename From, typename To>
+void load_lines(const From* images, int64_t image_stride, int valid, To* lines, int64_t step, int64_t count) {
+  const LineKernels& kernels = line_kernels();
+  if constexpr (std::is_same_v<To, float>) {
+    kernels.of<From>().load(images, image_stride, valid, lines, step, count);
+  } else {
+    float packed[kChunk * kLanes];
+    for (int64_t i = 0; i < count; i += kChunk) {
+      const int64_t here = std::min(kChunk, count - i);
+      kernels.of<From>().load(images + i, image_stride, valid, packed, kLanes, here);
+      kernels.of<To>().unpack(packed, 0, kLanes, lines + i * step, 0, step, 1, here);
+    }
+  }
+}
+
+template <typename From, typename To>
+void store_lines(const From* lines, int64_t step, To* images, int64_t image_stride, int valid, int64_t count) {
+  const LineKernels& kernels = line_kernels();
+  if constexpr (std::is_same_v<From, float>) {
+    kernels.of<To>().store(lines, step, images, image_stride, valid, count);
+  } else {
+    float packed[kChunk * kLanes];
+    for (int64_t i = 0; i < count; i += kChunk) {
+      const int64_t here = std::min(kChunk, count - i);
+      kernels.of<From>().pack(lines + i * step, 0, step, packed, 0, kLanes, 1, here);
+      kernels.of<To>().store(packed, kLanes, images + i, image_stride, valid, here);
+    }
+  }
+}
+
+// visit(first line, its step from line to line, first image element, valid, lines) for runs of elements that are next
+// to each other in the maps: pixels of a row, or channels of a pixel.
+template <typename Visit>
+void for_each_run(const Maps& maps, int64_t channels, int64_t height, int64_t width, int threads, Visit visit) {
+  const int64_t plane = height * width * kLanes;
+  for_each_row(maps, channels, height, width, threads, [&](int64_t line, int64_t image, int valid) {
+    if (maps.stride_w == 1) {
+      for (int64_t c = 0; c < channels; ++c) visit(line + c * plane, kLanes, image + c * maps.stride_c, valid, width);
+    } else {
+      const int64_t together = maps.stride_c == 1 ? channels : 1;
+      for (int64_t x = 0; x < width; ++x)
+        for (int64_t c = 0; c < channels; c += together)
+          visit(line + x * kLanes + c * plane, plane, image + x * maps.stride_w + c * maps.stride_c, valid, together);
+    }
+  });
+}
+
 }  // namespace
 
-void to_lines(const Maps& maps, int64_t channels, int64_t height, int64_t width, float* lines, int threads) {
-  const LineKernels& kernels = line_kernels();
-  const int64_t plane = height * width * kLanes;
-  for_each_row(maps, channels, height, width, threads, [&](int64_t line, int64_t image, int valid) {
-    if (maps.stride_w == 1) {
-      for (int64_t c = 0; c < channels; ++c)
-        kernels.load(maps.data + image + c * maps.stride_c, maps.stride_n, valid, lines + line + c * plane, kLanes, width);
-    } else {
-      const int64_t together = maps.stride_c == 1 ? channels : 1;
-      for (int64_t x = 0; x < width; ++x)
-        for (int64_t c = 0; c < channels; c += together)
-          kernels.load(maps.data + image + x * maps.stride_w + c * maps.stride_c, maps.stride_n, valid,
-                       lines + line + x * kLanes + c * plane, plane, together);
-    }
+void to_lines(const Maps& maps, int64_t channels, int64_t height, int64_t width, void* lines, Element element,
+              int threads) {
+  with_element(maps.element, [&](auto from) {
+    with_element(element, [&](auto to) {
+      auto* images = static_cast<const decltype(from)*>(maps.data);
+      auto* first = static_cast<decltype(to)*>(lines);
+      for_each_run(maps, channels, height, width, threads, [&](int64_t line, int64_t step, int64_t image, int valid, int64_t count) {
+        load_lines(images + image, maps.stride_n, valid, first + line, step, count);
+      });
+    });
   });
 }
 
-void from_lines(const float* lines, const Maps& maps, int64_t channels, int64_t height, int64_t width, int threads) {
-  const LineKernels& kernels = line_kernels();
-  const int64_t plane = height * width * kLanes;
-  for_each_row(maps, channels, height, width, threads, [&](int64_t line, int64_t image, int valid) {
-    if (maps.stride_w == 1) {
-      for (int64_t c = 0; c < channels; ++c)
-        kernels.store(lines + line + c * plane, kLanes, maps.data + image + c * maps.stride_c, maps.stride_n, valid, width);
-    } else {
-      const int64_t together = maps.stride_c == 1 ? channels : 1;
-      for (int64_t x = 0; x < width; ++x)
-        for (int64_t c = 0; c < channels; c += together)
-          kernels.store(lines + line + x * kLanes + c * plane, plane,
-                        maps.data + image + x * maps.stride_w + c * maps.stride_c, maps.stride_n, valid, together);
-    }
+void from_lines(const void* lines, Element element, const Maps& maps, int64_t channels, int64_t height, int64_t width,
+                int threads) {
+  with_element(element, [&](auto from) {
+    with_element(maps.element, [&](auto to) {
+      auto* first = static_cast<const decltype(from)*>(lines);
+      auto* images = static_cast<decltype(to)*>(maps.data);
+      for_each_run(maps, channels, height, width, threads, [&](int64_t line, int64_t step, int64_t image, int valid, int64_t count) {
+        store_lines(first + line, step, images + image, maps.stride_n, valid, count);
+      });
+    });
   });
 }
 
-void batch_norm_terms(const LineMaps& maps, const float* lines, const float* weight, const float* bias, double epsilon,
+void batch_norm_terms(const LineMaps& maps, const void* lines, const float* weight, const float* bias, double epsilon,
                       float* running_mean, float* running_variance, double momentum, const NormTerms& terms,
                       int threads) {
-  const LineKernels& kernels = line_kernels();
   const int64_t blocks = (maps.images + kLanes - 1) / kLanes, size = maps.pixels * kLanes;
   std::vector<double> means(blocks * maps.channels), squares(blocks * maps.channels);
-  for_each_plane(maps, threads, [&](int64_t plane, int64_t, int valid) {
-    kernels.moments(lines + plane * size, maps.pixels, valid, &means[plane], &squares[plane]);
+  with_element(maps.element, [&](auto e) {
+    using E = decltype(e);
+    const MapKernels<E>& kernels = line_kernels().of<E>();
+    for_each_plane(maps, threads, [&](int64_t plane, int64_t, int valid) {
+      kernels.moments(static_cast<const E*>(lines) + plane * size, maps.pixels, valid, &means[plane], &squares[plane]);
+    });
   });
   for (int64_t c = 0; c < maps.channels; ++c) {
     double all = 0, all_mean = 0, all_squares = 0;
@@ -99,29 +154,35 @@ void batch_norm_terms(const LineMaps& maps, const float* lines, const float* wei
   }
 }
 
-void batch_norm_forward(const LineMaps& maps, const float* lines, const float* residual, const float* scale,
-                        const float* shift, bool relu, float* out, int threads) {
-  const LineKernels& kernels = line_kernels();
+void batch_norm_forward(const LineMaps& maps, const void* lines, const void* residual, const float* scale,
+                        const float* shift, bool relu, void* out, int threads) {
   const int64_t size = maps.pixels * kLanes;
-  for_each_plane(maps, threads, [&](int64_t plane, int64_t c, int) {
-    kernels.normalize(lines + plane * size, residual ? residual + plane * size : nullptr, scale[c], shift[c], relu,
-                      out + plane * size, maps.pixels);
+  with_element(maps.element, [&](auto e) {
+    using E = decltype(e);
+    const MapKernels<E>& kernels = line_kernels().of<E>();
+    for_each_plane(maps, threads, [&](int64_t plane, int64_t c, int) {
+      kernels.normalize(plane_of<E>(lines, plane * size), plane_of<E>(residual, plane * size), scale[c], shift[c], relu,
+                        plane_of<E>(out, plane * size), maps.pixels);
+    });
   });
 }
 
-void batch_norm_backward(const LineMaps& maps, const float* grad, const float* lines, const float* activation,
+void batch_norm_backward(const LineMaps& maps, const void* grad, const void* lines, const void* activation,
                          const float* scale, const float* shift, const float* mean, const float* inverse, bool relu,
-                         bool training, float* grad_lines, float* grad_residual, float* grad_weight, float* grad_bias,
+                         bool training, void* grad_lines, void* grad_residual, float* grad_weight, float* grad_bias,
                          int threads) {
-  const LineKernels& kernels = line_kernels();
   const int64_t blocks = (maps.images + kLanes - 1) / kLanes, size = maps.pixels * kLanes;
-  const auto at = [size](auto* p, int64_t plane) { return p ? p + plane * size : nullptr; };
   std::vector<NormalizeTerms> terms(maps.channels);
   for (int64_t c = 0; c < maps.channels; ++c) terms[c] = {scale[c], shift[c], mean[c], scale[c], 0, 0, relu};
   std::vector<double> sums(blocks * maps.channels), products(blocks * maps.channels);
-  for_each_plane(maps, threads, [&](int64_t plane, int64_t c, int valid) {
-    kernels.normalize_sums(at(grad, plane), at(lines, plane), at(activation, plane), terms[c], maps.pixels, valid,
-                           &sums[plane], &products[plane]);
+  with_element(maps.element, [&](auto e) {
+    using E = decltype(e);
+    const MapKernels<E>& kernels = line_kernels().of<E>();
+    for_each_plane(maps, threads, [&](int64_t plane, int64_t c, int valid) {
+      const int64_t at = plane * size;
+      kernels.normalize_sums(plane_of<E>(grad, at), plane_of<E>(lines, at), plane_of<E>(activation, at), terms[c],
+                             maps.pixels, valid, &sums[plane], &products[plane]);
+    });
   });
   const double count = static_cast<double>(maps.images * maps.pixels);
   for (int64_t c = 0; c < maps.channels; ++c) {
@@ -138,27 +199,39 @@ void batch_norm_backward(const LineMaps& maps, const float* grad, const float* l
       terms[c].c = static_cast<float>(-scale[c] * sum / count);
     }
   }
-  for_each_plane(maps, threads, [&](int64_t plane, int64_t c, int valid) {
-    kernels.normalize_grad(at(grad, plane), at(lines, plane), at(activation, plane), terms[c], maps.pixels, valid,
-                           at(grad_lines, plane), at(grad_residual, plane));
+  with_element(maps.element, [&](auto e) {
+    using E = decltype(e);
+    const MapKernels<E>& kernels = line_kernels().of<E>();
+    for_each_plane(maps, threads, [&](int64_t plane, int64_t c, int valid) {
+      const int64_t at = plane * size;
+      kernels.normalize_grad(plane_of<E>(grad, at), plane_of<E>(lines, at), plane_of<E>(activation, at), terms[c],
+                             maps.pixels, valid, plane_of<E>(grad_lines, at), plane_of<E>(grad_residual, at));
+    });
   });
 }
 
-void max_pool_forward(const PoolShape& shape, int64_t planes, const float* in, float* out, int threads) {
-  const LineKernels& kernels = line_kernels();
+void max_pool_forward(const PoolShape& shape, int64_t planes, Element element, const void* in, void* out, int threads) {
   const int64_t size = shape.height * shape.width * kLanes, out_size = shape.out_height * shape.out_width * kLanes;
+  with_element(element, [&](auto e) {
+    using E = decltype(e);
+    const MapKernels<E>& kernels = line_kernels().of<E>();
 #pragma omp parallel for num_threads(std::max(threads, 1)) schedule(static)
-  for (int64_t plane = 0; plane < planes; ++plane) kernels.max_pool(shape, in + plane * size, out + plane * out_size);
+    for (int64_t plane = 0; plane < planes; ++plane)
+      kernels.max_pool(shape, plane_of<E>(in, plane * size), plane_of<E>(out, plane * out_size));
+  });
 }
 
-void max_pool_backward(const PoolShape& shape, int64_t planes, const float* in, const float* out,
-                       const float* grad_out, float* grad_in, int threads) {
-  const LineKernels& kernels = line_kernels();
+void max_pool_backward(const PoolShape& shape, int64_t planes, Element element, const void* in, const void* out,
+                       const void* grad_out, void* grad_in, int threads) {
   const int64_t size = shape.height * shape.width * kLanes, out_size = shape.out_height * shape.out_width * kLanes;
+  with_element(element, [&](auto e) {
+    using E = decltype(e);
+    const MapKernels<E>& kernels = line_kernels().of<E>();
 #pragma omp parallel for num_threads(std::max(threads, 1)) schedule(static)
-  for (int64_t plane = 0; plane < planes; ++plane)
-    kernels.max_pool_grad(shape, in + plane * size, out + plane * out_size, grad_out + plane * out_size,
-                          grad_in + plane * size);
+    for (int64_t plane = 0; plane < planes; ++plane)
+      kernels.max_pool_grad(shape, plane_of<E>(in, plane * size), plane_of<E>(out, plane * out_size),
+                            plane_of<E>(grad_out, plane * out_size), plane_of<E>(grad_in, plane * size));
+  });
 }
 
 }  // namespace sparsebilevel

@@ -3,9 +3,13 @@
 // A *line* is 16 float32 of one pixel and channel: 16 images of the batch side by side. Every multiply-add of a sparse
 // convolution is then `line += weight * line`, whatever the position of the weight, and strides, padding and dilation
 // are only a matter of which line. A *tile* is R rows of L lines, held in registers.
+//
+// Maps may be stored as bfloat16, in half the memory; all arithmetic, and what is packed for it, is float32.
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "isa.h"
 
@@ -14,6 +18,33 @@ namespace sparsebilevel {
 constexpr int kLanes = 16;
 constexpr int kMaxTileRows = 4;
 constexpr int kMaxTileLines = 16;  // in one row of a tile
+
+// As it is stored: the upper half of a float32.
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+inline float to_float(Bfloat16 value) {
+  const uint32_t bits = uint32_t{value.bits} << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+inline Bfloat16 to_bfloat16(float value) {  // the nearest, the even one of two
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  bits = value != value ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1);
+  return {static_cast<uint16_t>(bits >> 16)};
+}
+
+enum class Element { float32, bfloat16 };
+
+// visit(E{}) for the type E that stands for `element`.
+template <typename Visit>
+auto with_element(Element element, Visit visit) {
+  return element == Element::bfloat16 ? visit(Bfloat16{}) : visit(float{});
+}
 
 // The non-zeros entry[begin..end) of one output plane.
 struct EntryRow {
@@ -46,6 +77,45 @@ struct PoolShape {
   int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
 };
 
+// What reads and writes maps of elements E. Steps and strides are in elements.
+template <typename E>
+struct MapKernels {
+  // `count` packed lines of `valid` images <-> `count` consecutive elements of each image, images `image_stride` apart.
+  // Lanes of missing images are written as zero, and are not stored.
+  void (*load)(const E* images, int64_t image_stride, int valid, float* packed, int64_t line_step, int64_t count);
+  void (*store)(const float* packed, int64_t line_step, E* images, int64_t image_stride, int valid, int64_t count);
+
+  // planes x count lines, into packed ones and out of them; `from` null writes zeros. Steps between planes and between
+  // lines.
+  void (*pack)(const E* from, int64_t from_plane, int64_t from_step, float* to, int64_t to_plane, int64_t to_step,
+               int64_t planes, int64_t count);
+  void (*unpack)(const float* from, int64_t from_plane, int64_t from_step, E* to, int64_t to_plane, int64_t to_step,
+                 int64_t planes, int64_t count);
+
+  // As pack, of scale[p] * line + shift[p], with `relu` no less than zero.
+  void (*pack_affine)(const E* from, int64_t from_plane, int64_t from_step, float* to, int64_t to_plane,
+                      int64_t to_step, int64_t planes, int64_t count, const float* scale, const float* shift,
+                      bool relu);
+
+  // Batch normalization, `count` lines of one channel, lanes of missing images left out of every sum.
+  // Mean of the values and sum of their squared distances from it.
+  void (*moments)(const E* lines, int64_t count, int valid, double* mean, double* squares);
+  // out = scale * lines + shift (+ residual), with `relu` no less than zero.
+  void (*normalize)(const E* lines, const E* residual, float scale, float shift, bool relu, E* out, int64_t count);
+  // The gradient before the activation is grad, or with `relu` grad where the activation is positive: `activation`,
+  // or scale * lines + shift if that is null. Its sum, and that of its products with lines - mean.
+  void (*normalize_sums)(const E* grad, const E* lines, const E* activation, NormalizeTerms terms, int64_t count,
+                         int valid, double* sum, double* products);
+  // grad_lines = a * <that gradient> + b * (lines - mean) + c, lanes of missing images zero; may be `grad` itself.
+  // `before`, if not null, receives the gradient before the activation.
+  void (*normalize_grad)(const E* grad, const E* lines, const E* activation, NormalizeTerms terms, int64_t count,
+                         int valid, E* grad_lines, E* before);
+
+  // Of one plane. The gradient goes to the first of equal maxima; grad_in is written whole.
+  void (*max_pool)(const PoolShape& shape, const E* in, E* out);
+  void (*max_pool_grad)(const PoolShape& shape, const E* in, const E* out, const E* grad_out, E* grad_in);
+};
+
 struct LineKernels {
   // out[o] (+)= sum over the row's entries of value * patch. With `first` the tile starts from bias[o] (0 without
   // bias), else from what it holds.
@@ -55,43 +125,20 @@ struct LineKernels {
   using WeightGrad = void (*)(const int32_t* offsets, const EntryRow* row, const EntryRow* last, Patch patch,
                               Tile grad, float* sums);
 
-  // `count` lines of `valid` images <-> `count` consecutive floats of each image, images `image_stride` floats apart.
-  // Lanes of missing images are written as zero, and are not stored.
-  void (*load)(const float* images, int64_t image_stride, int valid, float* lines, int64_t line_step, int64_t count);
-  void (*store)(const float* lines, int64_t line_step, float* images, int64_t image_stride, int valid, int64_t count);
-
-  // planes x count lines; `from` null writes zeros. Steps in floats, between planes and between lines.
-  void (*copy)(const float* from, int64_t from_plane, int64_t from_step, float* to, int64_t to_plane, int64_t to_step,
-               int64_t planes, int64_t count);
-
-  // As copy, of scale[p] * line + shift[p], with `relu` no less than zero.
-  void (*copy_affine)(const float* from, int64_t from_plane, int64_t from_step, float* to, int64_t to_plane,
-                      int64_t to_step, int64_t planes, int64_t count, const float* scale, const float* shift,
-                      bool relu);
-
-  // Batch normalization, `count` lines of one channel, lanes of missing images left out of every sum.
-  // Mean of the values and sum of their squared distances from it.
-  void (*moments)(const float* lines, int64_t count, int valid, double* mean, double* squares);
-  // out = scale * lines + shift (+ residual), with `relu` no less than zero.
-  void (*normalize)(const float* lines, const float* residual, float scale, float shift, bool relu, float* out,
-                    int64_t count);
-  // The gradient before the activation is grad, or with `relu` grad where the activation is positive: `activation`,
-  // or scale * lines + shift if that is null. Its sum, and that of its products with lines - mean.
-  void (*normalize_sums)(const float* grad, const float* lines, const float* activation, NormalizeTerms terms,
-                         int64_t count, int valid, double* sum, double* products);
-  // grad_lines = a * <that gradient> + b * (lines - mean) + c, lanes of missing images zero; may be `grad` itself.
-  // `before`, if not null, receives the gradient before the activation.
-  void (*normalize_grad)(const float* grad, const float* lines, const float* activation, NormalizeTerms terms,
-                         int64_t count, int valid, float* grad_lines, float* before);
-
-  // Of one plane. The gradient goes to the first of equal maxima; grad_in is written whole.
-  void (*max_pool)(const PoolShape& shape, const float* in, float* out);
-  void (*max_pool_grad)(const PoolShape& shape, const float* in, const float* out, const float* grad_out,
-                        float* grad_in);
-
   int max_tile;  // lines of a tile that registers hold
   Forward forward[kMaxTileRows + 1][kMaxTileLines + 1];
   WeightGrad weight_grad[kMaxTileRows + 1][kMaxTileLines + 1];
+
+  MapKernels<float> float32;
+  MapKernels<Bfloat16> bfloat16;
+
+  template <typename E>
+  const MapKernels<E>& of() const {
+    if constexpr (std::is_same_v<E, float>)
+      return float32;
+    else
+      return bfloat16;
+  }
 };
 
 const LineKernels& line_kernels_scalar();

@@ -46,6 +46,31 @@ struct Vector {
   }
   static Type load_first(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
   static void store_first(float* p, Type v, int n) { _mm256_maskstore_ps(p, first(n), v); }
+
+  static Type load(const Bfloat16* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  static void store(Bfloat16* p, Type v) {  // rounds to the nearest, to even of two
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    const __m128i narrow = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow);
+  }
+  static Type load_first(const Bfloat16* p, int n) {
+    Bfloat16 whole[kWidth] = {};
+    for (int i = 0; i < n; ++i) whole[i] = p[i];
+    return load(whole);
+  }
+  static void store_first(Bfloat16* p, Type v, int n) {
+    Bfloat16 whole[kWidth];
+    store(whole, v);
+    for (int i = 0; i < n; ++i) p[i] = whole[i];
+  }
 };
 
 #include "line_kernels_inc.h"

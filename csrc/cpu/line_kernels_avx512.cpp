@@ -56,6 +56,20 @@ struct Vector {
   }
   static Type load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
   static void store_first(float* p, Type v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
+
+  static Type widen(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
+  static __m256i narrow(Type v) {  // to the nearest, to even of two
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(
+        _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet), 16));
+  }
+  static Type load(const Bfloat16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static void store(Bfloat16* p, Type v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v)); }
+  static Type load_first(const Bfloat16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
+  static void store_first(Bfloat16* p, Type v, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow(v)); }
 };
 
 #include "line_kernels_inc.h"

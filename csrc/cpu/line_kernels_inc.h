@@ -1,6 +1,6 @@
 // Bodies of line_kernels.h, included once for each instruction set inside a namespace of its own, after a struct
-// `Vector` with: Type, kWidth (lanes: 4, 8 or 16), kMaxTile; load, store, zero, broadcast, fma, add, max (the second
-// argument if one is NaN); load_first, store_first, which touch the first n floats only; keep_first, with zero in all
+// `Vector` with: Type, kWidth (lanes: 4, 8 or 16), kMaxTile; load, store (of floats, and of bfloat16), zero, broadcast, fma, add, max (the second
+// argument if one is NaN); load_first, store_first, which touch the first n elements only; keep_first, with zero in all
 // lanes but the first n; where_positive(x, v), v where x > 0 and else zero; where_equal
 // and where_different(x, y, v) likewise; max_or_nan, NaN if either is; on each group of four lanes unpack_lo/hi
 // (32 bits) and unpack_lo/hi_pair (64 bits); of kWidth / 4 vectors, fold, which adds up their groups into one, and
@@ -110,12 +110,13 @@ inline void transpose(Vector::Type* v) {
 
 // Whole vectors of an image at a time: images often lie a multiple of 4 KiB apart, all in the same cache set, so a line
 // that is touched once in passing and needed again would be gone.
-void load(const float* images, int64_t image_stride, int valid, float* lines, int64_t line_step, int64_t count) {
+template <typename E>
+void load(const E* images, int64_t image_stride, int valid, float* lines, int64_t line_step, int64_t count) {
   Vector::Type v[Vector::kWidth];
   for (int64_t c = 0; c < count; c += Vector::kWidth) {
     const int there = count - c < Vector::kWidth ? static_cast<int>(count - c) : Vector::kWidth;
     for (int lane = 0; lane < kLanes; lane += Vector::kWidth) {
-      const float* image = images + lane * image_stride + c;
+      const E* image = images + lane * image_stride + c;
       if (valid - lane >= Vector::kWidth && there == Vector::kWidth) {
         for (int i = 0; i < Vector::kWidth; ++i) v[i] = Vector::load(image + i * image_stride);
       } else {
@@ -128,7 +129,8 @@ void load(const float* images, int64_t image_stride, int valid, float* lines, in
   }
 }
 
-void store(const float* lines, int64_t line_step, float* images, int64_t image_stride, int valid, int64_t count) {
+template <typename E>
+void store(const float* lines, int64_t line_step, E* images, int64_t image_stride, int valid, int64_t count) {
   Vector::Type v[Vector::kWidth];
   for (int64_t c = 0; c < count; c += Vector::kWidth) {
     const int there = count - c < Vector::kWidth ? static_cast<int>(count - c) : Vector::kWidth;
@@ -136,7 +138,7 @@ void store(const float* lines, int64_t line_step, float* images, int64_t image_s
       for (int i = 0; i < Vector::kWidth; ++i)
         v[i] = i < there ? Vector::load(lines + (c + i) * line_step + lane) : Vector::zero();
       transpose(v);
-      float* image = images + lane * image_stride + c;
+      E* image = images + lane * image_stride + c;
       if (valid - lane >= Vector::kWidth && there == Vector::kWidth) {
         for (int i = 0; i < Vector::kWidth; ++i) Vector::store(image + i * image_stride, v[i]);
       } else {
@@ -147,7 +149,8 @@ void store(const float* lines, int64_t line_step, float* images, int64_t image_s
   }
 }
 
-void copy(const float* from, int64_t from_plane, int64_t from_step, float* to, int64_t to_plane, int64_t to_step,
+template <typename From, typename To>
+void copy(const From* from, int64_t from_plane, int64_t from_step, To* to, int64_t to_plane, int64_t to_step,
           int64_t planes, int64_t count) {
   for (int64_t p = 0; p < planes; ++p, to += to_plane) {
     if (from) {
@@ -162,7 +165,8 @@ void copy(const float* from, int64_t from_plane, int64_t from_step, float* to, i
   }
 }
 
-void copy_affine(const float* from, int64_t from_plane, int64_t from_step, float* to, int64_t to_plane,
+template <typename E>
+void pack_affine(const E* from, int64_t from_plane, int64_t from_step, float* to, int64_t to_plane,
                  int64_t to_step, int64_t planes, int64_t count, const float* scale, const float* shift, bool relu) {
   for (int64_t p = 0; p < planes; ++p, to += to_plane, from += from_plane) {
     const Vector::Type a = Vector::broadcast(scale[p]), b = Vector::broadcast(shift[p]);
@@ -186,7 +190,8 @@ inline double add_up(Vector::Type v) {
   return sum;
 }
 
-void moments(const float* lines, int64_t count, int valid, double* mean, double* squares) {
+template <typename E>
+void moments(const E* lines, int64_t count, int valid, double* mean, double* squares) {
   double all = 0, all_mean = 0, all_squares = 0;  // of the chunks so far; joined as in Chan et al. (1983)
   for (int64_t begin = 0; begin < count; begin += kFlush) {
     const int64_t end = begin + kFlush < count ? begin + kFlush : count;
@@ -215,8 +220,8 @@ void moments(const float* lines, int64_t count, int valid, double* mean, double*
   *squares = all_squares;
 }
 
-void normalize(const float* lines, const float* residual, float scale, float shift, bool relu, float* out,
-               int64_t count) {
+template <typename E>
+void normalize(const E* lines, const E* residual, float scale, float shift, bool relu, E* out, int64_t count) {
   const Vector::Type a = Vector::broadcast(scale), b = Vector::broadcast(shift), zero = Vector::zero();
   for (int64_t i = 0; i < count * kLanes; i += Vector::kWidth) {
     Vector::Type y = Vector::fma(a, Vector::load(lines + i), b);
@@ -225,8 +230,8 @@ void normalize(const float* lines, const float* residual, float scale, float shi
   }
 }
 
-inline Vector::Type before_activation(const float* grad, const float* lines, const float* activation,
-                                      const NormalizeTerms& t) {
+template <typename E>
+Vector::Type before_activation(const E* grad, const E* lines, const E* activation, const NormalizeTerms& t) {
   const Vector::Type g = Vector::load(grad);
   if (!t.relu) return g;
   const Vector::Type y = activation ? Vector::load(activation)
@@ -234,8 +239,9 @@ inline Vector::Type before_activation(const float* grad, const float* lines, con
   return Vector::where_positive(y, g);
 }
 
-void normalize_sums(const float* grad, const float* lines, const float* activation, NormalizeTerms t, int64_t count,
-                    int valid, double* sum, double* products) {
+template <typename E>
+void normalize_sums(const E* grad, const E* lines, const E* activation, NormalizeTerms t, int64_t count, int valid,
+                    double* sum, double* products) {
   *sum = *products = 0;
   const Vector::Type center = Vector::broadcast(-t.mean);
   for (int64_t begin = 0; begin < count; begin += kFlush) {
@@ -253,8 +259,9 @@ void normalize_sums(const float* grad, const float* lines, const float* activati
   }
 }
 
-void normalize_grad(const float* grad, const float* lines, const float* activation, NormalizeTerms t, int64_t count,
-                    int valid, float* grad_lines, float* before) {
+template <typename E>
+void normalize_grad(const E* grad, const E* lines, const E* activation, NormalizeTerms t, int64_t count, int valid,
+                    E* grad_lines, E* before) {
   const Vector::Type a = Vector::broadcast(t.a), b = Vector::broadcast(t.b), c = Vector::broadcast(t.c);
   const Vector::Type center = Vector::broadcast(-t.mean);
   for (int64_t i = 0; i < count * kLanes; i += Vector::kWidth) {
@@ -278,7 +285,8 @@ inline void inside(int64_t start, int64_t size, int64_t taps, int64_t dilation, 
   while (*end > *begin && start + (*end - 1) * dilation >= size) --*end;
 }
 
-void max_pool(const PoolShape& s, const float* in, float* out) {
+template <typename E>
+void max_pool(const PoolShape& s, const E* in, E* out) {
   for (int64_t y = 0; y < s.out_height; ++y) {
     int64_t row_begin, row_end, col_begin, col_end;
     const int64_t top = y * s.stride_h - s.padding_h;
@@ -298,7 +306,8 @@ void max_pool(const PoolShape& s, const float* in, float* out) {
   }
 }
 
-void max_pool_grad(const PoolShape& s, const float* in, const float* out, const float* grad_out, float* grad_in) {
+template <typename E>
+void max_pool_grad(const PoolShape& s, const E* in, const E* out, const E* grad_out, E* grad_in) {
   for (int64_t i = 0; i < s.height * s.width * kLanes; i += Vector::kWidth) Vector::store(grad_in + i, Vector::zero());
   for (int64_t y = 0; y < s.out_height; ++y) {
     int64_t row_begin, row_end, col_begin, col_end;
@@ -339,18 +348,16 @@ constexpr void add_tiles(LineKernels& table) {
   add_tile<4, L>(table);
 }
 
+template <typename E>
+constexpr MapKernels<E> map_kernels() {
+  return {load<E>,      store<E>,     copy<E, float>,     copy<float, E>,    pack_affine<E>, moments<E>,
+          normalize<E>, normalize_sums<E>, normalize_grad<E>, max_pool<E>, max_pool_grad<E>};
+}
+
 LineKernels make_table() {
   LineKernels table{};
-  table.load = load;
-  table.store = store;
-  table.copy = copy;
-  table.copy_affine = copy_affine;
-  table.moments = moments;
-  table.normalize = normalize;
-  table.normalize_sums = normalize_sums;
-  table.normalize_grad = normalize_grad;
-  table.max_pool = max_pool;
-  table.max_pool_grad = max_pool_grad;
+  table.float32 = map_kernels<float>();
+  table.bfloat16 = map_kernels<Bfloat16>();
   table.max_tile = Vector::kMaxTile;
   add_tiles<1>(table);
   add_tiles<2>(table);

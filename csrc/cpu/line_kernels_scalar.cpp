@@ -37,6 +37,19 @@ struct Vector {
   static void store_first(float* p, Type v, int n) {
     for (int i = 0; i < n; ++i) p[i] = v[i];
   }
+
+  typedef uint32_t Bits __attribute__((vector_size(16)));
+  static Type load(const Bfloat16* p) { return load_first(p, kWidth); }
+  static void store(Bfloat16* p, Type v) { store_first(p, v, kWidth); }
+  static Type load_first(const Bfloat16* p, int n) {
+    Bits bits{};
+    for (int i = 0; i < n; ++i) bits[i] = static_cast<uint32_t>(p[i].bits) << 16;
+    return reinterpret_cast<Type>(bits);
+  }
+  static void store_first(Bfloat16* p, Type v, int n) {  // rounds to the nearest, to even of two
+    const Bits bits = reinterpret_cast<Bits>(v), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    for (int i = 0; i < n; ++i) p[i].bits = static_cast<uint16_t>((v[i] != v[i] ? bits[i] | 0x400000u : rounded[i]) >> 16);
+  }
 };
 
 #include "line_kernels_inc.h"

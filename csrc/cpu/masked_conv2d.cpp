@@ -62,6 +62,18 @@ class Scratch {
 
 thread_local Scratch patch_scratch, strip_scratch, entry_scratch;
 
+float load_element(const void* data, Element element, int64_t at) {
+  return element == Element::float32 ? static_cast<const float*>(data)[at]
+                                     : to_float(static_cast<const Bfloat16*>(data)[at]);
+}
+
+void store_element(void* data, Element element, int64_t at, float value) {
+  if (element == Element::float32)
+    static_cast<float*>(data)[at] = value;
+  else
+    static_cast<Bfloat16*>(data)[at] = to_bfloat16(value);
+}
+
 // Where a kernel tap reads: `shift` pixels further in the phase `phase` of a grid that takes every `step`-th pixel.
 struct Tap {
   int64_t phase, shift;
@@ -237,18 +249,20 @@ void ConvPlan::build(const ConvShape& s, bool input_gradient, const int64_t* pos
 }
 
 // Packs `window` of planes [plane, plane + count) into lines [plane][row][col][image block].
+template <typename E>
 void ConvPlan::pack(const Maps& maps, const Side& side, int64_t plane, int64_t count, const Window& window,
                     float* lines, int64_t line_plane, int64_t line_row) const {
   const Phase& phase = side.phases[plane / side.channels];
   const int64_t channel = plane % side.channels, tile_blocks = tiling_.tile_blocks;
-  const LineKernels& kernels = line_kernels();
+  const MapKernels<E>& kernels = line_kernels().of<E>();
+  E* data = static_cast<E*>(maps.data);
   // Columns that exist in the maps: phase.col + x * step in [0, width).
   const int64_t cols = divide_up(side.width - phase.col, side.step_w), rows = divide_up(side.height - phase.row, side.step_h);
   const int64_t left = std::clamp<int64_t>(0, window.col_begin, window.col_end);
   const int64_t right = std::clamp<int64_t>(cols, left, window.col_end);
   for (int64_t y = window.row_begin; y < window.row_end; ++y, lines += line_row * kLanes) {
     const auto clear = [&](int64_t begin, int64_t end) {
-      kernels.copy(nullptr, 0, 0, lines + (begin - window.col_begin) * tile_blocks * kLanes, line_plane * kLanes, kLanes,
+      kernels.pack(nullptr, 0, 0, lines + (begin - window.col_begin) * tile_blocks * kLanes, line_plane * kLanes, kLanes,
                    count, (end - begin) * tile_blocks);
     };
     if (y < 0 || y >= rows || left == right) {
@@ -262,22 +276,22 @@ void ConvPlan::pack(const Maps& maps, const Side& side, int64_t plane, int64_t c
       const int valid = static_cast<int>(std::clamp<int64_t>(maps.images - first_image, 0, kLanes));
       float* to = lines + ((left - window.col_begin) * tile_blocks + b) * kLanes;
       if (b >= window.blocks || valid == 0) {
-        kernels.copy(nullptr, 0, 0, to, line_plane * kLanes, tile_blocks * kLanes, count, right - left);
+        kernels.pack(nullptr, 0, 0, to, line_plane * kLanes, tile_blocks * kLanes, count, right - left);
         continue;
       }
       if (maps.lines) {
-        const float* from = maps.data + (((window.block + b) * side.channels + channel) * side.height + y * side.step_h + phase.row) * side.width * kLanes +
+        const E* from = data + (((window.block + b) * side.channels + channel) * side.height + y * side.step_h + phase.row) * side.width * kLanes +
                             (left * side.step_w + phase.col) * kLanes;
         const int64_t from_plane = side.height * side.width * kLanes, from_step = side.step_w * kLanes;
         if (maps.scale)
-          kernels.copy_affine(from, from_plane, from_step, to, line_plane * kLanes, tile_blocks * kLanes, count,
+          kernels.pack_affine(from, from_plane, from_step, to, line_plane * kLanes, tile_blocks * kLanes, count,
                               right - left, maps.scale + channel, maps.shift + channel, maps.relu);
         else
-          kernels.copy(from, from_plane, from_step, to, line_plane * kLanes, tile_blocks * kLanes, count, right - left);
+          kernels.pack(from, from_plane, from_step, to, line_plane * kLanes, tile_blocks * kLanes, count, right - left);
         continue;
       }
       const int64_t step = side.step_w * maps.stride_w;
-      const float* from = maps.data + first_image * maps.stride_n + channel * maps.stride_c +
+      const E* from = data + first_image * maps.stride_n + channel * maps.stride_c +
                           (y * side.step_h + phase.row) * maps.stride_h + (left * side.step_w + phase.col) * maps.stride_w;
       if (maps.stride_c == 1) {
         for (int64_t x = 0; x < right - left; ++x)
@@ -297,11 +311,13 @@ void ConvPlan::pack(const Maps& maps, const Side& side, int64_t plane, int64_t c
 }
 
 // The way back, for pixels that exist: from lines [plane][row][col][image block] to the maps.
+template <typename E>
 void ConvPlan::unpack(const Maps& maps, const Side& side, int64_t plane, int64_t count, const Window& window,
                       const float* lines, int64_t line_plane, int64_t line_row) const {
   const Phase& phase = side.phases[plane / side.channels];
   const int64_t channel = plane % side.channels, tile_blocks = tiling_.tile_blocks;
-  const LineKernels& kernels = line_kernels();
+  const MapKernels<E>& kernels = line_kernels().of<E>();
+  E* data = static_cast<E*>(maps.data);
   const int64_t cols = std::min(window.col_end, divide_up(side.width - phase.col, side.step_w)) - window.col_begin;
   const int64_t rows = std::min(window.row_end, divide_up(side.height - phase.row, side.step_h));
   const int64_t step = side.step_w * maps.stride_w;
@@ -312,12 +328,12 @@ void ConvPlan::unpack(const Maps& maps, const Side& side, int64_t plane, int64_t
       const float* from = lines + b * kLanes;
       const int64_t map_row = y * side.step_h + phase.row, map_col = window.col_begin * side.step_w + phase.col;
       if (maps.lines) {
-        float* to = maps.data + (((window.block + b) * side.channels + channel) * side.height + map_row) * side.width * kLanes + map_col * kLanes;
-        kernels.copy(from, line_plane * kLanes, tile_blocks * kLanes, to, side.height * side.width * kLanes,
+        E* to = data + (((window.block + b) * side.channels + channel) * side.height + map_row) * side.width * kLanes + map_col * kLanes;
+        kernels.unpack(from, line_plane * kLanes, tile_blocks * kLanes, to, side.height * side.width * kLanes,
                      side.step_w * kLanes, count, cols);
         continue;
       }
-      float* to = maps.data + first_image * maps.stride_n + channel * maps.stride_c + map_row * maps.stride_h + map_col * maps.stride_w;
+      E* to = data + first_image * maps.stride_n + channel * maps.stride_c + map_row * maps.stride_h + map_col * maps.stride_w;
       if (maps.stride_c == 1) {
         for (int64_t x = 0; x < cols; ++x)
           kernels.store(from + x * tile_blocks * kLanes, line_plane * kLanes, to + x * step, maps.stride_n, valid, count);
@@ -362,9 +378,9 @@ ConvPlan::Window ConvPlan::strip(int64_t index, int64_t images) const {
   return w;
 }
 
-// Tiles can be used where they belong if they are made of lines, pixel after pixel.
+// Tiles can be used where they belong if they are made of lines as kernels know them, pixel after pixel.
 bool ConvPlan::is_direct(const Maps& maps) const {
-  return maps.lines && out_.step_h == 1 && out_.step_w == 1 && tiling_.tile_blocks == 1;
+  return maps.lines && maps.element == Element::float32 && out_.step_h == 1 && out_.step_w == 1 && tiling_.tile_blocks == 1;
 }
 
 // Calls visit(first plane, planes) for the parts of output planes [first, last) that lie in one phase each.
@@ -387,6 +403,7 @@ void ConvPlan::for_each_tile(const Maps& in, const Maps& maps, const PlaneBlock&
   const EntryRow* begin = std::lower_bound(rows_.data() + block.row_begin, rows_end, first, before);
   const EntryRow* end = std::lower_bound(begin, rows_end, last, before);
   if (begin == end) return;
+  const auto pack = with_element(in.element, [](auto e) { return &ConvPlan::pack<decltype(e)>; });
   Window read{0, strip.row_begin + min_row_shift_, strip.col_begin + min_col_shift_, strip.col_end + max_col_shift_,
               strip.block, strip.blocks};
   for (int64_t y = strip.row_begin, next; y < strip.row_end; y = next) {
@@ -394,12 +411,12 @@ void ConvPlan::for_each_tile(const Maps& in, const Maps& maps, const PlaneBlock&
     read.row_begin = read.row_end;  // the rows before are there from the last tile
     read.row_end = next + max_row_shift_;
     float* place = patch + (read.row_begin - strip.row_begin - min_row_shift_) * patch_row_ * kLanes;
-    pack(in, in_, block.first, block.count, read, place, patch_plane_, patch_row_);
+    (this->*pack)(in, in_, block.first, block.count, read, place, patch_plane_, patch_row_);
     Tile tile;
     if (is_direct(maps)) {
       tile.plane = out_.height * out_.width * kLanes;
       tile.pitch = out_.width * kLanes;
-      tile.lines = maps.data + strip.block * out_.channels * tile.plane + y * tile.pitch + strip.col_begin * kLanes;
+      tile.lines = static_cast<float*>(maps.data) + strip.block * out_.channels * tile.plane + y * tile.pitch + strip.col_begin * kLanes;
     } else {
       tile.plane = strip_plane_ * kLanes;
       tile.pitch = strip_row_ * kLanes;
@@ -410,17 +427,19 @@ void ConvPlan::for_each_tile(const Maps& in, const Maps& maps, const PlaneBlock&
   }
 }
 
-void ConvPlan::forward(const float* weight, const Maps& in, const Maps& out, const float* bias, bool accumulate,
-                       int threads) const {
+void ConvPlan::forward(const void* weight, Element element, const Maps& in, const Maps& out, const float* bias,
+                       bool accumulate, int threads) const {
   const LineKernels& kernels = line_kernels();
   const int64_t strips = count_strips(in.images), chunk = chunk_rows(strips, threads);
   const int64_t chunks = divide_up(out_.planes(), chunk), entries = non_zeros();
   const bool direct = is_direct(out);
   float* values = entry_scratch.floats(entries);
+  const auto pack = with_element(out.element, [](auto e) { return &ConvPlan::pack<decltype(e)>; });
+  const auto unpack = with_element(out.element, [](auto e) { return &ConvPlan::unpack<decltype(e)>; });
 #pragma omp parallel num_threads(std::max(threads, 1))
   {
 #pragma omp for schedule(static)
-    for (int64_t k = 0; k < entries; ++k) values[k] = weight[places_[k]];
+    for (int64_t k = 0; k < entries; ++k) values[k] = load_element(weight, element, places_[k]);
     float* patch = patch_scratch.floats(most_planes_ * patch_plane_ * kLanes);
     float* sums = direct ? nullptr : strip_scratch.floats(chunk * strip_plane_ * kLanes);
     // Consecutive items share their images, and a thread takes consecutive items: so the thread that writes a line is
@@ -433,7 +452,7 @@ void ConvPlan::forward(const float* weight, const Maps& in, const Maps& out, con
       const auto place = [&](int64_t plane) { return sums + (plane - first) * strip_plane_ * kLanes; };
       if (accumulate && !direct)
         for_each_phase(first, last, [&](int64_t plane, int64_t count) {
-          pack(out, out_, plane, count, pixels, place(plane), strip_plane_, strip_row_);
+          (this->*pack)(out, out_, plane, count, pixels, place(plane), strip_plane_, strip_row_);
         });
       for (const PlaneBlock& block : blocks_) {
         const bool start = &block == blocks_.data() && !accumulate;
@@ -444,13 +463,14 @@ void ConvPlan::forward(const float* weight, const Maps& in, const Maps& out, con
       }
       if (!direct)
         for_each_phase(first, last, [&](int64_t plane, int64_t count) {
-          unpack(out, out_, plane, count, pixels, place(plane), strip_plane_, strip_row_);
+          (this->*unpack)(out, out_, plane, count, pixels, place(plane), strip_plane_, strip_row_);
         });
     }
   }
 }
 
-void ConvPlan::weight_grad(const Maps& in, const Maps& grad_out, float* grads, bool scatter, int threads) const {
+void ConvPlan::weight_grad(const Maps& in, const Maps& grad_out, void* grads, Element element, bool scatter,
+                           int threads) const {
   const LineKernels& kernels = line_kernels();
   // The strips are summed in parts, each on its own, and the parts in their order: how many there are must not depend
   // on the number of threads. Within a part the output planes can be shared out freely.
@@ -459,6 +479,7 @@ void ConvPlan::weight_grad(const Maps& in, const Maps& grad_out, float* grads, b
   const int64_t chunk = chunk_rows(parts, threads), chunks = divide_up(out_.planes(), chunk);
   const bool direct = is_direct(grad_out);
   float* sums = entry_scratch.floats(parts * entries);
+  const auto pack = with_element(grad_out.element, [](auto e) { return &ConvPlan::pack<decltype(e)>; });
 #pragma omp parallel num_threads(std::max(threads, 1))
   {
     float* patch = patch_scratch.floats(most_planes_ * patch_plane_ * kLanes);
@@ -471,7 +492,7 @@ void ConvPlan::weight_grad(const Maps& in, const Maps& grad_out, float* grads, b
       for (int64_t s = strips * part / parts; s < strips * (part + 1) / parts; ++s) {
         const Window pixels = strip(s, in.images);
         const int64_t lines = (pixels.col_end - pixels.col_begin) * tiling_.tile_blocks;
-        if (!direct) pack(grad_out, out_, first, last - first, pixels, tiles, strip_plane_, strip_row_);
+        if (!direct) (this->*pack)(grad_out, out_, first, last - first, pixels, tiles, strip_plane_, strip_row_);
         for (const PlaneBlock& block : blocks_)
           for_each_tile(in, grad_out, block, pixels, first, last, patch, tiles,
                         [&](const EntryRow* begin, const EntryRow* end, Patch from, Tile tile, int64_t rows) {
@@ -480,12 +501,12 @@ void ConvPlan::weight_grad(const Maps& in, const Maps& grad_out, float* grads, b
       }
     }
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < (scatter ? 0 : count_); ++i) grads[i] = 0.0f;  // padding
+    for (int64_t i = 0; i < (scatter ? 0 : count_); ++i) static_cast<float*>(grads)[i] = 0.0f;  // padding
 #pragma omp for schedule(static)
     for (int64_t k = 0; k < entries; ++k) {
       float sum = 0;
       for (int64_t part = 0; part < parts; ++part) sum += sums[part * entries + k];
-      grads[scatter ? places_[k] : sources_[k]] = sum;
+      store_element(grads, element, scatter ? places_[k] : sources_[k], sum);
     }
   }
 }

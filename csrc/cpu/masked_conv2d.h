@@ -22,13 +22,14 @@ struct ConvShape {
 // Lines can be read through the normalization before the convolution: as scale[c] * x + shift[c], with `relu` no less
 // than zero. That saves one pass over the maps, and keeping them for the backward pass.
 struct Maps {
-  float* data;
+  void* data;
   int64_t images;
   int64_t stride_n, stride_c, stride_h, stride_w;
   bool lines;
   const float* scale = nullptr;
   const float* shift = nullptr;
   bool relu = false;
+  Element element = Element::float32;
 };
 
 // How the work is cut up. `choose_tiling` gives one; what it holds does not change any result, only the time.
@@ -51,15 +52,16 @@ class ConvPlan {
   ConvPlan(const ConvShape& shape, bool input_gradient, const int64_t* positions, int64_t count, Tiling tiling);
 
   // out = bias + sum of weight[position] * in, or with `accumulate` out += that sum, without bias.
-  // weight: the dense weight, with the strides of the shape; bias: [out_channels] or null, for a plan of the forward
-  // pass.
-  void forward(const float* weight, const Maps& in, const Maps& out, const float* bias, bool accumulate,
-               int threads) const;
+  // weight: the dense weight, of `element`, with the strides of the shape; bias: [out_channels] or null, for a plan of
+  // the forward pass.
+  void forward(const void* weight, Element element, const Maps& in, const Maps& out, const float* bias,
+               bool accumulate, int threads) const;
 
-  // grads[i] = dloss/dweight[positions[i]], 0 at padding; or, with `scatter`, written to the places of the positions in
-  // a tensor with the weight's strides, and nowhere else. For a plan of the forward pass. The sums are formed in an
+  // grads[i] = dloss/dweight[positions[i]], float32, 0 at padding; or, with `scatter`, written to the places of the
+  // positions in a tensor of `element` with the weight's strides, and nowhere else. For a plan of the forward pass. The sums are formed in an
   // order that does not depend on `threads`.
-  void weight_grad(const Maps& in, const Maps& grad_out, float* grads, bool scatter, int threads) const;
+  void weight_grad(const Maps& in, const Maps& grad_out, void* grads, Element element, bool scatter,
+                   int threads) const;
 
   const Tiling& tiling() const { return tiling_; }
   int64_t non_zeros() const { return static_cast<int64_t>(offsets_.size()); }
@@ -83,8 +85,10 @@ class ConvPlan {
 
   void build(const ConvShape& shape, bool input_gradient, const int64_t* positions, int64_t count, int64_t images,
              const Tiling* tiling);
+  template <typename E>
   void pack(const Maps& maps, const Side& side, int64_t plane, int64_t count, const Window& window, float* lines,
             int64_t line_plane, int64_t line_row) const;
+  template <typename E>
   void unpack(const Maps& maps, const Side& side, int64_t plane, int64_t count, const Window& window,
               const float* lines, int64_t line_plane, int64_t line_row) const;
   int64_t chunk_rows(int64_t strips, int threads) const;

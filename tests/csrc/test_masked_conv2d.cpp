@@ -1,6 +1,7 @@
 // ConvPlan against a convolution written out in double, in buffers of exactly the sizes it is told, so that a sanitizer
 // sees a step outside. What must be written starts as NaN, and so does what must not be read.
 #include "masked_conv2d.h"
+#include "elements.h"
 
 #include <algorithm>
 #include <cmath>
@@ -42,11 +43,12 @@ Dense draw_dense(int64_t n, int64_t c, int64_t h, int64_t w) {
 
 enum Layout { kContiguous, kChannelsLast, kGaps, kTransposed, kLines };
 
-// The memory behind Maps, NaN at first; with kGaps some of it belongs to no pixel.
+Element draw_element() { return draw(0, 2) ? Element::float32 : Element::bfloat16; }
+
+// The memory behind Maps; with kGaps some of it belongs to no pixel.
 struct Buffer {
   Maps maps{};
-  int64_t size = 0;
-  std::unique_ptr<float[]> memory;
+  std::optional<Elements> memory;
 
   Buffer(const Dense& shape, Layout layout) {
     const auto [n, c, h, w] = std::tuple(shape.n, shape.c, shape.h, shape.w);
@@ -55,11 +57,11 @@ struct Buffer {
     if (layout == kChannelsLast) set_strides(h * w * c, 1, w * c, c);
     if (layout == kTransposed) set_strides(1, n * w * h, n, n * h);
     if (layout == kGaps) set_strides(c * (h * (w + 2) + 3) + 5, h * (w + 2) + 3, w + 2, 1);
-    size = layout == kLines ? (n + kLanes - 1) / kLanes * c * h * w * kLanes
+    const int64_t size = layout == kLines ? (n + kLanes - 1) / kLanes * c * h * w * kLanes
                             : 1 + (n - 1) * maps.stride_n + (c - 1) * maps.stride_c + (h - 1) * maps.stride_h + (w - 1) * maps.stride_w;
-    memory.reset(new float[size]);
-    maps.data = memory.get();
-    std::fill_n(memory.get(), size, kNaN);
+    memory.emplace(draw_element(), size);
+    maps.data = memory->data();
+    maps.element = memory->element;
   }
 
   void set_strides(int64_t n, int64_t c, int64_t h, int64_t w) {
@@ -69,18 +71,18 @@ struct Buffer {
     maps.stride_w = w;
   }
 
-  float& at(const Dense& shape, int64_t n, int64_t c, int64_t h, int64_t w) {
-    if (maps.lines) return memory[((((n / kLanes) * shape.c + c) * shape.h + h) * shape.w + w) * kLanes + n % kLanes];
-    return memory[n * maps.stride_n + c * maps.stride_c + h * maps.stride_h + w * maps.stride_w];
+  int64_t at(const Dense& shape, int64_t n, int64_t c, int64_t h, int64_t w) const {
+    if (maps.lines) return ((((n / kLanes) * shape.c + c) * shape.h + h) * shape.w + w) * kLanes + n % kLanes;
+    return n * maps.stride_n + c * maps.stride_c + h * maps.stride_h + w * maps.stride_w;
   }
 
   // Lanes of images that are not there hold zero.
   void fill(const Dense& dense) {
-    if (maps.lines) std::fill_n(memory.get(), size, 0.0f);
+    for (int64_t i = 0; maps.lines && i < memory->size; ++i) memory->set(i, 0);
     for (int64_t n = 0; n < dense.n; ++n)
       for (int64_t c = 0; c < dense.c; ++c)
         for (int64_t h = 0; h < dense.h; ++h)
-          for (int64_t w = 0; w < dense.w; ++w) at(dense, n, c, h, w) = static_cast<float>(dense.at(n, c, h, w));
+          for (int64_t w = 0; w < dense.w; ++w) memory->set(at(dense, n, c, h, w), static_cast<float>(dense.at(n, c, h, w)));
   }
 };
 
@@ -187,7 +189,10 @@ std::optional<Tiling> draw_tiling() {
   std::exit(1);
 }
 
-bool close(double got, double expected, double magnitude) { return std::fabs(got - expected) <= 2e-6 * magnitude + 1e-30; }
+// Up to the rounding of sums in float32, and with bfloat16 operands or results up to theirs.
+bool close(double got, double expected, double magnitude, bool exact) {
+  return std::fabs(got - expected) <= (exact ? 2e-6 : 0.02) * magnitude + 1e-30;
+}
 
 ConvPlan make_plan(const Problem& p, bool input_gradient, int64_t images) {
   const std::optional<Tiling> tiling = draw_tiling();
@@ -224,22 +229,24 @@ void check_forward(const Problem& p, bool input_gradient, const Dense& in, Dense
       (input_gradient ? magnitude.at(n, e.in, h, w) : magnitude.at(n, e.out, y, x)) += std::fabs(product);
     });
   }
-  plan.forward(p.weight.data(), from.maps, to.maps, with_bias ? bias.data() : nullptr, accumulate, threads);
+  plan.forward(p.weight.data(), Element::float32, from.maps, to.maps, with_bias ? bias.data() : nullptr, accumulate, threads);
   for (int64_t n = 0; n < in.n; ++n)
     for (int64_t c = 0; c < expected.c; ++c)
       for (int64_t h = 0; h < expected.h; ++h)
         for (int64_t w = 0; w < expected.w; ++w) {
-          float& got = to.at(expected, n, c, h, w);
-          if (!close(got, expected.at(n, c, h, w), magnitude.at(n, c, h, w)))
+          const int64_t place = to.at(expected, n, c, h, w);
+          const float got = to.memory->get(place);
+          const bool exact = from.maps.element == Element::float32 && to.maps.element == Element::float32;
+          if (!close(got, expected.at(n, c, h, w), magnitude.at(n, c, h, w), exact))
             fail(input_gradient ? accumulate ? "accumulated input gradient" : "input gradient"
                  : accumulate   ? "accumulated output"
                                 : "output",
                  p, in.n, plan);
-          got = kNaN;
+          to.memory->set(place, kNaN);
         }
   // What belongs to no image: untouched, and in lines as zero as it was read.
-  for (int64_t i = 0; i < to.size; ++i)
-    if (!(std::isnan(to.memory[i]) || (to.maps.lines && (with_bias || to.memory[i] == 0))))
+  for (int64_t i = 0; i < to.memory->size; ++i)
+    if (!(std::isnan(to.memory->get(i)) || (to.maps.lines && (with_bias || to.memory->get(i) == 0))))
       fail("memory between the maps", p, in.n, plan);
 }
 
@@ -258,17 +265,18 @@ void check_weight_grad(const Problem& p, const Dense& in, const Dense& grad_out,
     });
   const bool scatter = draw(0, 1);
   const int64_t size = static_cast<int64_t>(scatter ? p.weight.size() : p.positions.size());
-  const std::unique_ptr<float[]> grads(new float[size]);
-  std::fill_n(grads.get(), size, kNaN);
-  plan.weight_grad(from.maps, grad.maps, grads.get(), scatter, threads);
+  Elements grads(scatter ? draw_element() : Element::float32, size);
+  plan.weight_grad(from.maps, grad.maps, grads.data(), grads.element, scatter, threads);
+  const bool exact = from.maps.element == Element::float32 && grad.maps.element == Element::float32 &&
+                     grads.element == Element::float32;
   for (size_t i = 0; i < p.positions.size(); ++i) {
     if (scatter && p.positions[i] < 0) continue;
-    float& got = grads[scatter ? p.places[i] : static_cast<int64_t>(i)];
-    if (!close(got, expected[i], magnitude[i])) fail("weight gradient", p, in.n, plan);
-    got = kNaN;
+    const int64_t place = scatter ? p.places[i] : static_cast<int64_t>(i);
+    if (!close(grads.get(place), expected[i], magnitude[i], exact)) fail("weight gradient", p, in.n, plan);
+    grads.set(place, kNaN);
   }
   for (int64_t i = 0; i < size; ++i)
-    if (!std::isnan(grads[i])) fail("weight gradient at other positions", p, in.n, plan);
+    if (!std::isnan(grads.get(i))) fail("weight gradient at other positions", p, in.n, plan);
 }
 
 }  // namespace
