@@ -135,7 +135,7 @@ def _choose(
     padded = -(-images // _LANES) * _LANES / max(images, 1)
     costs = [_COSTS[op][name] for name in passes]
     sparse = padded * sum(cost.non_zero * non_zeros + cost.channel * channels for cost in costs)
-    dense = len(passes) * math.prod(weight_shape)
+    dense = float(len(passes) * math.prod(weight_shape))
     if dtype == torch.bfloat16 and _multiplies_bfloat16():
         dense /= _DENSE_BFLOAT16
     ratio = dense / max(sparse, 1)

@@ -499,6 +499,54 @@ class Apply(Step):
 
 
 @dataclasses.dataclass(frozen=True)
+class Window(Step):
+    """Channels, rows and columns of a register, with a constant around them.
+
+    ``index``: slices of the three; ``before`` and ``after``: how many more there are of each, with ``value``.
+    """
+
+    index: tuple[slice, slice, slice]
+    before: Shape
+    after: Shape
+    value: float
+    source: int
+    out: int
+
+    def reads(self) -> Sequence[int]:
+        return (self.source,)
+
+    def writes(self) -> int:
+        return self.out
+
+    def shape(self, shapes: list[Shape], operands: Operands) -> Shape:
+        taken = (len(range(size)[i]) for size, i in zip(shapes[self.source], self.index, strict=True))
+        channels, height, width = map(sum, zip(taken, self.before, self.after, strict=True))
+        if not channels * height * width:
+            raise Unfit("a window without maps")
+        return channels, height, width
+
+    def _inside(self, out: Tensor) -> Tensor:
+        """What of a result, or its gradient, comes from the source."""
+        sizes = zip(self.before, out.shape[1:4], self.after, strict=True)
+        return out[(slice(None), *(slice(before, size - after) for before, size, after in sizes))]
+
+    def forward(self, run: _Run) -> None:
+        out = run.values[self.out] = run.new(self.out)
+        if any((*self.before, *self.after)):
+            out.fill_(self.value)
+        self._inside(out).copy_(run.value(self.source)[(slice(None), *self.index)])
+
+    def backward(self, back: _Back) -> None:
+        grad = back.take(self.out)
+        if grad is None or not back.wanted[self.source]:
+            return
+        held = back.grads[self.source]
+        if held is None:
+            held = back.grads[self.source] = back.new(self.source).zero_()
+        held[(slice(None), *self.index)].add_(self._inside(grad))
+
+
+@dataclasses.dataclass(frozen=True)
 class MaxPool(Step):
     """Maximum over windows, for settings as ``F.max_pool2d`` takes them (pairs)."""
 

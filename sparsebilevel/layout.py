@@ -208,6 +208,22 @@ class _Builder:
         self.steps.append(lines.Apply(function, source, out))
         return out
 
+    def window(
+        self,
+        value: int | _Pending,
+        index: Sequence[slice],
+        before: Sequence[int] = (),
+        after: Sequence[int] = (),
+        fill: float = 0.0,
+    ) -> int:
+        """``index`` as indices are given, first channels; ``before`` and ``after`` as padding is, first columns."""
+        source = self.register(value)
+        out = self.new()
+        channels, rows, cols = *index, *[slice(None)] * (3 - len(index))
+        (w0, h0, c0), (w1, h1, c1) = ((*sizes, 0, 0, 0)[:3] for sizes in (before, after))
+        self.steps.append(lines.Window((channels, rows, cols), (c0, h0, w0), (c1, h1, w1), fill, source, out))
+        return out
+
     def max_pool(self, value: int | _Pending, module: nn.MaxPool2d) -> int:
         kernel, stride, padding, dilation = map(
             _pair, (module.kernel_size, module.stride, module.padding, module.dilation)
@@ -288,11 +304,11 @@ class _Segment:
             return builder.apply(operands[0], functools.partial(_out_of_place, module))
         if kind == "slice":
             index: Any = node.args[1]
-            return builder.apply(operands[0], operator.itemgetter(index))
+            return builder.window(operands[0], index[1:])
         if kind == "pad":
-            value: Any = node.kwargs.get("value")
             pad: Any = node.args[1] if len(node.args) > 1 else node.kwargs["pad"]
-            return builder.apply(operands[0], functools.partial(F.pad, pad=(0, 0, *pad), value=value))
+            value: Any = node.kwargs.get("value")
+            return builder.window(operands[0], (), pad[::2], pad[1::2], value or 0.0)
         return operands[0]  # "same"
 
     def __call__(self, state: _State, model: nn.Module, *inputs: Any) -> tuple[Any, ...]:
