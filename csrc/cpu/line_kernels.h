@@ -64,6 +64,9 @@ struct LineKernels {
   void (*copy)(const float* from, int64_t from_plane, int64_t from_step, float* to, int64_t to_plane, int64_t to_step,
                int64_t planes, int64_t count);
 
+  // `rows` x `count` floats, rows so many floats apart.
+  void (*copy_rows)(const float* from, int64_t from_row, float* to, int64_t to_row, int64_t rows, int64_t count);
+
   // As copy, of scale[p] * line + shift[p], with `relu` no less than zero.
   void (*copy_affine)(const float* from, int64_t from_plane, int64_t from_step, float* to, int64_t to_plane,
                       int64_t to_step, int64_t planes, int64_t count, const float* scale, const float* shift,

@@ -162,6 +162,15 @@ void copy(const float* from, int64_t from_plane, int64_t from_step, float* to, i
   }
 }
 
+void copy_rows(const float* from, int64_t from_row, float* to, int64_t to_row, int64_t rows, int64_t count) {
+  for (; rows > 0; --rows, from += from_row, to += to_row) {
+    int64_t x = 0;
+    for (; x + Vector::kWidth <= count; x += Vector::kWidth) Vector::store(to + x, Vector::load(from + x));
+    const int rest = static_cast<int>(count - x);
+    if (rest) Vector::store_first(to + x, Vector::load_first(from + x, rest), rest);
+  }
+}
+
 void copy_affine(const float* from, int64_t from_plane, int64_t from_step, float* to, int64_t to_plane,
                  int64_t to_step, int64_t planes, int64_t count, const float* scale, const float* shift, bool relu) {
   for (int64_t p = 0; p < planes; ++p, to += to_plane, from += from_plane) {
@@ -344,6 +353,7 @@ LineKernels make_table() {
   table.load = load;
   table.store = store;
   table.copy = copy;
+  table.copy_rows = copy_rows;
   table.copy_affine = copy_affine;
   table.moments = moments;
   table.normalize = normalize;
