@@ -54,7 +54,7 @@ class Support:
         non_zeros: how many weights that are.
     """
 
-    MOST_PLANS = 16  # for maps of so many sizes; the number of images is only a matter of how the work is cut up
+    MOST_PLANS = 16  # for maps of so many sizes, and batches
 
     def __init__(self, mask: Tensor) -> None:
         self._mask = mask
@@ -67,22 +67,32 @@ class Support:
         return self._mask.reshape(-1).nonzero().squeeze(1)
 
     def plan(
-        self, input_gradient: bool, maps: Sequence[int], weight: Tensor, geometry: Geometry, *, lines: bool = True
+        self,
+        input_gradient: bool,
+        maps: Sequence[int],
+        weight: Tensor,
+        geometry: Geometry,
+        operands: Sequence[Tensor | tuple] = (),
     ) -> Any:
         """Plan for input maps of shape ``[B, C, H, W]`` in the forward pass; the gradient's runs the other way.
 
-        Without ``lines``, for ordinary tensors alone: of a small batch, its lanes may be pixels.
+        ``operands``: the maps that it will get. Ordinary tensors have plans of their own, by their layout and the size
+        of the batch: where 16 images would leave lanes empty, pixels take them.
         """
         images, channels, *size = maps
-        few = 0 if lines or images >= LANES else images
-        key = (input_gradient, few, -(-images // LANES), channels, *size, geometry, weight.stride(), native.lib.isa())
+        layout = _layout(operands)
+        cut = -(-images // LANES) if layout == "lines" else images
+        key = (input_gradient, layout, cut, channels, *size, geometry, weight.stride(), native.lib.isa())
         plan = self._plans.get(key)
         if plan is None:
             out_size = geometry.output_size(size, weight.shape[2:])
             shape = [channels, *size, weight.shape[0], *out_size, *weight.shape[2:]]
             shape += [*geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups, *weight.stride()]
             positions = self.positions
-            plan = native.lib.ConvPlan(shape, input_gradient, positions.data_ptr(), positions.numel(), images, not few)
+            plan = native.lib.ConvPlan(
+                *(shape, input_gradient, positions.data_ptr(), positions.numel(), images),
+                getattr(native.lib.MapsLayout, layout),
+            )
             while len(self._plans) >= self.MOST_PLANS:
                 del self._plans[next(iter(self._plans))]
             self._plans[key] = plan
@@ -200,8 +210,16 @@ def from_lines(lines: Tensor, maps: Tensor) -> Tensor:
 
 
 def _is_planar(maps: Tensor) -> bool:
-    """Of NCHW maps a strip holds too short a piece of each row: they go through lines as a whole."""
+    """Of NCHW maps a strip of 16 images holds too short a piece of each row: they go through lines as a whole."""
     return maps.stride(1) != 1 and maps.shape[1] * maps.shape[2] * maps.shape[3] > maps.shape[1]
+
+
+def _layout(operands: Sequence[Tensor | tuple]) -> str:
+    """The name of a layout of csrc/cpu/masked_conv2d.h."""
+    maps = [m for m in operands if isinstance(m, Tensor)]
+    if not maps or len(maps) < len(operands):
+        return "lines"
+    return "planes" if any(map(_is_planar, maps)) else "pixels"
 
 
 def _source(maps: Tensor | tuple, plan: Any) -> tuple[Any, tuple]:
@@ -244,7 +262,7 @@ def conv2d(
     input: Tensor, weight: Tensor, support: Support, bias: Tensor | None, geometry: Geometry, output: Tensor
 ) -> Tensor:
     """Convolution with ``weight`` at ``support``, zero elsewhere, written into ``output``. Float32, any strides."""
-    plan = support.plan(False, input.shape, weight, geometry, lines=False)
+    plan = support.plan(False, input.shape, weight, geometry, (input, output))
     return _run(plan, weight, input, checked_bias(bias, weight), output)
 
 
@@ -252,7 +270,7 @@ def conv2d_input_grad(
     grad_output: Tensor, weight: Tensor, support: Support, geometry: Geometry, grad_input: Tensor
 ) -> Tensor:
     """Gradient of the input ``[B, C, H, W]``, written into ``grad_input``."""
-    plan = support.plan(True, grad_input.shape, weight, geometry, lines=False)
+    plan = support.plan(True, grad_input.shape, weight, geometry, (grad_output, grad_input))
     return _run(plan, weight, grad_output, None, grad_input)
 
 
@@ -280,19 +298,19 @@ def weight_grad(
     geometry: Geometry,
 ) -> tuple[Tensor, Tensor | None]:
     """The same, also for maps in lines as the extension takes them, ``input_shape`` being ``[B, C, H, W]``."""
-    lines = isinstance(input, tuple)
 
-    def run(plan: Any, grads: Tensor, scatter: bool) -> None:
+    def run(support: Support, weight: Tensor, grads: Tensor, scatter: bool) -> None:
+        plan = support.plan(False, input_shape, weight, geometry, (input, grad_output))
         source, grad = _source(input, plan), _source(grad_output, plan)  # both hold the memory that they name
         plan.weight_grad(source[1], grad[1], grads.data_ptr(), scatter, torch.get_num_threads())
 
     if positions is None:
         grad_weight = _zeros_like(weight)
         # Of the gradient's strides: they differ from the weight's if that is a slice of something.
-        run(support.plan(False, input_shape, grad_weight, geometry, lines=lines), grad_weight, True)
+        run(support, grad_weight, grad_weight, True)
         return grad_weight, None
     learning = learning_support(mask, positions)
     grads = torch.zeros(learning.positions.numel() + 1, dtype=weight.dtype)  # the last one is what padding takes
-    run(learning.plan(False, input_shape, weight, geometry, lines=lines), grads, False)
+    run(learning, weight, grads, False)
     active = torch.where(learning.active, grads[:-1], 0)
     return _zeros_like(weight).put_(learning.positions, active), grads[learning.wanted]

@@ -140,14 +140,21 @@ Tiling choose_pixel_tiling(int64_t grid_h, int64_t grid_w, int64_t halo_h, int64
   return t;
 }
 
-// Of a line of pixels beside one of images: most begin anywhere in a cache line, so that they are two to load.
-constexpr double kPixelSpeed = 0.6;
+// How fast one way is beside the other: the part of the lanes that hold something, times what was measured. Lines of
+// pixels begin anywhere in a cache line if there is a halo, so that most are two to load; NCHW maps are made lines of
+// images and back as a whole.
+double image_speed(int64_t images, MapsLayout layout) {
+  constexpr double kPlanes = 0.65;
+  const double used = static_cast<double>(images) / static_cast<double>(divide_up(images, kLanes) * kLanes);
+  return layout == MapsLayout::planes ? used * kPlanes : used;
+}
 
-// The part of the lanes that hold something: how much faster than that no kernel can be.
-double used_lanes(const Tiling& t, int64_t grid_h, int64_t grid_w, int64_t halo_w, int64_t images) {
-  if (t.block_images == kLanes) return static_cast<double>(images) / (divide_up(images, kLanes) * kLanes);
+double pixel_speed(const Tiling& t, int64_t grid_h, int64_t grid_w, int64_t halo_h, int64_t halo_w) {
+  constexpr double kUnaligned = 0.8;
   const int64_t strips = divide_up(grid_h, t.strip_rows) * divide_up(grid_w, t.tile_cols);
-  return static_cast<double>(grid_h * grid_w) / (strips * flat_lines(t.strip_rows, t.tile_cols, t.tile_cols + halo_w) * kLanes);
+  const int64_t lines = strips * flat_lines(t.strip_rows, t.tile_cols, t.tile_cols + halo_w);
+  const double used = static_cast<double>(grid_h * grid_w) / static_cast<double>(lines * kLanes);
+  return halo_h + halo_w > 0 ? used * kUnaligned : used;
 }
 
 }  // namespace
@@ -158,17 +165,17 @@ struct ConvPlan::Window {
 };
 
 ConvPlan::ConvPlan(const ConvShape& shape, bool input_gradient, const int64_t* positions, int64_t count,
-                   int64_t images, bool lines) {
-  build(shape, input_gradient, positions, count, images, lines, nullptr);
+                   int64_t images, MapsLayout layout) {
+  build(shape, input_gradient, positions, count, images, layout, nullptr);
 }
 
 ConvPlan::ConvPlan(const ConvShape& shape, bool input_gradient, const int64_t* positions, int64_t count,
                    Tiling tiling) {
-  build(shape, input_gradient, positions, count, 0, false, &tiling);
+  build(shape, input_gradient, positions, count, 0, MapsLayout::lines, &tiling);
 }
 
 void ConvPlan::build(const ConvShape& s, bool input_gradient, const int64_t* positions, int64_t count, int64_t images,
-                     bool lines, const Tiling* tiling) {
+                     MapsLayout layout, const Tiling* tiling) {
   const int64_t group_in = s.channels / s.groups, group_out = s.out_channels / s.groups;
   const int64_t taps = s.kernel_h * s.kernel_w, fan_in = group_in * taps;
   if (s.out_channels * fan_in > UINT32_MAX) throw std::length_error("a weight of more than 2^32 elements");
@@ -215,10 +222,9 @@ void ConvPlan::build(const ConvShape& s, bool input_gradient, const int64_t* pos
   } else {
     const int max_tile = line_kernels().max_tile;
     tiling_ = choose_tiling(grid_h_, grid_w_, halo_h, halo_w, divide_up(images, kLanes), in_.planes(), per_pair, max_tile);
-    if (!lines) {
+    if (layout != MapsLayout::lines) {
       const Tiling pixels = choose_pixel_tiling(grid_h_, grid_w_, halo_h, halo_w, images, in_.planes(), per_pair, max_tile);
-      const auto used = [&](const Tiling& t) { return used_lanes(t, grid_h_, grid_w_, halo_w, images); };
-      if (used(pixels) * kPixelSpeed > used(tiling_)) tiling_ = pixels;
+      if (pixel_speed(pixels, grid_h_, grid_w_, halo_h, halo_w) > image_speed(images, layout)) tiling_ = pixels;
     }
   }
 
@@ -462,7 +468,12 @@ void ConvPlan::unpack(const Maps& maps, const Side& side, int64_t plane, int64_t
 int64_t ConvPlan::chunk_rows(int64_t strips, int threads) const {
   const int64_t planes = out_.planes(), strip = strip_plane_ * kLanes * static_cast<int64_t>(sizeof(float));
   int64_t chunks = divide_up(planes * strip, std::max<int64_t>(caches().l2 / 2, strip));
-  while (threads > 1 && strips * chunks < 4 * threads && planes / (chunks + 1) >= 16) ++chunks;
+  const auto uneven = [&](int64_t items) {
+    // Few strips of few images: what they read is a good part of the work, and no more than an even share is wanted.
+    if (has_pixel_lanes()) return divide_up(items, threads) * threads - items > items / 4;
+    return items < 4 * threads;
+  };
+  while (threads > 1 && planes / (chunks + 1) >= 16 && uneven(strips * chunks)) ++chunks;
   return divide_up(divide_up(planes, chunks), 4) * 4;
 }
 

@@ -31,6 +31,10 @@ struct Maps {
   bool relu = false;
 };
 
+// What a plan is for: maps in lines, some of them at least; or ordinary tensors alone, pixels or planes being together
+// in memory (channels_last, NCHW). It only helps to choose.
+enum class MapsLayout { lines, pixels, planes };
+
 // How the work is cut up. `choose_tiling` gives one; what it holds changes results by rounding at most, and the time.
 struct Tiling {
   int tile_rows;         // pixels of a register tile: rows ...
@@ -48,9 +52,9 @@ struct Tiling {
 class ConvPlan {
  public:
   // positions [count]: flat row-major positions in the weight; negative ones are padding. `input_gradient` plans the
-  // transposed convolution, from the output's gradient to the input's. `lines`: some of the maps will be in lines.
+  // transposed convolution, from the output's gradient to the input's.
   ConvPlan(const ConvShape& shape, bool input_gradient, const int64_t* positions, int64_t count, int64_t images,
-           bool lines);
+           MapsLayout layout);
   // With a tiling of the caller's own.
   ConvPlan(const ConvShape& shape, bool input_gradient, const int64_t* positions, int64_t count, Tiling tiling);
 
@@ -87,7 +91,7 @@ class ConvPlan {
   struct Window;
 
   void build(const ConvShape& shape, bool input_gradient, const int64_t* positions, int64_t count, int64_t images,
-             bool lines, const Tiling* tiling);
+             MapsLayout layout, const Tiling* tiling);
   void check(const Maps& a, const Maps& b) const;
   void pack(const Maps& maps, const Side& side, int64_t plane, int64_t count, const Window& window, float* lines,
             int64_t line_plane, int64_t line_row) const;

@@ -206,7 +206,7 @@ ConvPlan make_plan(const Problem& p, bool input_gradient, int64_t images, bool l
   const std::optional<Tiling> tiling = draw_tiling(p.shape, lines);
   const auto count = static_cast<int64_t>(p.positions.size());
   return tiling ? ConvPlan(p.shape, input_gradient, p.positions.data(), count, *tiling)
-                : ConvPlan(p.shape, input_gradient, p.positions.data(), count, images, lines);
+                : ConvPlan(p.shape, input_gradient, p.positions.data(), count, images, lines ? MapsLayout::lines : pick({MapsLayout::pixels, MapsLayout::planes}));
 }
 
 // The forward pass, or the gradient of the input: `in` convolved into maps of the shape of `expected`.
