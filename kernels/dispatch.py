@@ -165,7 +165,7 @@ def lines_pay(images: int, pixels: int) -> bool:
     own, which is what counts for small images. Measured on ResNets and VGG, 1 to 12 images.
     """
     filled = images / (-(-images // _LANES) * _LANES)
-    return filled > (0.7 if pixels >= 48 * 48 else 0.25) or os.environ.get("SPARSEBILEVEL_BACKEND") == "sparse"
+    return filled > (0.75 if pixels >= 48 * 48 else 0.25) or os.environ.get("SPARSEBILEVEL_BACKEND") == "sparse"
 
 
 def _dense_library(
