@@ -171,7 +171,9 @@ def measure(case: Case, variants: Mapping[str, Variant], effort: Mapping[str, An
     """
     shape, stride = tuple(case.dense.weight.shape), math.prod(case.geometry.stride)
     op = "masked_linear" if len(shape) == 2 else "masked_conv2d"
-    rule = choose_backend(op, shape, torch.float32, torch.device("cpu"), int(case.mask.sum()), stride=stride)
+    x, _ = case.maps
+    size: dict[str, Any] = {"images": x.shape[0], "pixels": math.prod(x.shape[2:]) // stride, "stride": stride}
+    rule = choose_backend(op, shape, torch.float32, torch.device("cpu"), int(case.mask.sum()), **size)
     figures: dict[str, Any] = {"core_to_core_ns": core_to_core_ns(), "rule": rule.estimate, "left_out": {}}
     runs: dict[str, dict[str, Callable[[], Any]]] = {mode: {} for mode in MODES}
     with mock.patch.dict(os.environ, SPARSEBILEVEL_BACKEND="sparse"):
@@ -212,22 +214,23 @@ def measure_passes(case: Case, effort: Mapping[str, Any]) -> dict[str, Any]:
     x, weight = case.maps
     out = x.shape[0], weight.shape[0], *case.geometry.output_size(x.shape[2:], weight.shape[2:])
     support = active_support(case.mask.view(weight.shape))
-    plan, transposed = (support.plan(gradient, x.shape, weight, case.geometry) for gradient in (False, True))
-    grads = torch.empty(plan.non_zeros)
-    flops = 2 * plan.non_zeros * out[0] * out[2] * out[3]
+    grads = torch.empty(support.non_zeros)
+    flops = 2 * support.non_zeros * out[0] * out[2] * out[3]
 
-    def passes(x: Buffer, dx: Buffer, y: Buffer, dy: Buffer) -> dict[str, Callable[[], None]]:
+    def passes(layout: str) -> dict[str, Callable[[], None]]:
+        source, grad_source, result, grad = (Buffer.make(shape, layout) for shape in (x.shape, x.shape, out, out))
+        operands = () if layout == "lines" else (source.memory, result.memory)
+        plan, transposed = (support.plan(back, x.shape, weight, case.geometry, operands) for back in (False, True))
         w, g = weight.data_ptr(), grads.data_ptr()
         return {
-            "forward": lambda: plan.forward(w, False, x.maps, y.maps, 0, False, threads),
-            "input gradient": lambda: transposed.forward(w, False, dy.maps, dx.maps, 0, False, threads),
-            "weight gradient": lambda: plan.weight_grad(x.maps, dy.maps, g, False, False, threads),
+            "forward": lambda: plan.forward(w, False, source.maps, result.maps, 0, False, threads),
+            "input gradient": lambda: transposed.forward(w, False, grad.maps, grad_source.maps, 0, False, threads),
+            "weight gradient": lambda: plan.weight_grad(source.maps, grad.maps, g, False, False, threads),
         }
 
     runs = {}
     for layout in ("rows", "lines") if case.x.dim() == 2 else ("NCHW", "channels_last", "lines"):
-        buffers = [Buffer.make(shape, layout) for shape in (x.shape, x.shape, out, out)]
-        runs |= {f"{layout}, {name}": run for name, run in passes(*buffers).items()}
+        runs |= {f"{layout}, {name}": run for name, run in passes(layout).items()}
     rows = interleave(runs, **effort)
     return {name: row | {"gflops": flops / row["ms"] / 1e6} for name, row in rows.items()}
 

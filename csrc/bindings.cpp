@@ -99,19 +99,23 @@ PYBIND11_MODULE(_C, m) {
       py::arg("scores"), py::arg("n"), py::arg("k"), py::arg("mask"), py::arg("threads"),
       py::call_guard<py::gil_scoped_release>());
 
+  py::enum_<MapsLayout>(m, "MapsLayout")
+      .value("lines", MapsLayout::lines)
+      .value("pixels", MapsLayout::pixels)
+      .value("planes", MapsLayout::planes);
   py::class_<ConvPlan, std::shared_ptr<ConvPlan>>(m, "ConvPlan")
       .def(py::init([](const std::array<int64_t, 19>& s, bool input_gradient, uintptr_t positions, int64_t count,
-                       int64_t images, std::optional<std::array<int, 5>> tiling) {
+                       int64_t images, MapsLayout layout, std::optional<std::array<int, 6>> tiling) {
              const ConvShape shape{s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12], s[13], s[14], {s[15], s[16], s[17], s[18]}};
              const auto* flat = pointer<const int64_t>(positions);
              py::gil_scoped_release release;
-             if (!tiling) return std::make_shared<ConvPlan>(shape, input_gradient, flat, count, images);
-             const auto [rows, cols, blocks, strip, planes] = *tiling;
+             if (!tiling) return std::make_shared<ConvPlan>(shape, input_gradient, flat, count, images, layout);
+             const auto [rows, cols, blocks, strip, planes, images_of_block] = *tiling;
              return std::make_shared<ConvPlan>(shape, input_gradient, flat, count,
-                                               Tiling{rows, cols, blocks, strip, planes});
+                                               Tiling{rows, cols, blocks, strip, planes, images_of_block});
            }),
            py::arg("shape"), py::arg("input_gradient"), py::arg("positions"), py::arg("count"), py::arg("images"),
-           py::arg("tiling") = py::none())
+           py::arg("layout") = MapsLayout::lines, py::arg("tiling") = py::none())
       .def(
           "forward",
           [](const ConvPlan& plan, uintptr_t weight, bool bfloat16, const MapsArguments& in, const MapsArguments& out,
@@ -132,8 +136,9 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("non_zeros", &ConvPlan::non_zeros)
       .def_property_readonly("tiling", [](const ConvPlan& plan) {
         const Tiling& t = plan.tiling();
-        return std::array<int, 5>{t.tile_rows, t.tile_cols, t.tile_blocks, t.strip_rows, t.planes_per_block};
-      });
+        return std::array<int, 6>{t.tile_rows, t.tile_cols, t.tile_blocks, t.strip_rows, t.planes_per_block, t.block_images};
+      })
+      .def_property_readonly("has_pixel_lanes", &ConvPlan::has_pixel_lanes);
 
   const auto line_maps = [](const std::array<int64_t, 4>& s) {  // images, channels, pixels, bfloat16
     return LineMaps{s[0], s[1], s[2], element(s[3] != 0)};

@@ -29,6 +29,7 @@ class _Cost(NamedTuple):
 
     non_zero: float
     channel: float  # to move a pixel of one channel into its layout, or out of it
+    weight: float = 0.0  # for each weight, kept or not, but for a whole call: to find the plan, to fill in a gradient
 
 
 # Least squares over what the passes of the layers in benchmarks/bench_masked_conv2d.py, bench_masked_linear.py and of
@@ -36,9 +37,9 @@ class _Cost(NamedTuple):
 # weights, for ratios between 0.5 and 3.5 (what is far from the break-even need not fit).
 _COSTS = {
     "masked_conv2d": {
-        "forward": _Cost(1.6, 16.0),
-        "input_grad": _Cost(1.6, 5.0),
-        "weight_grad": _Cost(1.6, 18.0),
+        "forward": _Cost(1.6, 16.0, 5.0),
+        "input_grad": _Cost(1.6, 5.0, 5.0),
+        "weight_grad": _Cost(1.6, 18.0, 15.0),
     },
     "masked_linear": {
         "forward": _Cost(1.7, 35.0),
@@ -75,6 +76,7 @@ def choose_backend(
     stride: int = 1,
     groups: int = 1,
     images: int = _LANES,
+    pixels: int | None = None,
     passes: str | Sequence[str] = PASSES,
     dense_grad: bool = False,
 ) -> Backend:
@@ -86,6 +88,7 @@ def choose_backend(
         stride: input pixels to an output pixel.
         groups: of the convolution.
         images: size of the batch; by default one that fills the lanes of the kernels.
+        pixels: of an output map, if the maps are ordinary tensors: they fill the lanes where images do not.
         passes: one of :data:`PASSES`, or several that are to go the same way.
         dense_grad: the weight gradient is wanted everywhere, so that it is a dense product whatever the mask is.
 
@@ -100,7 +103,7 @@ def choose_backend(
     passes = (passes,) if isinstance(passes, str) else tuple(passes)
     if not passes or not set(passes) <= set(PASSES):
         raise ValueError(f"passes={passes!r} is not known; allowed: {', '.join(PASSES)}")
-    geometry = stride, groups, images
+    geometry = stride, groups, images, pixels
     return _choose(forced, op, weight_shape, dtype, device.type, non_zeros, geometry, passes, dense_grad)
 
 
@@ -112,7 +115,7 @@ def _choose(
     dtype: torch.dtype,
     device: str,
     non_zeros: int,
-    geometry: tuple[int, int, int],
+    geometry: tuple[int, int, int, int | None],
     passes: tuple[str, ...],
     dense_grad: bool,
 ) -> Backend:
@@ -129,19 +132,47 @@ def _choose(
         return Backend("dense", f"{library}; the gradient is wanted everywhere, not at the mask's weights alone")
     if forced == "sparse":
         return Backend("sparse", "forced by SPARSEBILEVEL_BACKEND")
-    stride, groups, images = geometry
+    stride, groups, images, pixels = geometry
     out_channels, fan_in = weight_shape[:2]
     channels = stride * fan_in * groups + out_channels
+    weights = math.prod(weight_shape)
     padded = -(-images // _LANES) * _LANES / max(images, 1)
+    lanes = ""
+    if pixels is not None and padded > (of_pixels := _pixel_lanes(weight_shape, pixels)):
+        padded, lanes = of_pixels, ", lanes of pixels"
     costs = [_COSTS[op][name] for name in passes]
     sparse = padded * sum(cost.non_zero * non_zeros + cost.channel * channels for cost in costs)
-    dense = float(len(passes) * math.prod(weight_shape))
+    if pixels is not None:
+        sparse += sum(cost.weight for cost in costs) * weights / max(images * pixels, 1)
+    dense = float(len(passes) * weights)
     if dtype == torch.bfloat16 and _multiplies_bfloat16():
         dense /= _DENSE_BFLOAT16
     ratio = dense / max(sparse, 1)
     if ratio <= 1:
-        return Backend("dense", f"{library}; the sparse CPU kernel would be slower", ratio)
-    return Backend("sparse", f"sparse CPU kernel, {native.isa()}", ratio)
+        empty = f", its lanes filled to {1 / padded:.0%}" if padded > 1.5 else ""
+        return Backend("dense", f"{library}; the sparse CPU kernel would be slower{empty}", ratio)
+    return Backend("sparse", f"sparse CPU kernel, {native.isa()}{lanes}", ratio)
+
+
+def _pixel_lanes(weight_shape: tuple[int, ...], pixels: int) -> float:
+    """Lanes that a pixel takes where they hold those of one image, as if these were slower and not more.
+
+    Rows have a halo between them, and begin anywhere in a cache line then: csrc/cpu/masked_conv2d.cpp.
+    """
+    halo = max(weight_shape[2:], default=1) - 1
+    side = math.isqrt(max(pixels, 1))
+    lines = -(-side * (side + halo) // _LANES)
+    return (1.25 if halo else 1.0) * lines * _LANES / side**2
+
+
+def lines_pay(images: int, pixels: int) -> bool:
+    """Whether a network runs faster with all maps in lines than layer by layer, for a batch of images of that size.
+
+    In lines a small batch leaves lanes empty; layer by layer its pixels fill them, but each layer costs a call of its
+    own, which is what counts for small images. Measured on ResNets and VGG, 1 to 12 images.
+    """
+    filled = images / (-(-images // _LANES) * _LANES)
+    return filled > (0.75 if pixels >= 48 * 48 else 0.25) or os.environ.get("SPARSEBILEVEL_BACKEND") == "sparse"
 
 
 def _dense_library(
@@ -189,13 +220,13 @@ def sparse_support(
     Args:
         op, stride, passes: as in :func:`choose_backend`.
         input, weight, mask: operands of the op; given the next two, ``input`` is read for its type alone.
-        images, groups: size of the batch and groups of channels; by default those of the input.
+        images, groups: size of the batch and groups of channels, of maps in lines; by default those of the input.
     """
     if not _can_run_sparse(input, weight, mask):
         return None
-    support, images = active_support(mask), input.shape[0] if images is None else images
-    groups = input.shape[1] // weight.shape[1] if groups is None else groups
-    return support if _is_sparse(op, weight, support.non_zeros, (stride, groups, images), passes) else None
+    support = active_support(mask)
+    geometry = _geometry(input, weight, stride) if images is None or groups is None else (stride, groups, images, None)
+    return support if _is_sparse(op, weight, support.non_zeros, geometry, passes) else None
 
 
 def sparse_grads(
@@ -210,11 +241,11 @@ def sparse_grads(
     with_weight = needs.grad and not needs.dense_grad(positions)
     if not (needs.input or with_weight) or not _can_run_sparse(input, weight, mask):
         return None, None
-    support, images = active_support(mask), input.shape[0]
+    support = active_support(mask)
     learning = support.non_zeros
     if needs.sink and positions is not None:  # those of methods hold the active ones too
         learning = max(learning, positions.numel())
-    geometry = stride, input.shape[1] // weight.shape[1], images
+    geometry = _geometry(input, weight, stride)
     with_input = needs.input and _is_sparse(op, weight, support.non_zeros, geometry, "input_grad")
     with_weight = with_weight and _is_sparse(op, weight, learning, geometry, "weight_grad")
     return support if with_input else None, support if with_weight else None
@@ -226,17 +257,17 @@ def _can_run_sparse(input: Tensor, weight: Tensor, mask: Tensor) -> bool:
     return is_cpu and is_float and input.numel() > 0 and mask.numel() > 0
 
 
+def _geometry(input: Tensor, weight: Tensor, stride: int) -> tuple[int, int, int, int]:
+    pixels = math.prod(input.shape[2:]) // stride
+    return stride, input.shape[1] // weight.shape[1], input.shape[0], pixels
+
+
 def _is_sparse(
-    op: str,
-    weight: Tensor,
-    non_zeros: int,
-    geometry: tuple[int, int, int],
-    passes: str | Sequence[str],
+    op: str, weight: Tensor, non_zeros: int, geometry: tuple[int, int, int, int | None], passes: str | Sequence[str]
 ) -> bool:
-    stride, groups, images = geometry
-    options: dict[str, Any] = {"stride": stride, "groups": groups, "images": images, "passes": passes}
-    operands = tuple(weight.shape), weight.dtype, weight.device, non_zeros
-    return choose_backend(op, *operands, **options).name == "sparse"
+    options: dict[str, Any] = dict(zip(("stride", "groups", "images", "pixels"), geometry, strict=True))
+    options["passes"] = passes
+    return choose_backend(op, tuple(weight.shape), weight.dtype, weight.device, non_zeros, **options).name == "sparse"
 
 
 def describe(backends: Mapping[str, Backend]) -> str:

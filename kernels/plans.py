@@ -54,7 +54,7 @@ class Support:
         non_zeros: how many weights that are.
     """
 
-    MOST_PLANS = 16  # for maps of so many sizes; the number of images is only a matter of how the work is cut up
+    MOST_PLANS = 16  # for maps of so many sizes, and batches
 
     def __init__(self, mask: Tensor) -> None:
         self._mask = mask
@@ -66,17 +66,33 @@ class Support:
         """Flat, row-major, ascending; int64 ``[non_zeros]``. Made when a kernel asks, since there may be millions."""
         return self._mask.reshape(-1).nonzero().squeeze(1)
 
-    def plan(self, input_gradient: bool, maps: Sequence[int], weight: Tensor, geometry: Geometry) -> Any:
-        """Plan for input maps of shape ``[B, C, H, W]`` in the forward pass; the gradient's runs the other way."""
+    def plan(
+        self,
+        input_gradient: bool,
+        maps: Sequence[int],
+        weight: Tensor,
+        geometry: Geometry,
+        operands: Sequence[Tensor | tuple] = (),
+    ) -> Any:
+        """Plan for input maps of shape ``[B, C, H, W]`` in the forward pass; the gradient's runs the other way.
+
+        ``operands``: the maps that it will get. Ordinary tensors have plans of their own, by their layout and the size
+        of the batch: where 16 images would leave lanes empty, pixels take them.
+        """
         images, channels, *size = maps
-        key = (input_gradient, -(-images // LANES), channels, *size, geometry, weight.stride(), native.lib.isa())
+        layout = _layout(operands)
+        cut = -(-images // LANES) if layout == "lines" else images
+        key = (input_gradient, layout, cut, channels, *size, geometry, weight.stride(), native.lib.isa())
         plan = self._plans.get(key)
         if plan is None:
             out_size = geometry.output_size(size, weight.shape[2:])
             shape = [channels, *size, weight.shape[0], *out_size, *weight.shape[2:]]
             shape += [*geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups, *weight.stride()]
             positions = self.positions
-            plan = native.lib.ConvPlan(shape, input_gradient, positions.data_ptr(), positions.numel(), images)
+            plan = native.lib.ConvPlan(
+                *(shape, input_gradient, positions.data_ptr(), positions.numel(), images),
+                getattr(native.lib.MapsLayout, layout),
+            )
             while len(self._plans) >= self.MOST_PLANS:
                 del self._plans[next(iter(self._plans))]
             self._plans[key] = plan
@@ -210,12 +226,25 @@ def from_lines(lines: Tensor, maps: Tensor) -> Tensor:
 
 
 def _is_planar(maps: Tensor) -> bool:
-    """Of NCHW maps a strip holds too short a piece of each row: they go through lines as a whole."""
+    """Of NCHW maps a strip of 16 images holds too short a piece of each row: they go through lines as a whole."""
     return maps.stride(1) != 1 and maps.shape[1] * maps.shape[2] * maps.shape[3] > maps.shape[1]
 
 
-def _source(maps: Tensor) -> tuple[Tensor, tuple]:
-    """Maps that kernels read quickly, and as the extension takes them."""
+def _layout(operands: Sequence[Tensor | tuple]) -> str:
+    """The name of a layout of csrc/cpu/masked_conv2d.h."""
+    maps = [m for m in operands if isinstance(m, Tensor)]
+    if not maps or len(maps) < len(operands):
+        return "lines"
+    return "planes" if any(map(_is_planar, maps)) else "pixels"
+
+
+def _source(maps: Tensor | tuple, plan: Any) -> tuple[Any, tuple]:
+    """Maps that the plan's kernels read quickly, and as the extension takes them; lines are such already."""
+    if isinstance(maps, tuple):
+        return None, maps
+    maps = maps.resolve_neg()  # what is only marked as negative in memory
+    if plan.has_pixel_lanes:
+        return maps, _maps(maps)
     if _is_planar(maps):
         lines = to_lines(maps)
         return lines, lines_maps(lines, maps.shape[0])
@@ -224,10 +253,10 @@ def _source(maps: Tensor) -> tuple[Tensor, tuple]:
 
 
 def _run(plan: Any, weight: Tensor, maps: Tensor, bias: Tensor | None, result: Tensor) -> Tensor:
-    held, source = _source(maps)
+    held, source = _source(maps, plan)
     address, threads = 0 if bias is None else bias.data_ptr(), torch.get_num_threads()
     values = weight.data_ptr(), is_bfloat16(weight)
-    if _is_planar(result):
+    if _is_planar(result) and not plan.has_pixel_lanes:
         lines = empty(-(-result.shape[0] // LANES), *result.shape[1:], LANES, dtype=result.dtype)
         plan.forward(*values, source, lines_maps(lines, result.shape[0]), address, False, threads)
         return from_lines(lines, result)
@@ -250,7 +279,7 @@ def conv2d(
     input: Tensor, weight: Tensor, support: Support, bias: Tensor | None, geometry: Geometry, output: Tensor
 ) -> Tensor:
     """Convolution with ``weight`` at ``support``, zero elsewhere, written into ``output``. Any strides."""
-    plan = support.plan(False, input.shape, weight, geometry)
+    plan = support.plan(False, input.shape, weight, geometry, (input, output))
     return _run(plan, weight, input, checked_bias(bias, weight), output)
 
 
@@ -258,7 +287,7 @@ def conv2d_input_grad(
     grad_output: Tensor, weight: Tensor, support: Support, geometry: Geometry, grad_input: Tensor
 ) -> Tensor:
     """Gradient of the input ``[B, C, H, W]``, written into ``grad_input``."""
-    plan = support.plan(True, grad_input.shape, weight, geometry)
+    plan = support.plan(True, grad_input.shape, weight, geometry, (grad_output, grad_input))
     return _run(plan, weight, grad_output, None, grad_input)
 
 
@@ -272,13 +301,12 @@ def conv2d_weight_grad(
     geometry: Geometry,
 ) -> tuple[Tensor, Tensor | None]:
     """``m * G`` as a dense tensor, and ``G`` at ``positions`` (int64 ``[capacity]``, negative = padding) if given."""
-    source, grad = _source(input), _source(grad_output)  # both hold the memory that they name
-    return weight_grad(source[1], grad[1], input.shape, weight, support, mask, positions, geometry)
+    return weight_grad(input, grad_output, input.shape, weight, support, mask, positions, geometry)
 
 
 def weight_grad(
-    input: tuple,
-    grad_output: tuple,
+    input: Tensor | tuple,
+    grad_output: Tensor | tuple,
     input_shape: Sequence[int],
     weight: Tensor,
     support: Support,
@@ -286,17 +314,21 @@ def weight_grad(
     positions: Tensor | None,
     geometry: Geometry,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same for maps as the extension takes them, ``input_shape`` being ``[B, C, H, W]``."""
-    threads = torch.get_num_threads()
+    """The same, also for maps in lines as the extension takes them, ``input_shape`` being ``[B, C, H, W]``."""
+
+    def run(support: Support, weight: Tensor, grads: Tensor, scatter: bool) -> None:
+        plan = support.plan(False, input_shape, weight, geometry, (input, grad_output))
+        source, grad = _source(input, plan), _source(grad_output, plan)  # both hold the memory that they name
+        address, threads = grads.data_ptr(), torch.get_num_threads()
+        plan.weight_grad(source[1], grad[1], address, is_bfloat16(grads), scatter, threads)
+
     if positions is None:
         grad_weight = _zeros_like(weight)
         # Of the gradient's strides: they differ from the weight's if that is a slice of something.
-        plan = support.plan(False, input_shape, grad_weight, geometry)
-        plan.weight_grad(input, grad_output, grad_weight.data_ptr(), is_bfloat16(grad_weight), True, threads)
+        run(support, grad_weight, grad_weight, True)
         return grad_weight, None
     learning = learning_support(mask, positions)
     grads = torch.zeros(learning.positions.numel() + 1)  # the last one is what padding takes
-    plan = learning.plan(False, input_shape, weight, geometry)
-    plan.weight_grad(input, grad_output, grads.data_ptr(), False, False, threads)
+    run(learning, weight, grads, False)
     active = torch.where(learning.active, grads[:-1], 0).to(weight.dtype)
     return _zeros_like(weight).put_(learning.positions, active), grads[learning.wanted]

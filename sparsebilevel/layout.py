@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import math
 import operator
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels import lines, native
-from .kernels.dispatch import sparse_support
+from .kernels.dispatch import lines_pay, sparse_support
 from .kernels.plans import LANES, Geometry, Support, active_support
 from .nn import SparseMaskedConv2d, SparseMaskedModule, sparse_layers
 
@@ -498,8 +499,8 @@ class InLayout(nn.Module):
     _graphs: _Graphs  # in __dict__
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not _runs_plain(args, kwargs):
-            state = _State(self, _images(args, kwargs))
+        if not _runs_plain(args, kwargs) and lines_pay(*_batch(args, kwargs)):
+            state = _State(self, _batch(args, kwargs)[0])
             plan = self._graphs.find(self, state)
             if plan is not None:
                 bound = self._graphs.signature.bind(self, *args, **kwargs)
@@ -572,10 +573,12 @@ class _Graphs:
         return self._plans[key]
 
 
-def _images(args: Any, kwargs: Any) -> int:
-    """Size of the batch, by the first tensor that is given."""
-    sizes = (v.shape[0] for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim())
-    return next(sizes, LANES)
+def _batch(args: Any, kwargs: Any) -> tuple[int, int]:
+    """Images of the batch and pixels of each, by the first tensor that is given."""
+    sizes = (
+        (v.shape[0], math.prod(v.shape[2:])) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()
+    )
+    return next(sizes, (LANES, 1))
 
 
 def _maps_dtype() -> torch.dtype:
@@ -602,8 +605,8 @@ def optimize_for_cpu(model: nn.Module) -> nn.Module:
     Call it after :func:`sparsebilevel.sparsify`, before DDP wraps the model. Results are those of the model as it was,
     up to the rounding of float32; parameters, buffers, hooks, state-dict keys and the class interface stay. What the
     layout does not know gets ordinary tensors. Under autocast to bfloat16 the maps are bfloat16, and the parameters are
-    read as they are. Under torch.compile, export, on other devices and without the C++ extension the model runs as it
-    was written.
+    read as they are. For a batch of a few images, which would leave lines half empty, under torch.compile, export, on
+    other devices and without the C++ extension the model runs as it was written.
 
     Args:
         model: has sparse convolutions, and can be traced by ``torch.fx``; if it cannot, it is left as it is, with a

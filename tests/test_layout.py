@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import sparsebilevel as sb
-from sparsebilevel import models
+from sparsebilevel import layout, models
 from sparsebilevel.kernels import lines, native, plans
 from sparsebilevel.layout import InLayout
 
@@ -95,6 +95,20 @@ def test_training_and_inference(images, memory_format):
     assert None not in plans_of_modes
     with torch.no_grad():
         compare(plain, optimized, torch.randn(1, 3, 8, 8), backward=False)
+
+
+def test_a_few_images_run_as_written(monkeypatch):
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "auto")
+    plain, optimized = pair(Net())
+    plans = []
+    monkeypatch.setattr(layout._Graphs, "find", lambda self, model, state: plans.append(state))
+    for images, size, in_lines in ((1, 8, 0), (4, 8, 0), (5, 8, 1), (12, 64, 0), (13, 64, 1), (17, 64, 0), (16, 8, 1)):
+        del plans[:]
+        for net in (plain, optimized):
+            net.fc = nn.Identity()
+        x = torch.randn(images, 3, size, size)
+        assert torch.equal(optimized(x), plain(x))
+        assert len(plans) == in_lines
 
 
 @pytest.mark.parametrize(

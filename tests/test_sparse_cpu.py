@@ -102,7 +102,7 @@ def convolutions(draw):
         max(d * (k - 1) + 1 - 2 * p, 1) + draw(st.integers(0, 18))
         for k, p, d in zip(kernel, padding, dilation, strict=True)
     ]
-    images = draw(st.sampled_from([1, 3, 15, 16, 17, 33, 40, 64]))
+    images = draw(st.integers(1, 15) | st.sampled_from([16, 17, 33, 40, 64]))  # lanes of pixels, or of images
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     shape = (filters, channels // groups, *kernel)
     mask = drawn_mask(draw, shape, generator)
@@ -181,12 +181,15 @@ def test_linear(isa, problem):
 
 
 @pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
-@pytest.mark.parametrize("case", ["convolution", "convolution, channels_last", "linear"])
+@pytest.mark.parametrize(
+    "case", ["convolution", "convolution, channels_last", "one image", "few images, channels_last", "linear"]
+)
 def test_results_do_not_depend_on_the_number_of_threads(case, isa):
     native.lib.set_isa(isa)
     op, x, w, geometry = masked_linear, torch.randn(500, 130), torch.randn(70, 130), ()
     if case != "linear":
-        op, x, w, geometry = masked_conv2d, torch.randn(50, 24, 13, 11), torch.randn(40, 24, 3, 3), (2, 1)
+        images = 1 if case.startswith("one") else 5 if case.startswith("few") else 50
+        op, x, w, geometry = masked_conv2d, torch.randn(images, 24, 13, 11), torch.randn(160, 24, 3, 3), (2, 1)
     if case.endswith("channels_last"):
         x, w = (t.to(memory_format=torch.channels_last) for t in (x, w))
     m, b, positions = torch.rand(w.shape) < 0.15, torch.randn(len(w)), torch.arange(-1, w.numel(), 7)
@@ -255,6 +258,66 @@ def test_an_incomplete_batch(images):
     check(masked_conv2d, drawn(images, 8, 10, 12), (1, 1))
     w = torch.randn(20, 30)
     check(masked_linear, (torch.randn(images, 30), w, torch.rand(w.shape) < 0.3, torch.randn(20)))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("images", "size"), [(1, 1), (1, 2), (3, 7), (4, 7), (7, 8), (2, 14), (1, 56), (1, 300), (9, 5)]
+)
+@pytest.mark.parametrize("geometry", [(1, 1), (2, 1), (1, 2, 2), (3, 0, 1, 4)])
+def test_few_images(images, size, memory_format, geometry):
+    """Pixels take the lanes: a tile of several images, of several rows, of a part of a row."""
+    x, w, m, b = drawn(images, 8, size, 12, kernel=1 if size < 3 else 3, groups=(*geometry, 1, 1)[3])
+    layout = "contiguous" if memory_format is torch.contiguous_format else "channels_last"
+    positions = torch.tensor([3, -1, 0, w.numel() - 1])
+    check(masked_conv2d, (x, w, m, b), geometry, (layout,) * 5, positions)
+
+
+def tiling(shape, images, layout):
+    """Of a plan for 3x3 windows on maps ``[C, H, W]``; the last figure is how many images a line takes."""
+    channels, *size = shape
+    support, w = plans.Support(torch.ones(8, channels, 3, 3, dtype=torch.bool)), torch.empty(8, channels, 3, 3)
+    x = torch.empty(images, *shape)
+    x = x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
+    operands = () if layout == "lines" else (x, x)
+    return support.plan(False, x.shape, w, plans.Geometry(padding=(1, 1)), operands).tiling
+
+
+def test_lanes_are_what_fills_them():
+    """Pixels for batches that leave lanes empty, and for NCHW maps where they are large enough."""
+
+    def images_of_a_line(*args):
+        return tiling(*args)[-1]
+
+    for layout in ("NCHW", "channels_last"):
+        assert [images_of_a_line((8, 14, 14), n, layout) for n in (1, 4, 8, 17)] == [1, 1, 1, 1]
+    assert [images_of_a_line((8, 28, 28), n, "channels_last") for n in (15, 16, 64)] == [16, 16, 16]
+    assert [images_of_a_line((8, 28, 28), n, "NCHW") for n in (15, 16, 64)] == [1, 1, 1]
+    assert [images_of_a_line((8, 2, 2), n, layout) for n in (2, 8) for layout in ("NCHW", "channels_last")] == [
+        1,
+        1,
+        16,
+        16,
+    ]
+    assert [images_of_a_line((8, 28, 28), n, "lines") for n in (1, 64)] == [16, 16]
+
+
+def test_a_plan_for_ordinary_tensors_refuses_lines():
+    w = torch.zeros(4, 4, 1, 1)
+    support, x = plans.Support(torch.ones(w.shape, dtype=torch.bool)), torch.zeros(1, 4, 9, 9)
+    plan = support.plan(False, x.shape, w, plans.Geometry(), (x, x))
+    lines = plans.lines_maps(plans.to_lines(x), 1)
+    with pytest.raises(ValueError, match="a plan for ordinary tensors, given lines"):
+        plan.forward(w.data_ptr(), False, lines, (x.data_ptr(), False, 1, x.stride()), 0, False, 1)
+
+
+def test_maps_that_are_only_marked_as_negative():
+    x, w, m, b = drawn(2, 8, 9, 5)
+    negative = torch.complex(x, -x).conj().imag  # what is in memory is -x
+    assert negative.is_neg()
+    for images in (1, 2):
+        expected = F.conv2d(negative[:images], torch.where(m, w, 0), b, 1, 1)
+        assert_close(masked_conv2d(negative[:images], w, m, b, 1, 1), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -569,6 +632,24 @@ def test_a_search_space_counts_in_the_weight_gradient_alone(monkeypatch, sparse_
         layer(x).sum().backward()
         assert sparse_passes == list(PASSES[:passes])
         assert [backend.name for backend in layer.backends.values()].count("sparse") == passes
+
+
+def test_a_small_batch_is_sparse_where_pixels_fill_the_lanes(monkeypatch):
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "auto")
+    layer = (64, 64, 3, 3), torch.float32, torch.device("cpu"), 64 * 64 * 9 // 5
+    in_lines = [choose_backend("masked_conv2d", *layer, images=n) for n in (1, 4, 16)]
+    assert [found.name for found in in_lines] == ["dense", "dense", "sparse"]
+    assert "slower, its lanes filled to 6%" in in_lines[0].reason
+    for images in (1, 4, 8):
+        found = choose_backend("masked_conv2d", *layer, images=images, pixels=28 * 28)
+        assert found.name == "sparse"
+        assert found.reason.endswith("lanes of pixels")
+    assert choose_backend("masked_conv2d", *layer, images=1, pixels=1).name == "dense"
+    w = torch.randn(layer[0])
+    mask = torch.rand(w.shape) < 0.2
+    for size, sparse in ((28, True), (1, False)):
+        assert (dispatch.sparse_support("masked_conv2d", torch.empty(1, 64, size, size), w, mask) is not None) == sparse
+    assert dispatch.sparse_support("masked_conv2d", w, w, mask, images=1, groups=1) is None  # in lines
 
 
 def test_unknown_passes_are_refused():

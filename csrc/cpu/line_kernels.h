@@ -24,6 +24,7 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
+inline float to_float(float value) { return value; }
 inline float to_float(Bfloat16 value) {
   const uint32_t bits = uint32_t{value.bits} << 16;
   float result;
@@ -31,12 +32,16 @@ inline float to_float(Bfloat16 value) {
   return result;
 }
 
-inline Bfloat16 to_bfloat16(float value) {  // the nearest, the even one of two
+// The nearest, the even one of two.
+inline Bfloat16 to_bfloat16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   bits = value != value ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1);
   return {static_cast<uint16_t>(bits >> 16)};
 }
+
+inline void assign(float& to, float value) { to = value; }
+inline void assign(Bfloat16& to, float value) { to = to_bfloat16(value); }
 
 enum class Element { float32, bfloat16 };
 
@@ -91,6 +96,10 @@ struct MapKernels {
                int64_t planes, int64_t count);
   void (*unpack)(const float* from, int64_t from_plane, int64_t from_step, E* to, int64_t to_plane, int64_t to_step,
                  int64_t planes, int64_t count);
+
+  // `rows` x `count` elements, rows so many elements apart.
+  void (*pack_rows)(const E* from, int64_t from_row, float* to, int64_t to_row, int64_t rows, int64_t count);
+  void (*unpack_rows)(const float* from, int64_t from_row, E* to, int64_t to_row, int64_t rows, int64_t count);
 
   // As pack, of scale[p] * line + shift[p], with `relu` no less than zero.
   void (*pack_affine)(const E* from, int64_t from_plane, int64_t from_step, float* to, int64_t to_plane,

@@ -165,6 +165,16 @@ void copy(const From* from, int64_t from_plane, int64_t from_step, To* to, int64
   }
 }
 
+template <typename From, typename To>
+void copy_rows(const From* from, int64_t from_row, To* to, int64_t to_row, int64_t rows, int64_t count) {
+  for (; rows > 0; --rows, from += from_row, to += to_row) {
+    int64_t x = 0;
+    for (; x + Vector::kWidth <= count; x += Vector::kWidth) Vector::store(to + x, Vector::load(from + x));
+    const int rest = static_cast<int>(count - x);
+    if (rest) Vector::store_first(to + x, Vector::load_first(from + x, rest), rest);
+  }
+}
+
 template <typename E>
 void pack_affine(const E* from, int64_t from_plane, int64_t from_step, float* to, int64_t to_plane,
                  int64_t to_step, int64_t planes, int64_t count, const float* scale, const float* shift, bool relu) {
@@ -350,8 +360,9 @@ constexpr void add_tiles(LineKernels& table) {
 
 template <typename E>
 constexpr MapKernels<E> map_kernels() {
-  return {load<E>,      store<E>,     copy<E, float>,     copy<float, E>,    pack_affine<E>, moments<E>,
-          normalize<E>, normalize_sums<E>, normalize_grad<E>, max_pool<E>, max_pool_grad<E>};
+  return {load<E>,           store<E>,       copy<E, float>, copy<float, E>, copy_rows<E, float>,
+          copy_rows<float, E>, pack_affine<E>, moments<E>,     normalize<E>,   normalize_sums<E>,
+          normalize_grad<E>,   max_pool<E>,    max_pool_grad<E>};
 }
 
 LineKernels make_table() {

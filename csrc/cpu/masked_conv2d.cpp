@@ -3,6 +3,11 @@
 // small buffer (with zeros beyond the edge), where every kernel tap is at a fixed offset, and all output planes are
 // updated from there: while a tile is worked on, its patch stays in the L1 cache. Packing also is the conversion: it
 // reads ordinary tensors, transposing on the way.
+//
+// A small batch would leave most of the 16 lanes empty. There the lanes are pixels: a strip of one image is packed as a
+// flat sequence, row after row with the halo between them, so that a kernel tap still is at a fixed offset and 16
+// consecutive pixels are a line. What falls on the halo is computed and dropped (in the weight gradient, multiplied by
+// zero). A strip is one tile, and a row of the tile another image.
 #include "masked_conv2d.h"
 
 #include <algorithm>
@@ -63,15 +68,11 @@ class Scratch {
 thread_local Scratch patch_scratch, strip_scratch, entry_scratch;
 
 float load_element(const void* data, Element element, int64_t at) {
-  return element == Element::float32 ? static_cast<const float*>(data)[at]
-                                     : to_float(static_cast<const Bfloat16*>(data)[at]);
+  return with_element(element, [&](auto e) { return to_float(static_cast<const decltype(e)*>(data)[at]); });
 }
 
 void store_element(void* data, Element element, int64_t at, float value) {
-  if (element == Element::float32)
-    static_cast<float*>(data)[at] = value;
-  else
-    static_cast<Bfloat16*>(data)[at] = to_bfloat16(value);
+  with_element(element, [&](auto e) { assign(static_cast<decltype(e)*>(data)[at], value); });
 }
 
 // Where a kernel tap reads: `shift` pixels further in the phase `phase` of a grid that takes every `step`-th pixel.
@@ -91,6 +92,17 @@ Tap backward_tap(int64_t tap, int64_t stride, int64_t padding, int64_t dilation)
   return {forward.phase, -forward.shift};
 }
 
+// As many planes as fit into L1, each with `window` lines; more of them if an output plane would find next to nothing to
+// do in a block. By sixteens: of ordinary tensors in channels_last, sixteen channels of a pixel are transposed at a time.
+int choose_planes(int64_t window, int64_t planes, double entries_per_plane_pair) {
+  constexpr int64_t kStep = kLanes, kGoodEntries = 8;
+  window *= kLanes * sizeof(float);
+  int64_t block = std::max(kStep, (caches().l1 * 13 / 16 / window + kStep / 2) / kStep * kStep);
+  const int64_t most = std::max(block, caches().l2 / 2 / window);
+  while (block < most && block * entries_per_plane_pair < kGoodEntries) block += kStep;
+  return static_cast<int>(std::min(block, std::max<int64_t>(planes, 1)));
+}
+
 Tiling choose_tiling(int64_t grid_h, int64_t grid_w, int64_t halo_h, int64_t halo_w, int64_t image_blocks,
                      int64_t planes, double entries_per_plane_pair, int max_tile) {
   constexpr int64_t kWide = 8, kGoodTile = 16;
@@ -107,36 +119,71 @@ Tiling choose_tiling(int64_t grid_h, int64_t grid_w, int64_t halo_h, int64_t hal
   const int64_t strip = divide_up(grid_h, divide_up(grid_h, 8));
   t.strip_rows = static_cast<int>(divide_up(strip, t.tile_rows) * t.tile_rows);
 
-  // As many planes as fit into L1; more of them if an output plane would find next to nothing to do in a block. By
-  // sixteens: of ordinary tensors in channels_last, sixteen channels of a pixel are transposed at a time.
-  constexpr int64_t kStep = kLanes, kGoodEntries = 8;
-  const int64_t window = (t.tile_rows + halo_h) * (t.tile_cols + halo_w) * t.tile_blocks * kLanes * sizeof(float);
-  int64_t block = std::max(kStep, (caches().l1 * 13 / 16 / window + kStep / 2) / kStep * kStep);
-  const int64_t most = std::max(block, caches().l2 / 2 / window);
-  while (block < most && block * entries_per_plane_pair < kGoodEntries) block += kStep;
-  t.planes_per_block = static_cast<int>(std::min(block, std::max<int64_t>(planes, 1)));
+  t.planes_per_block = choose_planes((t.tile_rows + halo_h) * (t.tile_cols + halo_w) * t.tile_blocks, planes,
+                                     entries_per_plane_pair);
   return t;
+}
+
+// Lines of `rows` flat rows; the halo behind the last one is not needed.
+int64_t flat_lines(int64_t rows, int64_t cols, int64_t pitch) { return divide_up((rows - 1) * pitch + cols, kLanes); }
+
+// With lanes of pixels. A strip is as many rows as make a tile, and of small maps a tile is several images.
+Tiling choose_pixel_tiling(int64_t grid_h, int64_t grid_w, int64_t halo_h, int64_t halo_w, int64_t images,
+                           int64_t planes, double entries_per_plane_pair, int max_tile) {
+  const int64_t most = std::min(kMaxTileLines, max_tile);
+  const auto even = [](int64_t all, int64_t part) { return divide_up(all, divide_up(all, part)); };
+  Tiling t{};
+  t.block_images = 1;
+  t.tile_cols = static_cast<int>(even(grid_w, most * kLanes));
+  const int64_t pitch = t.tile_cols + halo_w;
+  int64_t rows = 1;
+  while (rows < grid_h && flat_lines(rows + 1, t.tile_cols, pitch) <= most) ++rows;
+  t.tile_rows = t.strip_rows = static_cast<int>(even(grid_h, rows));
+  const int64_t lines = flat_lines(t.strip_rows, t.tile_cols, pitch);
+  t.tile_blocks = 1;
+  if (lines <= kMaxTileLines / 2 && images > 1)  // so many lines have tiles of several rows
+    t.tile_blocks = static_cast<int>(even(images, std::clamp<int64_t>(max_tile / lines, 1, kMaxTileRows)));
+  t.planes_per_block = choose_planes(divide_up((t.strip_rows + halo_h) * pitch, kLanes) * t.tile_blocks, planes,
+                                     entries_per_plane_pair);
+  return t;
+}
+
+// How fast one way is beside the other: the part of the lanes that hold something, times what was measured. Lines of
+// pixels begin anywhere in a cache line if there is a halo, so that most are two to load; NCHW maps are made lines of
+// images and back as a whole.
+double image_speed(int64_t images, MapsLayout layout) {
+  constexpr double kPlanes = 0.65;
+  const double used = static_cast<double>(images) / static_cast<double>(divide_up(images, kLanes) * kLanes);
+  return layout == MapsLayout::planes ? used * kPlanes : used;
+}
+
+double pixel_speed(const Tiling& t, int64_t grid_h, int64_t grid_w, int64_t halo_h, int64_t halo_w) {
+  constexpr double kUnaligned = 0.8;
+  const int64_t strips = divide_up(grid_h, t.strip_rows) * divide_up(grid_w, t.tile_cols);
+  const int64_t lines = strips * flat_lines(t.strip_rows, t.tile_cols, t.tile_cols + halo_w);
+  const double used = static_cast<double>(grid_h * grid_w) / static_cast<double>(lines * kLanes);
+  return halo_h + halo_w > 0 ? used * kUnaligned : used;
 }
 
 }  // namespace
 
-// A rectangle of grid pixels, of image blocks [block, block + blocks).
+// A rectangle of grid pixels, of blocks of images [block, block + blocks).
 struct ConvPlan::Window {
   int64_t row_begin, row_end, col_begin, col_end, block, blocks;
 };
 
 ConvPlan::ConvPlan(const ConvShape& shape, bool input_gradient, const int64_t* positions, int64_t count,
-                   int64_t images) {
-  build(shape, input_gradient, positions, count, images, nullptr);
+                   int64_t images, MapsLayout layout) {
+  build(shape, input_gradient, positions, count, images, layout, nullptr);
 }
 
 ConvPlan::ConvPlan(const ConvShape& shape, bool input_gradient, const int64_t* positions, int64_t count,
                    Tiling tiling) {
-  build(shape, input_gradient, positions, count, 0, &tiling);
+  build(shape, input_gradient, positions, count, 0, MapsLayout::lines, &tiling);
 }
 
 void ConvPlan::build(const ConvShape& s, bool input_gradient, const int64_t* positions, int64_t count, int64_t images,
-                     const Tiling* tiling) {
+                     MapsLayout layout, const Tiling* tiling) {
   const int64_t group_in = s.channels / s.groups, group_out = s.out_channels / s.groups;
   const int64_t taps = s.kernel_h * s.kernel_w, fan_in = group_in * taps;
   if (s.out_channels * fan_in > UINT32_MAX) throw std::length_error("a weight of more than 2^32 elements");
@@ -177,9 +224,17 @@ void ConvPlan::build(const ConvShape& s, bool input_gradient, const int64_t* pos
   int64_t real = 0;
   for (int64_t i = 0; i < count; ++i) real += positions[i] >= 0;
   const double pairs = static_cast<double>(in_.planes()) * static_cast<double>(out_.planes()) / s.groups;
-  tiling_ = tiling ? *tiling
-                   : choose_tiling(grid_h_, grid_w_, halo_h, halo_w, divide_up(images, kLanes), in_.planes(),
-                                   real / std::max(pairs, 1.0), line_kernels().max_tile);
+  const double per_pair = real / std::max(pairs, 1.0);
+  if (tiling) {
+    tiling_ = *tiling;
+  } else {
+    const int max_tile = line_kernels().max_tile;
+    tiling_ = choose_tiling(grid_h_, grid_w_, halo_h, halo_w, divide_up(images, kLanes), in_.planes(), per_pair, max_tile);
+    if (layout != MapsLayout::lines) {
+      const Tiling pixels = choose_pixel_tiling(grid_h_, grid_w_, halo_h, halo_w, images, in_.planes(), per_pair, max_tile);
+      if (pixel_speed(pixels, grid_h_, grid_w_, halo_h, halo_w) > image_speed(images, layout)) tiling_ = pixels;
+    }
+  }
 
   // Blocks of planes; none spans two phases.
   std::vector<int64_t> block_of(in_.planes());
@@ -195,10 +250,19 @@ void ConvPlan::build(const ConvShape& s, bool input_gradient, const int64_t* pos
     }
   }
 
-  patch_row_ = (tiling_.tile_cols + halo_w) * tiling_.tile_blocks;
-  patch_plane_ = odd((tiling_.strip_rows + halo_h) * patch_row_);
-  strip_row_ = int64_t{tiling_.tile_cols} * tiling_.tile_blocks;
-  strip_plane_ = odd(tiling_.strip_rows * strip_row_);
+  if (has_pixel_lanes()) {
+    // One more line each: the last one of a tile reads past the patch, and 16 pixels are transposed at a time.
+    pitch_ = tiling_.tile_cols + halo_w;
+    patch_row_ = divide_up((tiling_.strip_rows + halo_h) * pitch_, kLanes) + 1;
+    strip_row_ = flat_lines(tiling_.strip_rows, tiling_.tile_cols, pitch_) + 1;
+    patch_plane_ = odd(tiling_.tile_blocks * patch_row_);
+    strip_plane_ = odd(tiling_.tile_blocks * strip_row_);
+  } else {
+    patch_row_ = (tiling_.tile_cols + halo_w) * tiling_.tile_blocks;
+    strip_row_ = int64_t{tiling_.tile_cols} * tiling_.tile_blocks;
+    patch_plane_ = odd((tiling_.strip_rows + halo_h) * patch_row_);
+    strip_plane_ = odd(tiling_.strip_rows * strip_row_);
+  }
 
   // Counting sort of the positions by (block, output plane); positions that ascend keep their order.
   const int64_t out_planes = out_.planes();
@@ -239,12 +303,67 @@ void ConvPlan::build(const ConvShape& s, bool input_gradient, const int64_t* pos
     if (positions[i] < 0) continue;
     const Place at = place(positions[i]);
     const int64_t block = block_of[at.in], k = starts[block * out_planes + at.out]++;
-    const int64_t line = (at.in - blocks_[block].first) * patch_plane_ + (at.row->shift - min_row_shift_) * patch_row_ +
-                         (at.col->shift - min_col_shift_) * tiling_.tile_blocks;
-    if (line * kLanes * static_cast<int64_t>(sizeof(float)) > INT32_MAX) throw std::length_error("a kernel too large to pack");
-    offsets_[k] = static_cast<int32_t>(line * kLanes * sizeof(float));
+    const int64_t row = at.row->shift - min_row_shift_, col = at.col->shift - min_col_shift_;
+    const int64_t within = has_pixel_lanes() ? row * pitch_ + col : (row * patch_row_ + col * tiling_.tile_blocks) * kLanes;
+    const int64_t bytes = ((at.in - blocks_[block].first) * patch_plane_ * kLanes + within) * static_cast<int64_t>(sizeof(float));
+    if (bytes > INT32_MAX) throw std::length_error("a kernel too large to pack");
+    offsets_[k] = static_cast<int32_t>(bytes);
     places_[k] = static_cast<uint32_t>(at.memory);
     sources_[k] = static_cast<uint32_t>(i);
+  }
+}
+
+// Both ways, for pixels that exist: between the maps and flat sequences [plane][image][row][col]. Images are line_image
+// lines apart; up to 15 pixels behind a row are overwritten.
+template <bool kPack, typename E, typename Float>
+void ConvPlan::move_pixels(const Maps& maps, const Side& side, int64_t plane, int64_t count, const Window& window,
+                           Float* lines, int64_t line_plane, int64_t line_image) const {
+  const Phase& phase = side.phases[plane / side.channels];
+  const MapKernels<E>& kernels = line_kernels().of<E>();
+  const int64_t top = std::clamp<int64_t>(0, window.row_begin, window.row_end);
+  const int64_t left = std::clamp<int64_t>(0, window.col_begin, window.col_end);
+  int64_t rows = std::min(window.row_end, divide_up(side.height - phase.row, side.step_h)) - top;
+  int64_t cols = std::min(window.col_end, divide_up(side.width - phase.col, side.step_w)) - left;
+  if (rows <= 0 || cols <= 0) return;
+  const int64_t step_h = side.step_h * maps.stride_h, step_w = side.step_w * maps.stride_w;
+  const int64_t plane_step = line_plane * kLanes;
+  if (cols == pitch_ && step_h == cols * step_w) {  // nothing lies between rows, on either side
+    cols *= rows;
+    rows = 1;
+  }
+  for (int64_t b = 0; b < window.blocks; ++b) {
+    E* map = static_cast<E*>(maps.data) + (window.block + b) * maps.stride_n + plane % side.channels * maps.stride_c +
+                 (top * side.step_h + phase.row) * maps.stride_h + (left * side.step_w + phase.col) * maps.stride_w;
+    Float* flat = lines + b * line_image * kLanes + (top - window.row_begin) * pitch_ + left - window.col_begin;
+    if (maps.stride_c == 1) {
+      for (int64_t y = 0; y < rows; ++y) {
+        for (int64_t x = 0; x < cols; x += kLanes) {
+          const int valid = static_cast<int>(std::min<int64_t>(cols - x, kLanes));
+          E* pixels = map + y * step_h + x * step_w;
+          if constexpr (kPack)
+            kernels.load(pixels, step_w, valid, flat + y * pitch_ + x, plane_step, count);
+          else
+            kernels.store(flat + y * pitch_ + x, plane_step, pixels, step_w, valid, count);
+        }
+      }
+      continue;
+    }
+    for (int64_t p = 0; p < count; ++p, map += maps.stride_c, flat += plane_step) {
+      if (step_w == 1) {
+        if constexpr (kPack)
+          kernels.pack_rows(map, step_h, flat, pitch_, rows, cols);
+        else
+          kernels.unpack_rows(flat, pitch_, map, step_h, rows, cols);
+        continue;
+      }
+      for (int64_t y = 0; y < rows; ++y)
+        for (int64_t x = 0; x < cols; ++x) {
+          if constexpr (kPack)
+            flat[y * pitch_ + x] = to_float(map[y * step_h + x * step_w]);
+          else
+            assign(map[y * step_h + x * step_w], flat[y * pitch_ + x]);
+        }
+    }
   }
 }
 
@@ -252,6 +371,10 @@ void ConvPlan::build(const ConvShape& s, bool input_gradient, const int64_t* pos
 template <typename E>
 void ConvPlan::pack(const Maps& maps, const Side& side, int64_t plane, int64_t count, const Window& window,
                     float* lines, int64_t line_plane, int64_t line_row) const {
+  if (has_pixel_lanes()) {
+    line_kernels().float32.pack(nullptr, 0, 0, lines, line_plane * kLanes, kLanes, count, tiling_.tile_blocks * line_row);
+    return move_pixels<true, E>(maps, side, plane, count, window, lines, line_plane, line_row);
+  }
   const Phase& phase = side.phases[plane / side.channels];
   const int64_t channel = plane % side.channels, tile_blocks = tiling_.tile_blocks;
   const MapKernels<E>& kernels = line_kernels().of<E>();
@@ -314,6 +437,7 @@ void ConvPlan::pack(const Maps& maps, const Side& side, int64_t plane, int64_t c
 template <typename E>
 void ConvPlan::unpack(const Maps& maps, const Side& side, int64_t plane, int64_t count, const Window& window,
                       const float* lines, int64_t line_plane, int64_t line_row) const {
+  if (has_pixel_lanes()) return move_pixels<false, E>(maps, side, plane, count, window, lines, line_plane, line_row);
   const Phase& phase = side.phases[plane / side.channels];
   const int64_t channel = plane % side.channels, tile_blocks = tiling_.tile_blocks;
   const MapKernels<E>& kernels = line_kernels().of<E>();
@@ -354,14 +478,19 @@ void ConvPlan::unpack(const Maps& maps, const Side& side, int64_t plane, int64_t
 // Output planes that one thread takes through all blocks of a strip: as many as keep the strip's sums in half of L2
 // (what they read is packed again for every chunk), fewer if there would not be work for every thread.
 int64_t ConvPlan::chunk_rows(int64_t strips, int threads) const {
-  const int64_t planes = out_.planes(), strip = tiling_.strip_rows * strip_row_ * kLanes * sizeof(float);
+  const int64_t planes = out_.planes(), strip = strip_plane_ * kLanes * static_cast<int64_t>(sizeof(float));
   int64_t chunks = divide_up(planes * strip, std::max<int64_t>(caches().l2 / 2, strip));
-  while (threads > 1 && strips * chunks < 4 * threads && planes / (chunks + 1) >= 16) ++chunks;
+  const auto uneven = [&](int64_t items) {
+    // Few strips of few images: what they read is a good part of the work, and no more than an even share is wanted.
+    if (has_pixel_lanes()) return divide_up(items, threads) * threads - items > items / 4;
+    return items < 4 * threads;
+  };
+  while (threads > 1 && planes / (chunks + 1) >= 16 && uneven(strips * chunks)) ++chunks;
   return divide_up(divide_up(planes, chunks), 4) * 4;
 }
 
 int64_t ConvPlan::count_strips(int64_t images) const {
-  return divide_up(divide_up(images, kLanes), tiling_.tile_blocks) * divide_up(grid_h_, tiling_.strip_rows) *
+  return divide_up(divide_up(images, tiling_.block_images), tiling_.tile_blocks) * divide_up(grid_h_, tiling_.strip_rows) *
          divide_up(grid_w_, tiling_.tile_cols);
 }
 
@@ -374,8 +503,19 @@ ConvPlan::Window ConvPlan::strip(int64_t index, int64_t images) const {
   w.row_begin = index / across % down * tiling_.strip_rows;
   w.row_end = std::min<int64_t>(w.row_begin + tiling_.strip_rows, grid_h_);
   w.block = index / across / down * tiling_.tile_blocks;
-  w.blocks = std::min<int64_t>(tiling_.tile_blocks, divide_up(images, kLanes) - w.block);
+  w.blocks = std::min<int64_t>(tiling_.tile_blocks, divide_up(images, tiling_.block_images) - w.block);
   return w;
+}
+
+// The kernel for a tile of `rows` pixel rows of a strip.
+template <typename Table>
+auto ConvPlan::kernel(const Table& table, const Window& strip, int64_t rows) const {
+  const int64_t cols = strip.col_end - strip.col_begin;
+  return has_pixel_lanes() ? table[strip.blocks][flat_lines(rows, cols, pitch_)] : table[rows][cols * tiling_.tile_blocks];
+}
+
+void ConvPlan::check(const Maps& a, const Maps& b) const {
+  if (has_pixel_lanes() && (a.lines || b.lines)) throw std::invalid_argument("a plan for ordinary tensors, given lines");
 }
 
 // Tiles can be used where they belong if they are made of lines as kernels know them, pixel after pixel.
@@ -429,6 +569,7 @@ void ConvPlan::for_each_tile(const Maps& in, const Maps& maps, const PlaneBlock&
 
 void ConvPlan::forward(const void* weight, Element element, const Maps& in, const Maps& out, const float* bias,
                        bool accumulate, int threads) const {
+  check(in, out);
   const LineKernels& kernels = line_kernels();
   const int64_t strips = count_strips(in.images), chunk = chunk_rows(strips, threads);
   const int64_t chunks = divide_up(out_.planes(), chunk), entries = non_zeros();
@@ -448,7 +589,6 @@ void ConvPlan::forward(const void* weight, Element element, const Maps& in, cons
     for (int64_t item = 0; item < strips * chunks; ++item) {
       const int64_t first = item % chunks * chunk, last = std::min(first + chunk, out_.planes());
       const Window pixels = strip(item / chunks, in.images);
-      const int64_t lines = (pixels.col_end - pixels.col_begin) * tiling_.tile_blocks;
       const auto place = [&](int64_t plane) { return sums + (plane - first) * strip_plane_ * kLanes; };
       if (accumulate && !direct)
         for_each_phase(first, last, [&](int64_t plane, int64_t count) {
@@ -458,7 +598,7 @@ void ConvPlan::forward(const void* weight, Element element, const Maps& in, cons
         const bool start = &block == blocks_.data() && !accumulate;
         for_each_tile(in, out, block, pixels, first, last, patch, sums,
                       [&](const EntryRow* begin, const EntryRow* end, Patch from, Tile tile, int64_t rows) {
-                        kernels.forward[rows][lines](offsets_.data(), values, begin, end, from, tile, bias, start);
+                        kernel(kernels.forward, pixels, rows)(offsets_.data(), values, begin, end, from, tile, bias, start);
                       });
       }
       if (!direct)
@@ -471,6 +611,7 @@ void ConvPlan::forward(const void* weight, Element element, const Maps& in, cons
 
 void ConvPlan::weight_grad(const Maps& in, const Maps& grad_out, void* grads, Element element, bool scatter,
                            int threads) const {
+  check(in, grad_out);
   const LineKernels& kernels = line_kernels();
   // The strips are summed in parts, each on its own, and the parts in their order: how many there are must not depend
   // on the number of threads. Within a part the output planes can be shared out freely.
@@ -491,12 +632,11 @@ void ConvPlan::weight_grad(const Maps& in, const Maps& grad_out, void* grads, El
       const int64_t part = item / chunks, first = item % chunks * chunk, last = std::min(first + chunk, out_.planes());
       for (int64_t s = strips * part / parts; s < strips * (part + 1) / parts; ++s) {
         const Window pixels = strip(s, in.images);
-        const int64_t lines = (pixels.col_end - pixels.col_begin) * tiling_.tile_blocks;
         if (!direct) (this->*pack)(grad_out, out_, first, last - first, pixels, tiles, strip_plane_, strip_row_);
         for (const PlaneBlock& block : blocks_)
           for_each_tile(in, grad_out, block, pixels, first, last, patch, tiles,
                         [&](const EntryRow* begin, const EntryRow* end, Patch from, Tile tile, int64_t rows) {
-                          kernels.weight_grad[rows][lines](offsets_.data(), begin, end, from, tile, sums + part * entries);
+                          kernel(kernels.weight_grad, pixels, rows)(offsets_.data(), begin, end, from, tile, sums + part * entries);
                         });
       }
     }

@@ -32,13 +32,20 @@ struct Maps {
   Element element = Element::float32;
 };
 
-// How the work is cut up. `choose_tiling` gives one; what it holds does not change any result, only the time.
+// What a plan is for: maps in lines, some of them at least; or ordinary tensors alone, pixels or planes being together
+// in memory (channels_last, NCHW). It only helps to choose.
+enum class MapsLayout { lines, pixels, planes };
+
+// How the work is cut up. `choose_tiling` gives one; what it holds changes results by rounding at most, and the time.
 struct Tiling {
   int tile_rows;         // pixels of a register tile: rows ...
   int tile_cols;         // ... and columns,
-  int tile_blocks;       // of this many blocks of 16 images (more than one on small maps)
+  int tile_blocks;       // of this many blocks of images (more than one on small maps)
   int strip_rows;        // pixel rows that are worked through before the next columns
   int planes_per_block;  // input planes packed together, so that what one tile reads stays in the L1 cache
+  // Of a block of images: 16, side by side in lines; or 1, whose lines are 16 pixels side by side, for batches that
+  // would leave most lanes empty. The maps must be ordinary tensors then, and a tile is a whole strip.
+  int block_images = kLanes;
 };
 
 // Everything about one mask (or set of learning positions) and one pass that does not change from step to step.
@@ -47,7 +54,8 @@ class ConvPlan {
  public:
   // positions [count]: flat row-major positions in the weight; negative ones are padding. `input_gradient` plans the
   // transposed convolution, from the output's gradient to the input's.
-  ConvPlan(const ConvShape& shape, bool input_gradient, const int64_t* positions, int64_t count, int64_t images);
+  ConvPlan(const ConvShape& shape, bool input_gradient, const int64_t* positions, int64_t count, int64_t images,
+           MapsLayout layout);
   // With a tiling of the caller's own.
   ConvPlan(const ConvShape& shape, bool input_gradient, const int64_t* positions, int64_t count, Tiling tiling);
 
@@ -58,12 +66,13 @@ class ConvPlan {
                bool accumulate, int threads) const;
 
   // grads[i] = dloss/dweight[positions[i]], float32, 0 at padding; or, with `scatter`, written to the places of the
-  // positions in a tensor of `element` with the weight's strides, and nowhere else. For a plan of the forward pass. The sums are formed in an
-  // order that does not depend on `threads`.
+  // positions in a tensor of `element` with the weight's strides, and nowhere else. For a plan of the forward pass. The
+  // sums are formed in an order that does not depend on `threads`.
   void weight_grad(const Maps& in, const Maps& grad_out, void* grads, Element element, bool scatter,
                    int threads) const;
 
   const Tiling& tiling() const { return tiling_; }
+  bool has_pixel_lanes() const { return tiling_.block_images == 1; }
   int64_t non_zeros() const { return static_cast<int64_t>(offsets_.size()); }
 
  private:
@@ -84,13 +93,19 @@ class ConvPlan {
   struct Window;
 
   void build(const ConvShape& shape, bool input_gradient, const int64_t* positions, int64_t count, int64_t images,
-             const Tiling* tiling);
+             MapsLayout layout, const Tiling* tiling);
+  void check(const Maps& a, const Maps& b) const;
   template <typename E>
   void pack(const Maps& maps, const Side& side, int64_t plane, int64_t count, const Window& window, float* lines,
             int64_t line_plane, int64_t line_row) const;
   template <typename E>
   void unpack(const Maps& maps, const Side& side, int64_t plane, int64_t count, const Window& window,
               const float* lines, int64_t line_plane, int64_t line_row) const;
+  template <bool kPack, typename E, typename Float>
+  void move_pixels(const Maps& maps, const Side& side, int64_t plane, int64_t count, const Window& window,
+                   Float* lines, int64_t line_plane, int64_t line_image) const;
+  template <typename Table>
+  auto kernel(const Table& table, const Window& strip, int64_t rows) const;
   int64_t chunk_rows(int64_t strips, int threads) const;
   int64_t count_strips(int64_t images) const;
   Window strip(int64_t index, int64_t images) const;
@@ -105,7 +120,8 @@ class ConvPlan {
   Side in_, out_;
   int64_t grid_h_, grid_w_;
   int64_t min_row_shift_, max_row_shift_, min_col_shift_, max_col_shift_;
-  int64_t patch_row_, patch_plane_;  // lines of a packed patch, from row to row and from plane to plane,
+  int64_t pitch_ = 0;                // with lanes of pixels: pixels of a packed row, those of the halo included
+  int64_t patch_row_, patch_plane_;  // lines of a packed patch, from tile row to tile row and from plane to plane,
   int64_t strip_row_, strip_plane_;  // and of a strip of output
   int64_t most_planes_ = 0;          // of a block
   int64_t count_;

@@ -162,9 +162,17 @@ void for_each_product(const Problem& p, Visit visit) {
   }
 }
 
-std::optional<Tiling> draw_tiling() {
+std::optional<Tiling> draw_tiling(const ConvShape& s, bool lines) {
   if (draw(0, 1)) return std::nullopt;
   for (;;) {
+    if (!lines && draw(0, 1)) {  // pixels
+      const int rows = static_cast<int>(draw(1, 9)), cols = static_cast<int>(draw(1, 40)), images = static_cast<int>(draw(1, 4));
+      // No pitch is more than this; lines that a row of a tile has.
+      const int64_t pitch = cols + (s.kernel_w - 1) * s.dilation_w + 1, most = ((rows - 1) * pitch + cols + kLanes - 1) / kLanes;
+      if (most <= kMaxTileLines && line_kernels().forward[images][most])
+        return Tiling{rows, cols, images, rows, static_cast<int>(draw(1, 24)), 1};
+      continue;
+    }
     const Tiling t{static_cast<int>(draw(1, kMaxTileRows)), static_cast<int>(draw(1, 16)), static_cast<int>(draw(1, 5)),
                    static_cast<int>(draw(1, 9)), static_cast<int>(draw(1, 24))};
     if (line_kernels().forward[t.tile_rows][std::min(t.tile_cols * t.tile_blocks, kMaxTileLines)] &&
@@ -178,14 +186,14 @@ std::optional<Tiling> draw_tiling() {
   const Tiling& t = plan.tiling();
   std::fprintf(stderr,
                "%s: images=%ld channels=%ld->%ld groups=%ld maps=%ldx%ld->%ldx%ld kernel=%ldx%ld stride=%ldx%ld "
-               "padding=%ldx%ld dilation=%ldx%ld positions=%zu tiling=%d,%d,%d,%d,%d isa=%d\n",
+               "padding=%ldx%ld dilation=%ldx%ld positions=%zu tiling=%d,%d,%d,%d,%d,%d isa=%d\n",
                what, static_cast<long>(images), static_cast<long>(s.channels), static_cast<long>(s.out_channels),
                static_cast<long>(s.groups), static_cast<long>(s.height), static_cast<long>(s.width),
                static_cast<long>(s.out_height), static_cast<long>(s.out_width), static_cast<long>(s.kernel_h),
                static_cast<long>(s.kernel_w), static_cast<long>(s.stride_h), static_cast<long>(s.stride_w),
                static_cast<long>(s.padding_h), static_cast<long>(s.padding_w), static_cast<long>(s.dilation_h),
                static_cast<long>(s.dilation_w), p.positions.size(), t.tile_rows, t.tile_cols, t.tile_blocks, t.strip_rows,
-               t.planes_per_block, static_cast<int>(isa()));
+               t.planes_per_block, t.block_images, static_cast<int>(isa()));
   std::exit(1);
 }
 
@@ -194,22 +202,28 @@ bool close(double got, double expected, double magnitude, bool exact) {
   return std::fabs(got - expected) <= (exact ? 2e-6 : 0.02) * magnitude + 1e-30;
 }
 
-ConvPlan make_plan(const Problem& p, bool input_gradient, int64_t images) {
-  const std::optional<Tiling> tiling = draw_tiling();
+Layout draw_layout(bool lines) {
+  return lines ? pick({kContiguous, kChannelsLast, kGaps, kTransposed, kLines})
+               : pick({kContiguous, kChannelsLast, kGaps, kTransposed});
+}
+
+ConvPlan make_plan(const Problem& p, bool input_gradient, int64_t images, bool lines) {
+  const std::optional<Tiling> tiling = draw_tiling(p.shape, lines);
   const auto count = static_cast<int64_t>(p.positions.size());
   return tiling ? ConvPlan(p.shape, input_gradient, p.positions.data(), count, *tiling)
-                : ConvPlan(p.shape, input_gradient, p.positions.data(), count, images);
+                : ConvPlan(p.shape, input_gradient, p.positions.data(), count, images, lines ? MapsLayout::lines : pick({MapsLayout::pixels, MapsLayout::planes}));
 }
 
 // The forward pass, or the gradient of the input: `in` convolved into maps of the shape of `expected`.
 void check_forward(const Problem& p, bool input_gradient, const Dense& in, Dense expected, int threads) {
-  const ConvPlan plan = make_plan(p, input_gradient, in.n);
+  const bool lines = draw(0, 1);
+  const ConvPlan plan = make_plan(p, input_gradient, in.n, lines);
   Dense magnitude = expected;
   const bool with_bias = !input_gradient && draw(0, 1);
   std::vector<float> bias(expected.c);
   for (float& b : bias) b = draw_value();
-  Buffer from(in, pick({kContiguous, kChannelsLast, kGaps, kTransposed, kLines}));
-  Buffer to(expected, pick({kContiguous, kChannelsLast, kGaps, kTransposed, kLines}));
+  Buffer from(in, draw_layout(lines));
+  Buffer to(expected, draw_layout(lines));
   from.fill(in);
   const bool accumulate = !with_bias && draw(0, 1);
   const Dense before = draw_dense(in.n, expected.c, expected.h, expected.w);
@@ -251,9 +265,10 @@ void check_forward(const Problem& p, bool input_gradient, const Dense& in, Dense
 }
 
 void check_weight_grad(const Problem& p, const Dense& in, const Dense& grad_out, int threads) {
-  const ConvPlan plan = make_plan(p, false, in.n);
-  Buffer from(in, pick({kContiguous, kChannelsLast, kGaps, kTransposed, kLines}));
-  Buffer grad(grad_out, pick({kContiguous, kChannelsLast, kGaps, kTransposed, kLines}));
+  const bool lines = draw(0, 1);
+  const ConvPlan plan = make_plan(p, false, in.n, lines);
+  Buffer from(in, draw_layout(lines));
+  Buffer grad(grad_out, draw_layout(lines));
   from.fill(in);
   grad.fill(grad_out);
   std::vector<double> expected(p.positions.size()), magnitude(p.positions.size());
@@ -285,7 +300,7 @@ int main() {
   for (int repeat = 0; repeat < 400; ++repeat) {
     const Problem p = draw_problem();
     const ConvShape& s = p.shape;
-    const int64_t images = pick<int64_t>({1, 2, 7, 15, 16, 17, 31, 50, 70});
+    const int64_t images = pick<int64_t>({1, 1, 2, 3, 4, 7, 15, 16, 17, 31, 50, 70});
     const Dense in = draw_dense(images, s.channels, s.height, s.width);
     const Dense grad_out = draw_dense(images, s.out_channels, s.out_height, s.out_width);
     for (const Isa wanted : {Isa::scalar, Isa::avx2, Isa::avx512}) {
