@@ -6,8 +6,9 @@
 //
 // A small batch would leave most of the 16 lanes empty. There the lanes are pixels: a strip of one image is packed as a
 // flat sequence, row after row with the halo between them, so that a kernel tap still is at a fixed offset and 16
-// consecutive pixels are a line. What falls on the halo is computed and dropped (in the weight gradient, multiplied by
-// zero). A strip is one tile, and a row of the tile another image.
+// consecutive pixels are a line. What falls on the halo is computed and dropped; in the weight gradient it is multiplied
+// by zero, so that infinite maps make NaN of gradients that would be finite. A strip is one tile, and a row of the tile
+// another image.
 #include "masked_conv2d.h"
 
 #include <algorithm>
