@@ -34,7 +34,8 @@ class _Cost(NamedTuple):
 
 # Least squares over what the passes of the layers in benchmarks/bench_masked_conv2d.py, bench_masked_linear.py and of
 # smaller ones take, sparse and dense, at 50 to 95 %: a fit of 1 = ratio * (non_zero * non_zeros + channel * channels) /
-# weights, for ratios between 0.5 and 3.5 (what is far from the break-even need not fit).
+# weights, for ratios between 0.5 and 3.5 (what is far from the break-even need not fit). For 1 to 12 images the
+# same fits times the lanes that a pixel then takes, and with the costs of a call (seen in 512 channels on 7x7 maps).
 _COSTS = {
     "masked_conv2d": {
         "forward": _Cost(1.6, 16.0, 5.0),

@@ -6,8 +6,9 @@
 //
 // A small batch would leave most of the 16 lanes empty. There the lanes are pixels: a strip of one image is packed as a
 // flat sequence, row after row with the halo between them, so that a kernel tap still is at a fixed offset and 16
-// consecutive pixels are a line. What falls on the halo is computed and dropped (in the weight gradient, multiplied by
-// zero). A strip is one tile, and a row of the tile another image.
+// consecutive pixels are a line. What falls on the halo is computed and dropped; in the weight gradient it is multiplied
+// by zero, so that infinite maps make NaN of gradients that would be finite. A strip is one tile, and a row of the tile
+// another image.
 #include "masked_conv2d.h"
 
 #include <algorithm>
@@ -152,13 +153,13 @@ Tiling choose_pixel_tiling(int64_t grid_h, int64_t grid_w, int64_t halo_h, int64
 // pixels begin anywhere in a cache line if there is a halo, so that most are two to load; NCHW maps are made lines of
 // images and back as a whole.
 double image_speed(int64_t images, MapsLayout layout) {
-  constexpr double kPlanes = 0.65;
+  constexpr double kPlanes = 0.7;
   const double used = static_cast<double>(images) / static_cast<double>(divide_up(images, kLanes) * kLanes);
   return layout == MapsLayout::planes ? used * kPlanes : used;
 }
 
 double pixel_speed(const Tiling& t, int64_t grid_h, int64_t grid_w, int64_t halo_h, int64_t halo_w) {
-  constexpr double kUnaligned = 0.8;
+  constexpr double kUnaligned = 0.87;
   const int64_t strips = divide_up(grid_h, t.strip_rows) * divide_up(grid_w, t.tile_cols);
   const int64_t lines = strips * flat_lines(t.strip_rows, t.tile_cols, t.tile_cols + halo_w);
   const double used = static_cast<double>(grid_h * grid_w) / static_cast<double>(lines * kLanes);
