@@ -1,0 +1,256 @@
+"""2-D batch normalization with residual addition and ReLU in one pass: ``F.batch_norm`` on ordinary channels_last maps.
+
+The CPU kernels (csrc/cpu/batch_norm.h) take float32 and bfloat16 maps with float32 statistics and affine parameters,
+and sum in float64; everything else runs as torch runs it. An autograd function rather than a custom op, whose own cost
+would be three times as high: a step calls it tens of times.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from . import native, plans, reference
+
+_PLAIN = {Tensor, nn.Parameter}  # of other classes, fake tensors among them, the memory is nobody else's to read
+
+
+def _is_plain(maps: Tensor) -> bool:
+    """Whether the kernels can read it."""
+    return (
+        type(maps) in _PLAIN
+        and maps.dtype in (torch.float32, torch.bfloat16)
+        and maps.is_cpu
+        and maps.layout is torch.strided
+        and maps.is_contiguous(memory_format=torch.channels_last)
+        and not maps.is_neg()  # only marked as negative in memory
+        and not maps._is_zerotensor()
+    )
+
+
+def _is_vector(vector: Tensor | None, channels: int) -> bool:
+    return vector is None or (
+        type(vector) in _PLAIN
+        and vector.dtype == torch.float32
+        and vector.shape == (channels,)
+        and vector.is_cpu
+        and vector.is_contiguous()
+        and not vector.is_neg()
+    )
+
+
+def _is_watched() -> bool:
+    """Whether somebody wants to see torch's own operators."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _takes(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    residual: Tensor | None,
+) -> bool:
+    if not native.available() or not isinstance(input, Tensor) or input.dim() != 4 or not _is_plain(input):
+        return False
+    channels, elements = input.shape[1], input.numel()
+    if not elements or (training and elements == channels) or (running_mean is None) != (running_var is None):
+        return False
+    if not training and running_mean is None:
+        return False
+    if not all(_is_vector(v, channels) for v in (running_mean, running_var, weight, bias)):
+        return False
+    if residual is not None and not (
+        isinstance(residual, Tensor)
+        and residual.shape == input.shape
+        and residual.dtype == input.dtype
+        and _is_plain(residual)
+    ):
+        return False
+    return not _is_watched()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _rows(maps: Tensor) -> tuple[int, int, bool]:
+    channels = maps.shape[1]
+    return maps.numel() // channels, channels, maps.dtype == torch.bfloat16
+
+
+def _empty_like(maps: Tensor) -> Tensor:
+    if maps.dtype == torch.float32:
+        return plans.empty_maps(maps.shape, channels_last=True)
+    return torch.empty(maps.shape, dtype=maps.dtype, memory_format=torch.channels_last)
+
+
+def _forward(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    """The result, and ``[4, C]`` terms for the backward pass."""
+    out, terms = _empty_like(input), torch.empty(4, input.shape[1])
+    native.lib.batch_norm_nhwc_forward(
+        _rows(input),
+        input.data_ptr(),
+        _address(residual),
+        _address(weight),
+        _address(bias),
+        _address(running_mean),
+        _address(running_var),
+        momentum,
+        eps,
+        training,
+        relu,
+        out.data_ptr(),
+        terms.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if training and running_mean is not None and running_var is not None:
+        torch.autograd.graph.increment_version([running_mean, running_var])
+    return out, terms
+
+
+class _BatchNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        residual: Tensor | None,
+        relu: bool,
+    ) -> Tensor:
+        out, terms = _forward(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, residual, relu
+        )
+        # Without a residual the sign of the result follows from the input.
+        ctx.save_for_backward(input, weight, terms, out if relu and residual is not None else None)
+        ctx.training, ctx.eps, ctx.relu = training, eps, relu
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        needs_input, _, _, needs_weight, needs_bias, _, _, _, needs_residual, _ = ctx.needs_input_grad
+        if grad is None:
+            return (None,) * 10
+        input, weight, terms, out = ctx.saved_tensors
+        maps = [maps.contiguous(memory_format=torch.channels_last) for maps in (grad, input)]
+        if torch.is_grad_enabled() or _is_watched() or not all(map(_is_plain, maps)):
+            # Somebody will differentiate the gradients, or looks on.
+            found = _differentiable_backward(ctx, grad, input, weight, terms, out)
+            grad_input, grad_weight, grad_bias, grad_residual = found
+        else:
+            grad_input = _empty_like(input) if needs_input else None
+            grad_residual = None
+            if needs_residual:
+                grad_residual = _empty_like(input) if ctx.relu else grad
+            vectors = torch.empty(2, input.shape[1])
+            native.lib.batch_norm_nhwc_backward(
+                _rows(input),
+                terms.data_ptr(),
+                ctx.training,
+                ctx.relu,
+                maps[0].data_ptr(),
+                maps[1].data_ptr(),
+                _address(out),
+                _address(grad_input),
+                _address(grad_residual if ctx.relu else None),
+                vectors.data_ptr(),
+                vectors.data_ptr() + 4 * input.shape[1],
+                torch.get_num_threads(),
+            )
+            grad_weight, grad_bias = vectors
+        return (
+            grad_input if needs_input else None,
+            None,
+            None,
+            grad_weight if needs_weight else None,
+            grad_bias if needs_bias else None,
+            None,
+            None,
+            None,
+            grad_residual if needs_residual else None,
+            None,
+        )
+
+
+def _differentiable_backward(
+    ctx: Any, grad: Tensor, input: Tensor, weight: Tensor | None, terms: Tensor, out: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of input, weight, bias and residual by torch's own operators."""
+    mean, inverse, scale, shift = terms[:, :, None, None]
+    if ctx.relu:
+        before = torch.addcmul(shift, input.detach().float(), scale) if out is None else out
+        grad = torch.where(before <= 0, 0.0, grad)
+    statistics = None if ctx.training else (mean, inverse)
+    return *reference.batch_norm_backward(grad, input, weight, ctx.eps, statistics), grad
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """``F.batch_norm``, then ``+ residual``, then ReLU.
+
+    One pass over memory, and one more for the statistics, on float32 or bfloat16 maps in channels_last on the CPU with
+    float32 vectors; there the results do not depend on the number of threads. All else goes to torch, and so does what
+    torch.compile and other tracers see. Twice differentiable.
+
+    Args:
+        input: ``[B, C, H, W]``, floating point.
+        running_mean, running_var: ``[C]`` or None; updated in training.
+        weight, bias: ``[C]`` or None.
+        training, momentum, eps: as in ``torch.nn.functional.batch_norm``.
+        residual: of the input's shape (or one that broadcasts), or None.
+        relu: whether a ReLU follows.
+
+    Returns:
+        ``[B, C, H, W]``, of the input's dtype.
+
+    Raises:
+        ValueError, RuntimeError: what torch refuses, as torch says it: one value per channel in training, vectors that
+            do not fit.
+    """
+    if not _takes(input, running_mean, running_var, weight, bias, training, residual):
+        return reference.batch_norm(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, residual=residual, relu=relu
+        )
+    arguments = (input, running_mean, running_var, weight, bias, training, momentum, eps, residual, relu)
+    if torch.is_grad_enabled():
+        return _BatchNorm.apply(*arguments)
+    return _forward(*arguments)[0]
