@@ -45,8 +45,7 @@ def _is_vector(vector: Tensor | None, channels: int) -> bool:
 def _is_watched() -> bool:
     """Whether somebody wants to see torch's own operators."""
     return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
     )
@@ -246,7 +245,7 @@ def batch_norm(
         ValueError, RuntimeError: what torch refuses, as torch says it: one value per channel in training, vectors that
             do not fit.
     """
-    if not _takes(input, running_mean, running_var, weight, bias, training, residual):
+    if torch.compiler.is_compiling() or not _takes(input, running_mean, running_var, weight, bias, training, residual):
         return reference.batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps, residual=residual, relu=relu
         )
