@@ -188,16 +188,16 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "batch_norm_nhwc_backward",
       [](const std::tuple<int64_t, int64_t, bool>& rows, uintptr_t terms, bool of_batch, bool relu, uintptr_t grad,
-         uintptr_t x, uintptr_t out, uintptr_t grad_x, uintptr_t grad_residual, uintptr_t grad_weight,
+         uintptr_t more, uintptr_t x, uintptr_t out, uintptr_t grad_x, uintptr_t grad_residual, uintptr_t grad_weight,
          uintptr_t grad_bias, int threads) {
         const auto [count, channels, is_bfloat16] = rows;
         batch_norm_nhwc_backward({count, channels, is_bfloat16}, pointer<const float>(terms), of_batch, relu,
-                                 pointer<const void>(grad), pointer<const void>(x), pointer<const void>(out),
-                                 pointer<void>(grad_x), pointer<void>(grad_residual), pointer<float>(grad_weight),
-                                 pointer<float>(grad_bias), threads);
+                                 pointer<const void>(grad), pointer<const void>(more), pointer<const void>(x),
+                                 pointer<const void>(out), pointer<void>(grad_x), pointer<void>(grad_residual),
+                                 pointer<float>(grad_weight), pointer<float>(grad_bias), threads);
       },
-      py::arg("rows"), py::arg("terms"), py::arg("of_batch"), py::arg("relu"), py::arg("grad"), py::arg("x"),
-      py::arg("out"), py::arg("grad_x"), py::arg("grad_residual"), py::arg("grad_weight"), py::arg("grad_bias"),
+      py::arg("rows"), py::arg("terms"), py::arg("of_batch"), py::arg("relu"), py::arg("grad"), py::arg("more"),
+      py::arg("x"), py::arg("out"), py::arg("grad_x"), py::arg("grad_residual"), py::arg("grad_weight"), py::arg("grad_bias"),
       py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   m.def(

@@ -10,18 +10,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 
 from . import native, plans, reference
-
-_PLAIN = {Tensor, nn.Parameter}  # of other classes, fake tensors among them, the memory is nobody else's to read
 
 
 def _is_plain(maps: Tensor) -> bool:
     """Whether the kernels can read it."""
     return (
-        type(maps) in _PLAIN
+        type(maps) in native.PLAIN
         and maps.dtype in (torch.float32, torch.bfloat16)
         and maps.is_cpu
         and maps.layout is torch.strided
@@ -33,21 +31,12 @@ def _is_plain(maps: Tensor) -> bool:
 
 def _is_vector(vector: Tensor | None, channels: int) -> bool:
     return vector is None or (
-        type(vector) in _PLAIN
+        type(vector) in native.PLAIN
         and vector.dtype == torch.float32
         and vector.shape == (channels,)
         and vector.is_cpu
         and vector.is_contiguous()
         and not vector.is_neg()
-    )
-
-
-def _is_watched() -> bool:
-    """Whether somebody wants to see torch's own operators."""
-    return (
-        torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
     )
 
 
@@ -76,7 +65,7 @@ def _takes(
         and _is_plain(residual)
     ):
         return False
-    return not _is_watched()
+    return not native.watched()
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -130,9 +119,12 @@ def _forward(
 
 
 class _BatchNorm(Function):
+    """The result ``uses`` times: the gradients of the uses are added up on the way, where autograd would take a pass."""
+
     @staticmethod
     def forward(
         ctx: Any,
+        uses: int,
         input: Tensor,
         running_mean: Tensor | None,
         running_var: Tensor | None,
@@ -143,66 +135,79 @@ class _BatchNorm(Function):
         eps: float,
         residual: Tensor | None,
         relu: bool,
-    ) -> Tensor:
-        out, terms = _forward(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, residual, relu
-        )
+    ) -> tuple[Tensor, ...]:
+        out, terms = _forward(input, running_mean, running_var, weight, bias, training, momentum, eps, residual, relu)
         # Without a residual the sign of the result follows from the input.
         ctx.save_for_backward(input, weight, terms, out if relu and residual is not None else None)
         ctx.training, ctx.eps, ctx.relu = training, eps, relu
         ctx.set_materialize_grads(False)
-        return out
+        return out, *(out.detach() for _ in range(uses - 1))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        needs_input, _, _, needs_weight, needs_bias, _, _, _, needs_residual, _ = ctx.needs_input_grad
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        _, needs_input, _, _, needs_weight, needs_bias, _, _, _, needs_residual, _ = ctx.needs_input_grad
+        grad, more = _two([g for g in grads if g is not None])
         if grad is None:
-            return (None,) * 10
+            return (None,) * 11
         input, weight, terms, out = ctx.saved_tensors
-        maps = [maps.contiguous(memory_format=torch.channels_last) for maps in (grad, input)]
-        if torch.is_grad_enabled() or _is_watched() or not all(map(_is_plain, maps)):
+        maps = [m if m is None else m.contiguous(memory_format=torch.channels_last) for m in (grad, more, input, out)]
+        found: tuple[Tensor | None, ...]
+        if torch.is_grad_enabled() or native.watched() or not all(m is None or _is_plain(m) for m in maps):
             # Somebody will differentiate the gradients, or looks on.
-            found = _differentiable_backward(ctx, grad, input, weight, terms, out)
-            grad_input, grad_weight, grad_bias, grad_residual = found
+            found = _differentiable_backward(ctx, grad if more is None else grad + more, input, weight, terms, out)
         else:
-            grad_input = _empty_like(input) if needs_input else None
-            grad_residual = None
-            if needs_residual:
-                grad_residual = _empty_like(input) if ctx.relu else grad
-            vectors = torch.empty(2, input.shape[1])
-            native.lib.batch_norm_nhwc_backward(
-                _rows(input),
-                terms.data_ptr(),
-                ctx.training,
-                ctx.relu,
-                maps[0].data_ptr(),
-                maps[1].data_ptr(),
-                _address(out),
-                _address(grad_input),
-                _address(grad_residual if ctx.relu else None),
-                vectors.data_ptr(),
-                vectors.data_ptr() + 4 * input.shape[1],
-                torch.get_num_threads(),
-            )
-            grad_weight, grad_bias = vectors
+            found = _backward(ctx, *maps, terms, needs_residual)  # type: ignore[arg-type]
+        grad_input, grad_weight, grad_bias, grad_residual = found
         return (
-            grad_input if needs_input else None,
-            None,
-            None,
-            grad_weight if needs_weight else None,
-            grad_bias if needs_bias else None,
-            None,
-            None,
-            None,
-            grad_residual if needs_residual else None,
-            None,
+            *(None, grad_input if needs_input else None, None, None),
+            *(grad_weight if needs_weight else None, grad_bias if needs_bias else None, None, None, None),
+            *(grad_residual if needs_residual else None, None),
         )
+
+
+def _two(grads: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """At most two gradients with the same sum; None for those that are missing."""
+    while len(grads) > 2:
+        grads.append(grads.pop() + grads.pop())
+    first, second, *_ = *grads, None, None
+    return first, second
+
+
+def _backward(
+    ctx: Any,
+    grad: Tensor,
+    more: Tensor | None,
+    input: Tensor,
+    out: Tensor | None,
+    terms: Tensor,
+    needs_residual: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of input, weight, bias and residual."""
+    changes = ctx.relu or more is not None  # else the gradient of the residual is that of the result
+    grad_input, grad_residual = _empty_like(input), _empty_like(input) if needs_residual and changes else None
+    vectors = torch.empty(2, input.shape[1])
+    native.lib.batch_norm_nhwc_backward(
+        _rows(input),
+        terms.data_ptr(),
+        ctx.training,
+        ctx.relu,
+        grad.data_ptr(),
+        _address(more),
+        input.data_ptr(),
+        _address(out),
+        grad_input.data_ptr(),
+        _address(grad_residual),
+        vectors.data_ptr(),
+        vectors.data_ptr() + 4 * input.shape[1],
+        torch.get_num_threads(),
+    )
+    return grad_input, vectors[0], vectors[1], grad_residual if changes else grad
 
 
 def _differentiable_backward(
     ctx: Any, grad: Tensor, input: Tensor, weight: Tensor | None, terms: Tensor, out: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of input, weight, bias and residual by torch's own operators."""
+) -> tuple[Tensor, ...]:
+    """The same by torch's own operators."""
     mean, inverse, scale, shift = terms[:, :, None, None]
     if ctx.relu:
         before = torch.addcmul(shift, input.detach().float(), scale) if out is None else out
@@ -245,11 +250,30 @@ def batch_norm(
         ValueError, RuntimeError: what torch refuses, as torch says it: one value per channel in training, vectors that
             do not fit.
     """
+    arguments = input, running_mean, running_var, weight, bias, training, momentum, eps
+    return batch_norm_for_uses(1, *arguments, residual, relu)[0]
+
+
+def batch_norm_for_uses(
+    uses: int,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, ...]:
+    """:func:`batch_norm` for ``uses`` users of its result, which must not write to it, each with a tensor of its own.
+
+    The tensors share their memory, and the gradients that come back are added up in the backward pass of the op.
+    """
+    arguments = input, running_mean, running_var, weight, bias, training, momentum, eps
     if torch.compiler.is_compiling() or not _takes(input, running_mean, running_var, weight, bias, training, residual):
-        return reference.batch_norm(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, residual=residual, relu=relu
-        )
-    arguments = (input, running_mean, running_var, weight, bias, training, momentum, eps, residual, relu)
+        return (reference.batch_norm(*arguments, residual=residual, relu=relu),) * uses
     if torch.is_grad_enabled():
-        return _BatchNorm.apply(*arguments)
-    return _forward(*arguments)[0]
+        return _BatchNorm.apply(uses, *arguments, residual, relu)
+    return (_forward(*arguments, residual, relu)[0],) * uses

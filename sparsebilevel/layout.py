@@ -416,14 +416,22 @@ def _on_tensors(
     copies = {node: part.placeholder(node.name) for node in inputs}
     fusions = _fusions(nodes, kinds, modules)
     inner = {node for fusion in fusions.values() for node in fusion.inner}
+    of_user: dict[tuple[torch.fx.Node, torch.fx.Node], torch.fx.Node] = {}  # a value as one of its users gets it
     for node in nodes:
         if node in fusions:
-            norm, residual, relu, _ = fusions[node]
-            module, source = part.get_attr(str(norm.target)), copies[norm.all_input_nodes[0]]
-            arguments = module, source, None if residual is None else copies[residual], relu
-            copies[node] = part.call_function(normalize, arguments)
+            norm, residual, relu, chain = fusions[node]
+            source = norm.all_input_nodes[0]
+            source = of_user.get((source, norm), copies[source])
+            if residual is not None:
+                residual = of_user.get((residual, chain[1] if len(chain) > 1 else node), copies[residual])
+            users = [] if node in outputs else list(node.users)
+            arguments = part.get_attr(str(norm.target)), source, residual, relu, max(len(users), 1)
+            results = part.call_function(normalize, arguments)
+            copies[node] = part.call_function(operator.getitem, (results, 0))
+            for i, user in enumerate(users[1:], 1):
+                of_user[node, user] = part.call_function(operator.getitem, (results, i))
         elif node not in inner:
-            copies[node] = part.node_copy(node, copies.__getitem__)
+            copies[node] = part.node_copy(node, lambda value, node=node: of_user.get((value, node), copies[value]))
     part.output(tuple(copies[node] for node in outputs))
     return _compile(part)
 

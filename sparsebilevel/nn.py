@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .kernels import PASSES, Backend, batch_norm, choose_backend, describe, make_grad_sink, masked_conv2d, masked_linear
+from .kernels import PASSES, Backend, choose_backend, describe, make_grad_sink, masked_conv2d, masked_linear
+from .kernels.batch_norm import batch_norm_for_uses
 from .kernels.reference import effective_weight
 from .masks import NM, Pattern, Unstructured, global_masks, parse_pattern, random_mask
 from .schedules import layer_counts
@@ -381,17 +382,23 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
             ValueError: another number of dimensions; in training one value per channel.
             RuntimeError: another number of channels; a residual that does not fit.
         """
-        return normalize(self, input, residual, self.relu)
+        return normalize(self, input, residual, self.relu)[0]
 
     def extra_repr(self) -> str:
         """The settings."""
         return super().extra_repr() + (", relu=True" if self.relu else "")
 
 
-def normalize(module: nn.BatchNorm2d, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    """``module(input) + residual``, with ``relu`` no less than zero, in one pass; running statistics move."""
+def normalize(
+    module: nn.BatchNorm2d, input: Tensor, residual: Tensor | None, relu: bool, uses: int = 1
+) -> tuple[Tensor, ...]:
+    """``module(input) + residual``, with ``relu`` no less than zero, in one pass; running statistics move.
+
+    It comes in as many tensors as it has ``uses``, none of which writes to it.
+    """
     tracked = not module.training or module.track_running_stats
     return _count_and_normalize(
+        uses,
         input,
         module.running_mean if tracked else None,
         module.running_var if tracked else None,
@@ -407,6 +414,7 @@ def normalize(module: nn.BatchNorm2d, input: Tensor, residual: Tensor | None, re
 
 
 def _count_and_normalize(
+    uses: int,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -418,15 +426,15 @@ def _count_and_normalize(
     eps: float,
     residual: Tensor | None,
     relu: bool,
-) -> Tensor:
+) -> tuple[Tensor, ...]:
     if input.dim() != 4:
         raise ValueError(f"input has shape {list(input.shape)}; expected [B, C, H, W]")
     if batches is not None:
         batches.add_(1)
     if momentum is None:  # the mean over all batches
         momentum = 0.0 if batches is None else 1.0 / float(batches)
-    return batch_norm(
-        *(input, running_mean, running_var, weight, bias, training, momentum, eps), residual=residual, relu=relu
+    return batch_norm_for_uses(
+        *(uses, input, running_mean, running_var, weight, bias, training, momentum, eps, residual, relu)
     )
 
 

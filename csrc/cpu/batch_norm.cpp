@@ -258,8 +258,8 @@ void forward(const NormRows& rows, const NormOperands& norm, const T* x, const T
 }
 
 template <class T>
-void backward(const NormRows& rows, const float* terms, bool of_batch, bool relu, const T* grad, const T* x,
-              const T* out, T* grad_x, T* grad_residual, float* grad_weight, float* grad_bias, int threads) {
+void backward(const NormRows& rows, const float* terms, bool of_batch, bool relu, const T* grad, const T* more,
+              const T* x, const T* out, T* grad_x, T* grad_residual, float* grad_weight, float* grad_bias, int threads) {
   const Parts parts(rows);
   const int64_t channels = rows.channels;
   const float *mean = terms, *inverse = terms + channels, *scale = terms + 2 * channels, *shift = terms + 3 * channels;
@@ -268,9 +268,11 @@ void backward(const NormRows& rows, const float* terms, bool of_batch, bool relu
   const std::unique_ptr<double[]> sums(new double[parts.count * channels]);
   const std::unique_ptr<double[]> products(new double[parts.count * channels]);
   const auto at = [channels](auto* p, int64_t row) { return p ? p + row * channels : p; };
+  // What is known after the first pass, the second does not work out again.
+  T* passing = grad_residual || !more ? grad_residual : grad_x;
   for_each_part(parts, threads, [&](int64_t part, int64_t begin, int64_t size) {
-    run.grad_sums(at(grad, begin), at(x, begin), at(out, begin), size, channels, mean, scale, shift, relu,
-                  at(grad_residual, begin), &work[2 * part * channels], &sums[part * channels],
+    run.grad_sums(at(grad, begin), at(more, begin), at(x, begin), at(out, begin), size, channels, mean, scale, shift,
+                  relu, at(passing, begin), &work[2 * part * channels], &sums[part * channels],
                   &products[part * channels]);
   });
   for (int64_t part = 1; part < parts.count; ++part) {
@@ -291,8 +293,8 @@ void backward(const NormRows& rows, const float* terms, bool of_batch, bool relu
     }
   }
   if (!grad_x) return;
-  if (grad_residual) {  // it has passed the ReLU already
-    grad = grad_residual;
+  if (passing) {
+    grad = passing;
     relu = false;
   }
   for_each_part(parts, threads, [&](int64_t, int64_t begin, int64_t size) {
@@ -313,12 +315,13 @@ void batch_norm_nhwc_forward(const NormRows& rows, const NormOperands& norm, con
 }
 
 void batch_norm_nhwc_backward(const NormRows& rows, const float* terms, bool of_batch, bool relu, const void* grad,
-                              const void* x, const void* out, void* grad_x, void* grad_residual, float* grad_weight,
-                              float* grad_bias, int threads) {
+                              const void* more, const void* x, const void* out, void* grad_x, void* grad_residual,
+                              float* grad_weight, float* grad_bias, int threads) {
   const auto run = [&](auto* result) {
     using T = std::remove_pointer_t<decltype(result)>;
-    backward(rows, terms, of_batch, relu, static_cast<const T*>(grad), static_cast<const T*>(x),
-             static_cast<const T*>(out), result, static_cast<T*>(grad_residual), grad_weight, grad_bias, threads);
+    backward(rows, terms, of_batch, relu, static_cast<const T*>(grad), static_cast<const T*>(more),
+             static_cast<const T*>(x), static_cast<const T*>(out), result, static_cast<T*>(grad_residual), grad_weight,
+             grad_bias, threads);
   };
   rows.is_bfloat16 ? run(static_cast<uint16_t*>(grad_x)) : run(static_cast<float*>(grad_x));
 }

@@ -26,10 +26,11 @@ struct NormOperands {
 void batch_norm_nhwc_forward(const NormRows& rows, const NormOperands& norm, const void* x, const void* residual,
                              bool relu, void* out, float* terms, int threads);
 
-// Gradients of x, of the residual (both: unless null), and of weight and bias [channels]. With `relu` the gradient passes
-// where the result was positive: `out`, or what follows from x if that is null (without residual).
+// Gradients of x, of the residual (both: unless null), and of weight and bias [channels], from that of the result: grad,
+// or grad + more if that is not null. With `relu` it passes where the result was positive: `out`, or what follows from x
+// if that is null (without residual).
 void batch_norm_nhwc_backward(const NormRows& rows, const float* terms, bool of_batch, bool relu, const void* grad,
-                              const void* x, const void* out, void* grad_x, void* grad_residual, float* grad_weight,
-                              float* grad_bias, int threads);
+                              const void* more, const void* x, const void* out, void* grad_x, void* grad_residual,
+                              float* grad_weight, float* grad_bias, int threads);
 
 }  // namespace sparsebilevel

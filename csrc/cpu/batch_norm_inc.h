@@ -156,19 +156,18 @@ void normalize(const T* x, const T* residual, int64_t rows, int64_t channels, co
 enum class Through { nothing, relu_of_out, relu_of_x };
 
 template <Through kThrough, class T, class Lanes>
-Vector::Type passed(const T* grad, const T* out, int64_t i, Vector::Type x, const float* scale, const float* shift,
+Vector::Type passed(Vector::Type g, const T* out, int64_t i, Vector::Type x, const float* scale, const float* shift,
                     Lanes lanes) {
-  const Vector::Type g = lanes.load(grad + i);
   if (kThrough == Through::relu_of_out) return Vector::where_passing(lanes.load(out + i), g);
   if (kThrough == Through::relu_of_x)
     return Vector::where_passing(Vector::fma(lanes.load(scale), x, lanes.load(shift)), g);
   return g;
 }
 
-// Sums of the gradient g that passes, and of g * (x - mean).
+// Sums of the gradient g that passes, and of g * (x - mean). The gradient is grad + more, if that is not null.
 template <class T, Through kThrough>
 struct GradSums {
-  const T *grad, *x, *out;
+  const T *grad, *more, *x, *out;
   int64_t rows, channels;
   const float *mean, *scale, *shift;
   T* passing;  // receives g unless null
@@ -199,7 +198,9 @@ struct GradSums {
     for (int b = 0; b < B; ++b) {
       const int64_t column = c + b * Vector::kWidth, i = at + b * Vector::kWidth;
       const Vector::Type v = lanes.load(x + i);
-      const Vector::Type g = passed<kThrough>(grad, out, i, v, scale + column, shift + column, lanes);
+      Vector::Type g = lanes.load(grad + i);
+      if (more) g = Vector::add(g, lanes.load(more + i));
+      g = passed<kThrough>(g, out, i, v, scale + column, shift + column, lanes);
       if (passing) lanes.store(passing + i, g);
       s[b] = Vector::add(s[b], g);
       p[b] = Vector::fma(g, Vector::sub(v, lanes.load(mean + column)), p[b]);
@@ -208,29 +209,29 @@ struct GradSums {
 };
 
 template <Through kThrough, class T>
-void grad_sums_through(const T* grad, const T* x, const T* out, int64_t rows, int64_t channels, const float* mean,
-                       const float* scale, const float* shift, T* passing, float* work, double* sums,
-                       double* products) {
+void grad_sums_through(const T* grad, const T* more, const T* x, const T* out, int64_t rows, int64_t channels,
+                       const float* mean, const float* scale, const float* shift, T* passing, float* work,
+                       double* sums, double* products) {
   for (int64_t c = 0; c < channels; ++c) sums[c] = products[c] = 0;
   float *sum = work, *product = work + channels;
   const int64_t chunk = chunk_rows(channels);
   for (int64_t begin = 0; begin < rows; begin += chunk) {
     const int64_t n = rows - begin < chunk ? rows - begin : chunk, at = begin * channels;
-    walk_columns(GradSums<T, kThrough>{grad + at, x + at, out ? out + at : out, n, channels, mean, scale, shift,
-                                       passing ? passing + at : passing, sum, product},
+    walk_columns(GradSums<T, kThrough>{grad + at, more ? more + at : more, x + at, out ? out + at : out, n, channels,
+                                       mean, scale, shift, passing ? passing + at : passing, sum, product},
                  channels);
     for (int64_t c = 0; c < channels; ++c) sums[c] += sum[c], products[c] += product[c];
   }
 }
 
 template <class T>
-void grad_sums(const T* grad, const T* x, const T* out, int64_t rows, int64_t channels, const float* mean,
-               const float* scale, const float* shift, bool relu, T* passing, float* work, double* sums,
-               double* products) {
+void grad_sums(const T* grad, const T* more, const T* x, const T* out, int64_t rows, int64_t channels,
+               const float* mean, const float* scale, const float* shift, bool relu, T* passing, float* work,
+               double* sums, double* products) {
   const auto run = !relu ? grad_sums_through<Through::nothing, T>
                    : out ? grad_sums_through<Through::relu_of_out, T>
                          : grad_sums_through<Through::relu_of_x, T>;
-  run(grad, x, out, rows, channels, mean, scale, shift, passing, work, sums, products);
+  run(grad, more, x, out, rows, channels, mean, scale, shift, passing, work, sums, products);
 }
 
 // grad_x = scale * g + slope * (x - mean) + offset.
@@ -255,7 +256,8 @@ struct Gradient {
       for (int b = 0; b < B; ++b) {
         const int64_t column = c + b * Vector::kWidth, i = at + b * Vector::kWidth;
         const Vector::Type v = lanes.load(x + i);
-        const Vector::Type g = passed<kThrough>(grad, out, i, v, scale + column, shift + column, lanes);
+        const Vector::Type g =
+            passed<kThrough>(lanes.load(grad + i), out, i, v, scale + column, shift + column, lanes);
         const Vector::Type of_statistics = Vector::fma(factor[b], Vector::sub(v, center[b]), rest[b]);
         lanes.store(grad_x + i, Vector::fma(a[b], g, of_statistics));
       }
