@@ -49,7 +49,9 @@ def _takes(
     training: bool,
     residual: Tensor | None,
 ) -> bool:
-    if not native.available() or not isinstance(input, Tensor) or input.dim() != 4 or not _is_plain(input):
+    if not native.available() or native.watched():
+        return False
+    if not isinstance(input, Tensor) or input.dim() != 4 or not _is_plain(input):
         return False
     channels, elements = input.shape[1], input.numel()
     if not elements or (training and elements == channels) or (running_mean is None) != (running_var is None):
@@ -58,14 +60,12 @@ def _takes(
         return False
     if not all(_is_vector(v, channels) for v in (running_mean, running_var, weight, bias)):
         return False
-    if residual is not None and not (
+    return residual is None or (
         isinstance(residual, Tensor)
         and residual.shape == input.shape
         and residual.dtype == input.dtype
         and _is_plain(residual)
-    ):
-        return False
-    return not native.watched()
+    )
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -119,7 +119,7 @@ def _forward(
 
 
 class _BatchNorm(Function):
-    """The result ``uses`` times: the gradients of the uses are added up on the way, where autograd would take a pass."""
+    """The result ``uses`` times: their gradients are added up on the way, for which autograd would take a pass."""
 
     @staticmethod
     def forward(
@@ -141,7 +141,7 @@ class _BatchNorm(Function):
         ctx.save_for_backward(input, weight, terms, out if relu and residual is not None else None)
         ctx.training, ctx.eps, ctx.relu = training, eps, relu
         ctx.set_materialize_grads(False)
-        return out, *(out.detach() for _ in range(uses - 1))
+        return out, *(out.data for _ in range(uses - 1))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -156,7 +156,7 @@ class _BatchNorm(Function):
             # Somebody will differentiate the gradients, or looks on.
             found = _differentiable_backward(ctx, grad if more is None else grad + more, input, weight, terms, out)
         else:
-            found = _backward(ctx, *maps, terms, needs_residual)  # type: ignore[arg-type]
+            found = _backward(ctx, *maps, terms, needs_residual)  # type: ignore[arg-type, call-arg]
         grad_input, grad_weight, grad_bias, grad_residual = found
         return (
             *(None, grad_input if needs_input else None, None, None),
@@ -272,7 +272,7 @@ def batch_norm_for_uses(
     The tensors share their memory, and the gradients that come back are added up in the backward pass of the op.
     """
     arguments = input, running_mean, running_var, weight, bias, training, momentum, eps
-    if torch.compiler.is_compiling() or not _takes(input, running_mean, running_var, weight, bias, training, residual):
+    if not _takes(input, running_mean, running_var, weight, bias, training, residual):
         return (reference.batch_norm(*arguments, residual=residual, relu=relu),) * uses
     if torch.is_grad_enabled():
         return _BatchNorm.apply(uses, *arguments, residual, relu)

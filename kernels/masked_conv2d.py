@@ -148,7 +148,8 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grads = _dense_backward(grad_output, input, weight, mask, positions, ctx.geometry, needs)
     else:
         operands = grad_output, input, weight, mask
-        op = _sparse_backward if _runs_directly(*operands) else torch.ops.sparsebilevel.masked_conv2d_backward
+        op: Any = torch.ops.sparsebilevel.masked_conv2d_backward
+        op = _sparse_backward if _runs_directly(*operands) else op
         given = iter(op(*operands, positions, *ctx.geometry, needs))
         grads = tuple(next(given) if need else None for need in needs)
     grad_input, grad_weight, grad_scores, grad_sink, grad_bias = grads
@@ -235,7 +236,7 @@ def masked_conv2d(
     stride, dilation = _pair(stride), _pair(dilation)
     input, padding = _resolve_padding(input, weight, stride, padding, dilation)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
-    op = torch.ops.sparsebilevel.masked_conv2d
+    op: Any = torch.ops.sparsebilevel.masked_conv2d
     if not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
         op = _Eager.apply if _runs_directly(batched, weight, mask) else op
     output = op(batched, weight, mask, bias, mask_scores, grad_sink, positions, stride, padding, dilation, groups)

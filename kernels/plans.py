@@ -159,10 +159,11 @@ def empty_maps(size: Sequence[int], channels_last: bool) -> Tensor:
     """Uninitialised maps ``[B, C, H, W]``; large ones from the memory that is kept, which saves touching new pages."""
     if math.prod(size) < _LARGE:
         return torch.empty(size, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    # ``.data``: a view that leaves an autograd function may not be written to by what follows.
     if not channels_last:
-        return empty(*size)
+        return empty(*size).data
     images, channels, height, width = size
-    return empty(images, height, width, channels).permute(0, 3, 1, 2)
+    return empty(images, height, width, channels).permute(0, 3, 1, 2).data
 
 
 def release_memory() -> None:

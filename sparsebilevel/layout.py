@@ -431,7 +431,8 @@ def _on_tensors(
             for i, user in enumerate(users[1:], 1):
                 of_user[node, user] = part.call_function(operator.getitem, (results, i))
         elif node not in inner:
-            copies[node] = part.node_copy(node, lambda value, node=node: of_user.get((value, node), copies[value]))
+            given = {value: of_user.get((value, node), copies[value]) for value in node.all_input_nodes}
+            copies[node] = part.node_copy(node, given.__getitem__)
     part.output(tuple(copies[node] for node in outputs))
     return _compile(part)
 
@@ -605,7 +606,11 @@ class _Graphs:
         Compilers and exporters see the model as it was written, and so does what the lines do not take; in
         channels_last each op decides for itself.
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or any(isinstance(v, torch.fx.Proxy) for v in values):
+        if (
+            torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or any(isinstance(v, torch.fx.Proxy) for v in values)
+        ):
             return False
         if self.layout != "lines":
             return True
@@ -711,7 +716,7 @@ def optimize_for_cpu(model: nn.Module, layout: str = "lines") -> nn.Module:
     if isinstance(model, InLayout):
         if model._graphs.layout == layout:
             return model
-        model.__class__ = model._plain_class
+        model.__class__ = model._plain_class  # type: ignore[assignment]
     if layout == "channels_last":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return _enter(model, layout)

@@ -281,7 +281,7 @@ void backward(const NormRows& rows, const float* terms, bool of_batch, bool relu
       products[c] += products[part * channels + c];
     }
   }
-  std::vector<float> slope(channels, 0.0f), offset(channels, 0.0f);
+  std::vector<float> slope(channels), offset(channels);
   const double count = static_cast<double>(rows.count);
   for (int64_t c = 0; c < channels; ++c) {
     grad_bias[c] = static_cast<float>(sums[c]);
@@ -298,8 +298,8 @@ void backward(const NormRows& rows, const float* terms, bool of_batch, bool relu
     relu = false;
   }
   for_each_part(parts, threads, [&](int64_t, int64_t begin, int64_t size) {
-    run.gradient(at(grad, begin), at(x, begin), at(out, begin), size, channels, mean, scale, shift, slope.data(),
-                 offset.data(), relu, at(grad_x, begin));
+    run.gradient(at(grad, begin), at(x, begin), at(out, begin), size, channels, mean, scale, shift,
+                 of_batch ? slope.data() : nullptr, offset.data(), relu, at(grad_x, begin));
   });
 }
 

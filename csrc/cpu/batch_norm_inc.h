@@ -234,7 +234,7 @@ void grad_sums(const T* grad, const T* more, const T* x, const T* out, int64_t r
   run(grad, more, x, out, rows, channels, mean, scale, shift, passing, work, sums, products);
 }
 
-// grad_x = scale * g + slope * (x - mean) + offset.
+// grad_x = scale * g + slope * (x - mean) + offset; slope null: scale * g.
 template <class T, Through kThrough>
 struct Gradient {
   const T *grad, *x, *out;
@@ -248,8 +248,8 @@ struct Gradient {
     for (int b = 0; b < B; ++b) {
       const int64_t column = c + b * Vector::kWidth;
       center[b] = lanes.load(mean + column);
-      factor[b] = lanes.load(slope + column);
-      rest[b] = lanes.load(offset + column);
+      factor[b] = slope ? lanes.load(slope + column) : Vector::zero();
+      rest[b] = slope ? lanes.load(offset + column) : Vector::zero();
       a[b] = lanes.load(scale + column);
     }
     for (int64_t at = c; at < rows * channels; at += channels) {
@@ -258,7 +258,8 @@ struct Gradient {
         const Vector::Type v = lanes.load(x + i);
         const Vector::Type g =
             passed<kThrough>(lanes.load(grad + i), out, i, v, scale + column, shift + column, lanes);
-        const Vector::Type of_statistics = Vector::fma(factor[b], Vector::sub(v, center[b]), rest[b]);
+        Vector::Type of_statistics = Vector::zero();
+        if (slope) of_statistics = Vector::fma(factor[b], Vector::sub(v, center[b]), rest[b]);
         lanes.store(grad_x + i, Vector::fma(a[b], g, of_statistics));
       }
     }
