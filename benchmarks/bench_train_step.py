@@ -81,6 +81,11 @@ def in_layout(model: nn.Module, sparsity: float, *_: Any) -> nn.Module:
     return sb.optimize_for_cpu(uniform(model, sparsity))
 
 
+def drop_in(model: nn.Module, sparsity: float, *_: Any) -> nn.Module:
+    """The masks of `uniform` on ordinary maps, batch normalization with addition and ReLU in one pass."""
+    return sb.optimize_for_cpu(uniform(model, sparsity), layout="channels_last")
+
+
 def erk(model: nn.Module, sparsity: float, *_: Any) -> nn.Module:
     """Large layers sparser than small ones, in the layout."""
     return sb.optimize_for_cpu(sb.sparsify(model, sparsity, "erk", seed=0))
@@ -102,6 +107,7 @@ VARIANTS = {
     "dense NHWC": Variant(dense, baseline=True),
     "sparse NCHW": Variant(uniform, channels_last=False),
     "sparse NHWC": Variant(uniform),
+    "drop-in with own norm": Variant(drop_in),
     "in layout": Variant(in_layout),
     "in layout, ERK": Variant(erk),
     "dense NHWC, bf16": Variant(dense, bfloat16=True),

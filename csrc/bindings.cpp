@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "build_info.h"
+#include "cpu/batch_norm.h"
 #include "cpu/binarize.h"
 #include "cpu/feature_maps.h"
 #include "cpu/isa.h"
@@ -180,6 +181,35 @@ PYBIND11_MODULE(_C, m) {
       py::arg("mean"), py::arg("inverse"), py::arg("relu"), py::arg("training"), py::arg("grad_lines"),
       py::arg("grad_residual"), py::arg("grad_weight"), py::arg("grad_bias"), py::arg("threads"),
       py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "batch_norm_nhwc_forward",
+      [](const std::tuple<int64_t, int64_t, bool>& rows, uintptr_t x, uintptr_t residual, uintptr_t weight,
+         uintptr_t bias, uintptr_t running_mean, uintptr_t running_variance, double momentum, double epsilon,
+         bool of_batch, bool relu, uintptr_t out, uintptr_t terms, int threads) {
+        const auto [count, channels, is_bfloat16] = rows;
+        const NormOperands norm{pointer<const float>(weight), pointer<const float>(bias), pointer<float>(running_mean),
+                                pointer<float>(running_variance), momentum, epsilon, of_batch};
+        batch_norm_nhwc_forward({count, channels, is_bfloat16}, norm, pointer<const void>(x),
+                                pointer<const void>(residual), relu, pointer<void>(out), pointer<float>(terms), threads);
+      },
+      py::arg("rows"), py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("bias"), py::arg("running_mean"),
+      py::arg("running_variance"), py::arg("momentum"), py::arg("epsilon"), py::arg("of_batch"), py::arg("relu"),
+      py::arg("out"), py::arg("terms"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "batch_norm_nhwc_backward",
+      [](const std::tuple<int64_t, int64_t, bool>& rows, uintptr_t terms, bool of_batch, bool relu, uintptr_t grad,
+         uintptr_t more, uintptr_t x, uintptr_t out, uintptr_t grad_x, uintptr_t grad_residual, uintptr_t grad_weight,
+         uintptr_t grad_bias, int threads) {
+        const auto [count, channels, is_bfloat16] = rows;
+        batch_norm_nhwc_backward({count, channels, is_bfloat16}, pointer<const float>(terms), of_batch, relu,
+                                 pointer<const void>(grad), pointer<const void>(more), pointer<const void>(x),
+                                 pointer<const void>(out), pointer<void>(grad_x), pointer<void>(grad_residual),
+                                 pointer<float>(grad_weight), pointer<float>(grad_bias), threads);
+      },
+      py::arg("rows"), py::arg("terms"), py::arg("of_batch"), py::arg("relu"), py::arg("grad"), py::arg("more"),
+      py::arg("x"), py::arg("out"), py::arg("grad_x"), py::arg("grad_residual"), py::arg("grad_weight"), py::arg("grad_bias"),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "to_lines",

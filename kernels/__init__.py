@@ -4,6 +4,7 @@ One operation has one stem: ``binarize`` lives in ``kernels/binarize.py``, ``csr
 ``tests/test_binarize.py``. This package imports nothing else of ``sparsebilevel``.
 """
 
+from .batch_norm import batch_norm
 from .binarize import binarize, binarize_many
 from .dispatch import BACKENDS, PASSES, Backend, choose_backend, describe
 from .gradient import make_grad_sink
@@ -15,6 +16,7 @@ __all__ = [
     "BACKENDS",
     "PASSES",
     "Backend",
+    "batch_norm",
     "binarize",
     "binarize_many",
     "choose_backend",

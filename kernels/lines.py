@@ -525,16 +525,22 @@ class Window(Step):
             raise Unfit("a window without maps")
         return channels, height, width
 
+    def _taken(self, source: Tensor) -> Tensor:
+        """What of the source, or its gradient, there is in the result."""
+        channels, rows, cols = self.index
+        return source[:, channels, rows, cols]
+
     def _inside(self, out: Tensor) -> Tensor:
-        """What of a result, or its gradient, comes from the source."""
+        """The same of the result, or its gradient."""
         sizes = zip(self.before, out.shape[1:4], self.after, strict=True)
-        return out[(slice(None), *(slice(before, size - after) for before, size, after in sizes))]
+        channels, rows, cols = (slice(before, size - after) for before, size, after in sizes)
+        return out[:, channels, rows, cols]
 
     def forward(self, run: _Run) -> None:
         out = run.values[self.out] = run.new(self.out)
         if any((*self.before, *self.after)):
             out.fill_(self.value)
-        self._inside(out).copy_(run.value(self.source)[(slice(None), *self.index)])
+        self._inside(out).copy_(self._taken(run.value(self.source)))
 
     def backward(self, back: _Back) -> None:
         grad = back.take(self.out)
@@ -543,7 +549,7 @@ class Window(Step):
         held = back.grads[self.source]
         if held is None:
             held = back.grads[self.source] = back.new(self.source).zero_()
-        held[(slice(None), *self.index)].add_(self._inside(grad))
+        self._taken(held).add_(self._inside(grad))
 
 
 @dataclasses.dataclass(frozen=True)

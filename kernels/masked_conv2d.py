@@ -8,16 +8,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from . import dense, plans, reference
+from . import dense, native, plans, reference
 from .dispatch import sparse_grads, sparse_support
 from .gradient import Needs, check_masked_operands, distribute_gradient, register_autocast
 from .plans import Geometry
 
 
-@torch.library.custom_op("sparsebilevel::masked_conv2d", mutates_args=())
-def _masked_conv2d(
+def _forward(
     input: Tensor,
     weight: Tensor,
     mask: Tensor,
@@ -38,6 +38,9 @@ def _masked_conv2d(
     size = input.shape[0], weight.shape[0], *geometry.output_size(input.shape[2:], weight.shape[2:])
     output = plans.empty_maps(size, _is_channels_last(input) or _is_channels_last(weight), input.dtype)
     return plans.conv2d(input, weight, support, bias, geometry, output)
+
+
+_masked_conv2d = torch.library.custom_op("sparsebilevel::masked_conv2d", _forward, mutates_args=())
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
@@ -80,8 +83,7 @@ def _dense_backward(
     return grad_input, None, None, None, grad_bias
 
 
-@torch.library.custom_op("sparsebilevel::masked_conv2d_backward", mutates_args=())
-def _masked_conv2d_backward(
+def _sparse_backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -120,6 +122,11 @@ def _masked_conv2d_backward(
     return [grads[name] for name, need in zip(Needs._fields, wanted, strict=True) if need]  # type: ignore[misc]
 
 
+_masked_conv2d_backward = torch.library.custom_op(
+    "sparsebilevel::masked_conv2d_backward", _sparse_backward, mutates_args=()
+)
+
+
 @_masked_conv2d_backward.register_fake
 def _(grad_output, input, weight, mask, positions, stride, padding, dilation, groups, needs):
     grads = _dense_backward(
@@ -141,11 +148,10 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # somebody will differentiate the gradients
         grads = _dense_backward(grad_output, input, weight, mask, positions, ctx.geometry, needs)
     else:
-        given = iter(
-            torch.ops.sparsebilevel.masked_conv2d_backward(
-                grad_output, input, weight, mask, positions, *ctx.geometry, needs
-            )
-        )
+        operands = grad_output, input, weight, mask
+        op: Any = torch.ops.sparsebilevel.masked_conv2d_backward
+        op = _sparse_backward if _runs_directly(*operands) else op
+        given = iter(op(*operands, positions, *ctx.geometry, needs))
         grads = tuple(next(given) if need else None for need in needs)
     grad_input, grad_weight, grad_scores, grad_sink, grad_bias = grads
     return grad_input, grad_weight, None, grad_bias, grad_scores, grad_sink, None, None, None, None, None
@@ -153,6 +159,23 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 _masked_conv2d.register_autograd(_backward, setup_context=_setup_context)
 register_autocast("masked_conv2d", operands=frozenset({0, 1, 3}))
+
+
+class _Eager(Function):
+    """The same without going through the dispatcher, which takes longer than the kernels of a small layer."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def _runs_directly(*tensors: Tensor) -> bool:
+    """Whether there is nobody to whom the dispatcher would hand these."""
+    return all(type(t) in native.PLAIN and t.is_cpu for t in tensors) and not native.watched()
 
 
 @register_flop_formula(torch.ops.sparsebilevel.masked_conv2d)
@@ -214,9 +237,10 @@ def masked_conv2d(
     stride, dilation = _pair(stride), _pair(dilation)
     input, padding = _resolve_padding(input, weight, stride, padding, dilation)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
-    output = torch.ops.sparsebilevel.masked_conv2d(
-        batched, weight, mask, bias, mask_scores, grad_sink, positions, stride, padding, dilation, groups
-    )
+    op: Any = torch.ops.sparsebilevel.masked_conv2d
+    if not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
+        op = _Eager.apply if _runs_directly(batched, weight, mask) else op
+    output = op(batched, weight, mask, bias, mask_scores, grad_sink, positions, stride, padding, dilation, groups)
     return output if input.dim() == 4 else output.squeeze(0)
 
 

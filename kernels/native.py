@@ -11,7 +11,7 @@ import os
 import warnings
 from typing import Any
 
-import torch  # noqa: F401  Before the extension: both then share the OpenMP runtime that torch brings along.
+import torch  # Before the extension: both then share the OpenMP runtime that torch brings along.
 
 
 def _load() -> tuple[Any, str]:
@@ -55,3 +55,17 @@ def available() -> bool:
 def isa() -> str:
     """Instruction set that they use."""
     return lib.isa().name
+
+
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+"""Of tensors of other classes, fake ones among them, the memory is nobody else's to read."""
+
+
+def watched() -> bool:
+    """Whether somebody wants to see operators rather than what they do: compilers, tracers, transforms, modes."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )

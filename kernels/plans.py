@@ -189,10 +189,11 @@ def empty_maps(size: Sequence[int], channels_last: bool, dtype: torch.dtype = to
     if math.prod(size) < _LARGE:
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         return torch.empty(size, dtype=dtype, memory_format=memory_format)
+    # ``.data``: a view that leaves an autograd function may not be written to by what follows.
     if not channels_last:
-        return empty(*size, dtype=dtype)
+        return empty(*size, dtype=dtype).data
     images, channels, height, width = size
-    return empty(images, height, width, channels, dtype=dtype).permute(0, 3, 1, 2)
+    return empty(images, height, width, channels, dtype=dtype).permute(0, 3, 1, 2).data
 
 
 def release_memory() -> None:

@@ -66,3 +66,48 @@ def binarize(scores: Tensor, k: int) -> Tensor:
     mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     mask[order[:k]] = True
     return mask.view(scores.shape)
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """``F.batch_norm``, then ``+ residual``, then ReLU. Shapes: input ``[B, C, H, W]``, vectors ``[C]``."""
+    out = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    out = out if residual is None else out + residual
+    return F.relu(out) if relu else out
+
+
+def batch_norm_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    statistics: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, weight and bias of a batch normalization, as differentiable functions of all operands.
+
+    ``statistics`` are mean and 1 / deviation, ``[C, 1, 1]``, if they are constants; else they are those of the batch.
+    """
+    x, grad = (t.float() if t.dtype == torch.bfloat16 else t for t in (input, grad_output))
+    if statistics is None:
+        var, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
+        inverse = torch.rsqrt(var + eps)
+    else:
+        mean, inverse = statistics
+    normalized = (x - mean) * inverse
+    grad_weight, grad_bias = (grad * normalized).sum((0, 2, 3)), grad.sum((0, 2, 3))
+    grad = grad if weight is None else grad * weight[:, None, None]
+    if statistics is None:
+        means = ((t * grad).mean((0, 2, 3), keepdim=True) for t in (1.0, normalized))
+        grad = grad - next(means) - normalized * next(means)
+    return (grad * inverse).to(input.dtype), grad_weight, grad_bias

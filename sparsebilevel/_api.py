@@ -4,7 +4,7 @@ from . import optim
 from .layout import optimize_for_cpu
 from .masks import NM, Block, Channel, Filter, Pattern, Unstructured
 from .methods import HYDRA, IMP, METHODS, OMP, SET, BiDST, BiP, RigL, Sparsifier, Static
-from .nn import SparseMaskedConv2d, SparseMaskedLinear, densify, sparse_layers, sparsify
+from .nn import FusedBatchNorm2d, SparseMaskedConv2d, SparseMaskedLinear, densify, sparse_layers, sparsify
 
 __all__ = [
     "HYDRA",
@@ -18,6 +18,7 @@ __all__ = [
     "Block",
     "Channel",
     "Filter",
+    "FusedBatchNorm2d",
     "Pattern",
     "RigL",
     "SparseMaskedConv2d",

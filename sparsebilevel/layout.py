@@ -1,10 +1,10 @@
-"""Whole networks on the CPU in the layout of the sparse kernels.
+"""Whole networks on the CPU in the layout of the sparse kernels, or in channels_last.
 
 Between sparse layers, feature maps stay *in lines*: contiguous ``[ceil(B / 16), C, H, W, 16]``, sixteen images side by
 side. :func:`optimize_for_cpu` traces a model and cuts its graph into segments that stay in lines, each run by one
-program of :mod:`sparsebilevel.kernels.lines`, and the rest, which meets ordinary tensors. Batch normalization, ReLU and
-additions are fused with one another and, where nobody else needs their result, into the convolution that follows.
-Modules, parameters and the keys of the state dict stay what they were.
+program of :mod:`sparsebilevel.kernels.lines`, and the rest, which meets ordinary tensors; in channels_last that is all.
+Batch normalization, ReLU and additions are fused with one another and, in lines where nobody else needs their result,
+into the convolution that follows. Modules, parameters and the keys of the state dict stay what they were.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx
@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from .kernels import lines, native
 from .kernels.dispatch import lines_pay, sparse_support
 from .kernels.plans import LANES, Geometry, Support, active_support
-from .nn import SparseMaskedConv2d, SparseMaskedModule, sparse_layers
+from .nn import FusedBatchNorm2d, SparseMaskedConv2d, SparseMaskedModule, normalize, sparse_layers
+
+LAYOUTS = ("lines", "channels_last")
 
 # -- what a node of the traced graph is --------------------------------------------------------------------------------
 
@@ -38,7 +40,8 @@ _EACH: set[type[nn.Module]] = {  # activations that treat every element alike
     *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh),
 }
 _KINDS: dict[type[nn.Module], str] = {
-    **{SparseMaskedConv2d: "conv", nn.Conv2d: "stem", nn.BatchNorm2d: "norm", nn.ReLU: "relu"},
+    **{SparseMaskedConv2d: "conv", nn.Conv2d: "stem", nn.ReLU: "relu"},
+    **{nn.BatchNorm2d: "norm", FusedBatchNorm2d: "norm"},
     **{nn.MaxPool2d: "pool", nn.Identity: "same", nn.AdaptiveAvgPool2d: "mean"},
     **dict.fromkeys(_EACH, "each"),
 }
@@ -47,7 +50,8 @@ _FEW_CHANNELS = 4  # a dense convolution of so few costs less in lines than the 
 
 class _Tracer(torch.fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, SparseMaskedModule) or super().is_leaf_module(m, module_qualified_name)
+        own = isinstance(m, (SparseMaskedModule, FusedBatchNorm2d))
+        return own or super().is_leaf_module(m, module_qualified_name)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -59,7 +63,8 @@ def _has_hooks(module: nn.Module) -> bool:
 def _kind(node: torch.fx.Node, module: nn.Module | None) -> str:
     """What can be done in lines, ``conv``, ``norm``, ``relu``, ``add`` and so on; or ``other``."""
     if module is not None:
-        if node.kwargs or len(node.args) != 1 or _has_hooks(module):
+        takes_residual = isinstance(module, FusedBatchNorm2d) and set(node.kwargs) <= {"residual"}
+        if (len(node.args) + len(node.kwargs) != 1 and not takes_residual) or not node.args or _has_hooks(module):
             return "other"
         kind = _KINDS.get(type(module), "other")
         return kind if _fits(module, kind) else "other"
@@ -94,7 +99,7 @@ def _fits(module: nn.Module, kind: str) -> bool:
 def _settings(module: nn.Module) -> Any:
     """What a plan takes over of a module; the rest is asked for at each run."""
     if isinstance(module, nn.BatchNorm2d):
-        return module.num_features, _has_plain_vectors(module)
+        return module.num_features, _has_plain_vectors(module), getattr(module, "relu", False)
     return module.extra_repr() if isinstance(module, (nn.MaxPool2d, nn.AdaptiveAvgPool2d)) else None
 
 
@@ -240,17 +245,13 @@ def _out_of_place(module: nn.Module, x: Tensor) -> Tensor:
 
 
 class _Segment:
-    """Nodes that are run in lines together, as a program; and as they were written, for what the program refuses.
+    """Nodes that are run in lines together, as a program; and on ordinary tensors, for what the program refuses.
 
     Called with the model and the values of ``inputs``, it returns those of ``outputs``.
     """
 
     def __init__(
-        self,
-        graph: torch.fx.Graph,
-        nodes: list[torch.fx.Node],
-        kinds: dict[torch.fx.Node, str],
-        modules: dict[str, nn.Module],
+        self, nodes: list[torch.fx.Node], kinds: dict[torch.fx.Node, str], modules: dict[str, nn.Module]
     ) -> None:
         inside = set(nodes)
         self.inputs = list(dict.fromkeys(a for node in nodes for a in node.all_input_nodes if a not in inside))
@@ -277,7 +278,7 @@ class _Segment:
             builder.channels,
             len(builder.convolutions),
         )
-        self._plain = _as_written(graph, nodes, self.inputs, self.outputs)
+        self._plain = _on_tensors(nodes, self.inputs, self.outputs, kinds, modules)
 
     @staticmethod
     def _build(
@@ -287,12 +288,15 @@ class _Segment:
         module: nn.Module | None,
         values: dict[torch.fx.Node, int | _Pending],
     ) -> int | _Pending:
-        operands = [values[a] for a in node.args if isinstance(a, torch.fx.Node)]
+        operands = [values[a] for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.fx.Node)]
         if kind in ("conv", "stem"):
             return builder.convolve(operands[0], str(node.target))
         if kind == "norm":
             assert isinstance(module, nn.BatchNorm2d)
-            return builder.normalize(operands[0], str(node.target), module)
+            value: int | _Pending = builder.normalize(operands[0], str(node.target), module)
+            for residual in operands[1:]:
+                value = builder.add(value, residual)
+            return builder.rectify(value) if getattr(module, "relu", False) else value
         if kind == "relu":
             return builder.rectify(operands[0])
         if kind == "add":
@@ -308,8 +312,8 @@ class _Segment:
             return builder.window(operands[0], index[1:])
         if kind == "pad":
             pad: Any = node.args[1] if len(node.args) > 1 else node.kwargs["pad"]
-            value: Any = node.kwargs.get("value")
-            return builder.window(operands[0], (), pad[::2], pad[1::2], value or 0.0)
+            fill: Any = node.kwargs.get("value")
+            return builder.window(operands[0], (), pad[::2], pad[1::2], fill or 0.0)
         return operands[0]  # "same"
 
     def __call__(self, state: _State, model: nn.Module, *inputs: Any) -> tuple[Any, ...]:
@@ -380,17 +384,72 @@ def _compile(graph: torch.fx.Graph) -> Callable[..., Any]:
     return namespace["forward"]
 
 
-def _as_written(
-    graph: torch.fx.Graph,
+class _Fusion(NamedTuple):
+    """A normalization, the addition of something else to it and a ReLU, as far as they are there."""
+
+    norm: torch.fx.Node
+    residual: torch.fx.Node | None
+    relu: bool
+    inner: list[torch.fx.Node]
+    """Those whose result nobody else needs."""
+
+
+def _fusions(
+    nodes: Sequence[torch.fx.Node], kinds: dict[torch.fx.Node, str], modules: dict[str, nn.Module]
+) -> dict[torch.fx.Node, _Fusion]:
+    """Those among the nodes, by the last node of each; of two normalizations that are added one takes the addition."""
+    inside = set(nodes)
+
+    def follower(node: torch.fx.Node, kind: str) -> torch.fx.Node | None:
+        user = next(iter(node.users)) if len(node.users) == 1 else None
+        return user if user is not None and user in inside and kinds[user] == kind else None
+
+    found: dict[torch.fx.Node, _Fusion] = {}
+    for node in nodes:
+        if kinds[node] != "norm" or type(modules[str(node.target)]) is not nn.BatchNorm2d:
+            continue
+        chain, residual = [node], None
+        addition = follower(node, "add")
+        others = [a for a in addition.all_input_nodes if a is not node] if addition is not None else []
+        if addition is not None and others and not any(addition in (*f.inner, last) for last, f in found.items()):
+            chain.append(addition)
+            residual = others[0]
+        relu = follower(chain[-1], "relu")
+        if relu is not None:
+            chain.append(relu)
+        found[chain[-1]] = _Fusion(node, residual, relu is not None, chain[:-1])
+    return found
+
+
+def _on_tensors(
     nodes: Sequence[torch.fx.Node],
     inputs: Sequence[torch.fx.Node],
     outputs: Sequence[torch.fx.Node],
+    kinds: dict[torch.fx.Node, str],
+    modules: dict[str, nn.Module],
 ) -> Callable[..., Any]:
-    """The nodes as a function of the model and the values of ``inputs``."""
+    """The nodes on ordinary tensors, as a function of the model and the values of ``inputs``."""
     part = torch.fx.Graph()
     copies = {node: part.placeholder(node.name) for node in inputs}
+    fusions = _fusions(nodes, kinds, modules)
+    inner = {node for fusion in fusions.values() for node in fusion.inner}
+    of_user: dict[tuple[torch.fx.Node, torch.fx.Node], torch.fx.Node] = {}  # a value as one of its users gets it
     for node in nodes:
-        copies[node] = part.node_copy(node, copies.__getitem__)
+        if node in fusions:
+            norm, residual, relu, chain = fusions[node]
+            source = norm.all_input_nodes[0]
+            source = of_user.get((source, norm), copies[source])
+            if residual is not None:
+                residual = of_user.get((residual, chain[1] if len(chain) > 1 else node), copies[residual])
+            users = [] if node in outputs else list(node.users)
+            arguments = part.get_attr(str(norm.target)), source, residual, relu, max(len(users), 1)
+            results = part.call_function(normalize, arguments)
+            copies[node] = part.call_function(operator.getitem, (results, 0))
+            for i, user in enumerate(users[1:], 1):
+                of_user[node, user] = part.call_function(operator.getitem, (results, i))
+        elif node not in inner:
+            given = {value: of_user.get((value, node), copies[value]) for value in node.all_input_nodes}
+            copies[node] = part.node_copy(node, given.__getitem__)
     part.output(tuple(copies[node] for node in outputs))
     return _compile(part)
 
@@ -420,7 +479,7 @@ def _trace(model: nn.Module) -> torch.fx.Graph:
 class _Plan:
     """A traced graph cut into parts, which run one after the other: segments in lines, and what is between them."""
 
-    def __init__(self, graph: torch.fx.Graph, modules: dict[str, nn.Module], dense: set[str]) -> None:
+    def __init__(self, graph: torch.fx.Graph, layout: str, modules: dict[str, nn.Module], dense: set[str]) -> None:
         of_node = {n: modules[str(n.target)] if n.op == "call_module" else None for n in graph.nodes}
         kinds = {
             n: "other" if n.op == "call_module" and n.target in dense else _kind(n, of_node[n]) for n in graph.nodes
@@ -435,7 +494,7 @@ class _Plan:
             kind = kinds[node]
             from_lines = any(a in in_lines and kinds[a] != "mean" for a in node.all_input_nodes)
             starts = kind == "conv" or (kind in ("norm", "stem") and node in leads_to_lines)
-            if starts or (kind not in ("other", "stem") and from_lines):
+            if layout == "lines" and (starts or (kind not in ("other", "stem") and from_lines)):
                 in_lines.add(node)
             left = [a in in_lines and (kinds[a] == "mean" or node not in in_lines) for a in node.all_input_nodes]
             levels[node] = max((levels[a] + out for a, out in zip(node.all_input_nodes, left, strict=True)), default=0)
@@ -451,10 +510,10 @@ class _Plan:
                 inside = set(between)
                 inputs = list(dict.fromkeys(a for n in between for a in n.all_input_nodes if a not in inside))
                 outputs = [n for n in between if any(user not in inside for user in n.users)]
-                self.parts.append((_as_written(graph, between, inputs, outputs), inputs, outputs))
+                self.parts.append((_on_tensors(between, inputs, outputs, kinds, modules), inputs, outputs))
             nodes = [node for node in inner if node in in_lines and levels[node] == level]
             if nodes:
-                segment = _Segment(graph, nodes, kinds, modules)
+                segment = _Segment(nodes, kinds, modules)
                 self.parts.append((segment, segment.inputs, segment.outputs))
         self._result = output.args[0]
         wanted = list(output.all_input_nodes)
@@ -475,13 +534,16 @@ class _Plan:
 
 
 class _State:
-    """What a forward finds of a model: modules by name, and the supports of its sparse convolutions, None = dense."""
+    """What a forward finds of a model: modules by name, and the supports of its sparse convolutions, None = dense.
 
-    def __init__(self, model: nn.Module, images: int) -> None:
+    ``images`` is the size of the batch; None asks for no supports.
+    """
+
+    def __init__(self, model: nn.Module, images: int | None) -> None:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.supports: dict[str, Support | None] = {}
         for name, module in self.modules.items():
-            if isinstance(module, SparseMaskedConv2d):
+            if images is not None and isinstance(module, SparseMaskedConv2d):
                 stride = module.stride[0] * module.stride[1]
                 operands = module.weight, module.weight, module.mask
                 self.supports[name] = sparse_support("masked_conv2d", *operands, stride, images, groups=module.groups)
@@ -493,56 +555,91 @@ class _State:
 
 
 class InLayout(nn.Module):
-    """Mixed into the class of a model by :func:`optimize_for_cpu`: its forward, in lines where that is possible."""
+    """Mixed into the class of a model by :func:`optimize_for_cpu`: its forward, in a layout where that is possible."""
 
     _plain_class: type[nn.Module]
     _graphs: _Graphs  # in __dict__
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not _runs_plain(args, kwargs) and lines_pay(*_batch(args, kwargs)):
-            state = _State(self, _batch(args, kwargs)[0])
-            plan = self._graphs.find(self, state)
+        graphs = self._graphs
+        if graphs.takes(*args, *kwargs.values()):
+            state = graphs.state(self, *args, *kwargs.values())
+            plan = graphs.find(self, state)
             if plan is not None:
-                bound = self._graphs.signature.bind(self, *args, **kwargs)
+                bound = graphs.signature.bind(self, *args, **kwargs)
                 bound.apply_defaults()
                 return plan(self, state, bound.arguments)
         return self._plain_class.forward(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self._plain_class, self._plain_state())
+        return _rebuild, (self._plain_class, self._plain_state(), self._graphs.layout)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         new = self._plain_class.__new__(self._plain_class)
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self._plain_state(), memo))
-        return optimize_for_cpu(new)
+        return _enter(new, self._graphs.layout)
 
     def _plain_state(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_graphs"}
 
 
-def _rebuild(plain_class: type[nn.Module], state: dict[str, Any]) -> nn.Module:
+def _rebuild(plain_class: type[nn.Module], state: dict[str, Any], layout: str) -> nn.Module:
     model = plain_class.__new__(plain_class)
     model.__dict__.update(state)
-    return optimize_for_cpu(model)
+    return _enter(model, layout)
+
+
+class _OwnBatchNorm2d(FusedBatchNorm2d):
+    """What the ``nn.BatchNorm2d`` of a model that cannot be traced becomes, in place."""
+
+    _plain_class = nn.BatchNorm2d
+
+    def _get_name(self) -> str:
+        return "BatchNorm2d"
 
 
 class _Graphs:
     """Plans of a model. Tracing fixes what a forward reads of ``training``, and a plan the kinds of the modules and
     which convolutions are sparse, so there is one for each."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layout: str) -> None:
+        self.layout = layout
         self.signature = inspect.signature(type(model).forward)
         leaves = _Tracer()
         self._leaf = leaves.is_leaf_module
         self._traces: dict[tuple[bool, ...], torch.fx.Graph | None] = {}
         self._plans: dict[tuple, _Plan | None] = {}
-        state = _State(model, LANES)
+        state = self.state(model)
         through, hooked = self._traced_through(model, state)
         if not hooked:
             modes = tuple(m.training for m in through)
             graph = self._traces[modes] = _trace(model)
-            self._plans[self._key(modes, state)] = _Plan(graph, state.modules, state.dense)
+            self._plans[self._key(modes, state)] = _Plan(graph, layout, state.modules, state.dense)
+
+    def takes(self, *values: Any) -> bool:
+        """Whether there may be a plan for these arguments.
+
+        Compilers and exporters see the model as it was written, and so does what the lines do not take; in
+        channels_last each op decides for itself.
+        """
+        if (
+            torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or any(isinstance(v, torch.fx.Proxy) for v in values)
+        ):
+            return False
+        if self.layout != "lines":
+            return True
+        if not native.available() or not lines_pay(*_batch(values)):
+            return False
+        if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16:
+            return False
+        return not any(isinstance(v, Tensor) and (v.device.type != "cpu" or not v.numel()) for v in values)
+
+    def state(self, model: nn.Module, *values: Any) -> _State:
+        """For arguments of the forward."""
+        return _State(model, _batch(values)[0] if self.layout == "lines" else None)
 
     def _traced_through(self, model: nn.Module, state: _State) -> tuple[list[nn.Module], bool]:
         """Modules whose forward is traced, and whether one of them has a hook, which would not run."""
@@ -567,18 +664,10 @@ class _Graphs:
                     self._traces[modes] = None
                     self._traces[modes] = _trace(model)
                 graph = self._traces[modes]
-                self._plans[key] = None if graph is None else _Plan(graph, state.modules, state.dense)
+                self._plans[key] = None if graph is None else _Plan(graph, self.layout, state.modules, state.dense)
             except Exception:
                 self._plans[key] = None
         return self._plans[key]
-
-
-def _batch(args: Any, kwargs: Any) -> tuple[int, int]:
-    """Images of the batch and pixels of each, by the first tensor that is given."""
-    sizes = (
-        (v.shape[0], math.prod(v.shape[2:])) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()
-    )
-    return next(sizes, (LANES, 1))
 
 
 def _maps_dtype() -> torch.dtype:
@@ -586,47 +675,78 @@ def _maps_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
 
 
-def _runs_plain(args: Any, kwargs: Any) -> bool:
-    """Compilers and exporters see the model as it was written, and so does what the sparse kernels do not take."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not native.available():
-        return True
-    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16:
-        return True
-    values = (*args, *kwargs.values())
-    return any(
-        isinstance(v, torch.fx.Proxy) or (isinstance(v, Tensor) and (v.device.type != "cpu" or not v.numel()))
-        for v in values
-    )
+def _batch(values: Sequence[Any]) -> tuple[int, int]:
+    """Images of the batch and pixels of each, by the first tensor among arguments."""
+    sizes = ((v.shape[0], math.prod(v.shape[2:])) for v in values if isinstance(v, Tensor) and v.dim())
+    return next(sizes, (LANES, 1))
 
 
-def optimize_for_cpu(model: nn.Module) -> nn.Module:
-    """Run ``model`` in the layout of the sparse CPU kernels wherever that is possible.
+def _mix_in(model: nn.Module, layout: str) -> None:
+    """Raises whatever a tracer meets in a forward."""
+    plain = type(model)
+    model.__dict__["_graphs"] = _Graphs(model, layout)
+    model.__class__ = type(plain.__name__, (InLayout, plain), {"_plain_class": plain, "__module__": plain.__module__})
+
+
+def _enter(model: nn.Module, layout: str) -> nn.Module:
+    """The model in the layout; its parts, if it cannot be traced as a whole, with a warning."""
+    try:
+        _mix_in(model, layout)
+    except Exception as error:
+        _enter_in_parts(model, layout)
+        message = (
+            f"{type(model).__name__} cannot be traced, so its layers convert one by one, but for what nn.Sequential "
+            f"holds; BatchNorm2d takes the fused kernel on channels_last maps: {error}"
+        )
+        warnings.warn(message, stacklevel=3)
+    return model
+
+
+def _enter_in_parts(model: nn.Module, layout: str) -> None:
+    # Of other modules a forward may have arguments whose values it depends on.
+    for child in model.children():
+        if type(child) is nn.BatchNorm2d:
+            child.__class__ = _OwnBatchNorm2d
+        elif type(child) is nn.Sequential:
+            try:
+                _mix_in(child, layout)
+            except Exception:
+                _enter_in_parts(child, layout)
+        elif not isinstance(child, InLayout):
+            _enter_in_parts(child, layout)
+
+
+def optimize_for_cpu(model: nn.Module, layout: str = "lines") -> nn.Module:
+    """Run ``model`` in the layout of the sparse CPU kernels wherever that is possible, or on ordinary tensors.
 
     Call it after :func:`sparsebilevel.sparsify`, before DDP wraps the model. Results are those of the model as it was,
-    up to the rounding of float32; parameters, buffers, hooks, state-dict keys and the class interface stay. What the
-    layout does not know gets ordinary tensors. Under autocast to bfloat16 the maps are bfloat16, and the parameters are
-    read as they are. For a batch of a few images, which would leave lines half empty, under torch.compile, export, on
-    other devices and without the C++ extension the model runs as it was written.
+    up to rounding; parameters, buffers, hooks, state-dict keys and the class interface stay. Under torch.compile and
+    export the model runs as it was written.
 
     Args:
-        model: has sparse convolutions, and can be traced by ``torch.fx``; if it cannot, it is left as it is, with a
-            warning: the layers still use the sparse kernels, converting at each.
+        model: can be traced by ``torch.fx``. Of one that cannot, what ``nn.Sequential`` holds is taken each for itself
+            where that can be traced, and single ``nn.BatchNorm2d`` take the fused kernel; a warning says so.
+        layout: ``"lines"``, that of the sparse kernels, is the fastest and needs sparse convolutions. What it does not
+            know gets ordinary tensors. Under autocast to bfloat16 the maps are bfloat16, and the parameters are read as
+            they are. For a batch of a few images, which would leave lines half empty, on other devices and without the
+            C++ extension the model runs as it was written. ``"channels_last"`` puts the weights into that memory
+            format, and maps stay ordinary tensors: convolutions run as they are, each batch normalization with the
+            addition and the ReLU that follow in one pass (:class:`sparsebilevel.FusedBatchNorm2d`).
 
     Returns:
         The same model.
+
+    Raises:
+        ValueError: an unknown layout; for ``"lines"`` a model without sparse convolutions.
     """
-    if isinstance(model, InLayout):
-        return model
-    if not any(isinstance(layer, SparseMaskedConv2d) for _, layer in sparse_layers(model)):
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is not known; allowed: {', '.join(LAYOUTS)}")
+    if layout == "lines" and not any(isinstance(layer, SparseMaskedConv2d) for _, layer in sparse_layers(model)):
         raise ValueError("model has no sparse convolution; call sparsify first")
-    try:
-        graphs = _Graphs(model)
-    except Exception as error:  # a tracer meets whatever the forward does
-        warnings.warn(
-            f"{type(model).__name__} cannot be traced, so its layers convert one by one: {error}", stacklevel=2
-        )
-        return model
-    plain = type(model)
-    model.__dict__["_graphs"] = graphs
-    model.__class__ = type(plain.__name__, (InLayout, plain), {"_plain_class": plain, "__module__": plain.__module__})
-    return model
+    if isinstance(model, InLayout):
+        if model._graphs.layout == layout:
+            return model
+        model.__class__ = model._plain_class  # type: ignore[assignment]
+    if layout == "channels_last":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return _enter(model, layout)

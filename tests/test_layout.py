@@ -244,9 +244,10 @@ def test_what_writes_to_a_shared_tensor_is_left_as_it_is():
             return self.conv2(y) + z
 
     model = sb.sparsify(Writes("writes"), 0.5)
-    with pytest.warns(UserWarning, match="relu writes to a tensor that others read"):
-        assert sb.optimize_for_cpu(model) is model
-    assert type(model) is Writes
+    for name in ("lines", "channels_last"):
+        with pytest.warns(UserWarning, match="relu writes to a tensor that others read"):
+            assert sb.optimize_for_cpu(model, name) is model
+        assert type(model) is Writes
 
 
 def test_maps_without_a_batch_run_as_written():
@@ -424,15 +425,171 @@ def test_other_types_run_the_model_as_written():
     assert optimized.double()(x.double()).dtype == torch.float64
 
 
-def test_what_cannot_be_traced_is_left_as_it_is():
-    class Branching(Net):
-        def forward(self, x):
-            return super().forward(x) if x.sum() > 0 else super().forward(-x)
+class Branching(Net):
+    """A forward that depends on values, and parts that do not."""
 
-    model = sb.sparsify(Branching(), 0.5)
-    with pytest.warns(UserWarning, match="Branching cannot be traced, so its layers convert one by one"):
-        assert sb.optimize_for_cpu(model) is model
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.more = nn.ModuleList([nn.Sequential(Between("pair")), nn.BatchNorm2d(8)])
+
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else super().forward(-x)
+
+
+@pytest.mark.parametrize("layout", ["lines", "channels_last"])
+def test_what_cannot_be_traced_uses_the_fused_kernel(layout, monkeypatch):
+    plain = sb.sparsify(Branching(), 0.5, seed=0).to(memory_format=torch.channels_last)
+    model = copy.deepcopy(plain)
+    with pytest.warns(UserWarning, match="Branching cannot be traced, so its layers convert one by one.*fused kernel"):
+        assert sb.optimize_for_cpu(model, layout) is model
     assert type(model) is Branching
+    assert isinstance(model.conv1, InLayout)
+    assert isinstance(model.more[0], InLayout)
+    for norm in (model.bn1, model.more[1]):
+        assert isinstance(norm, sb.FusedBatchNorm2d)
+    for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        compare(copy.deepcopy(plain), other, torch.randn(18, 3, 8, 8).to(memory_format=torch.channels_last))
+    assert repr(model) == repr(plain)
+    dense = sb.densify(model)
+    assert {type(m) for m in dense.modules()} == {type(m) for m in sb.densify(plain).modules()}
+
+
+# -- channels_last -----------------------------------------------------------------------------------------------------
+
+
+def pair_channels_last(net, sparsity=0.6):
+    plain = net.to(memory_format=torch.channels_last)
+    plain = sb.sparsify(plain, sparsity, seed=0) if sparsity else plain
+    return plain, sb.optimize_for_cpu(copy.deepcopy(plain), layout="channels_last")
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """What the fused op is called with: residual or not, ReLU or not, uses."""
+    calls = []
+    original = sb.nn.batch_norm_for_uses
+    monkeypatch.setattr(
+        sb.nn,
+        "batch_norm_for_uses",
+        lambda *a: calls.append((a[9] is not None, a[10], a[0])) or original(*a),
+    )
+    return calls
+
+
+@pytest.mark.parametrize("images", [1, 18])
+def test_channels_last_in_training_and_inference(images, fused):
+    plain, optimized = pair_channels_last(Net())
+    for training in (True, True, False):
+        plain.train(training)
+        optimized.train(training)
+        compare(plain, optimized, torch.randn(images, 3, 8, 8).to(memory_format=torch.channels_last))
+    per_run = [
+        (False, True, 2),
+        (False, True, 1),
+        (True, True, 2),
+        (False, True, 1),
+        (False, False, 1),
+        (True, True, 1),
+    ]
+    assert sorted(fused[: len(per_run)]) == sorted(per_run)
+    assert None not in optimized._graphs._plans.values()
+
+
+@pytest.mark.parametrize(
+    "kind", ["block", "beside", "two additions", "two convolutions", "itself", "no relu", "broadcast", "mean"]
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gradients_meet_in_channels_last(kind, memory_format):
+    plain, optimized = pair_channels_last(Uses(kind), 0.3)
+    compare(plain, optimized, torch.randn(18, 4, 6, 6).to(memory_format=memory_format))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"momentum": None}, {"affine": False}, {"track": False}, {"bias": True}], ids=lambda s: next(iter(s))
+)
+def test_kinds_of_normalization_in_channels_last(settings):
+    plain, optimized = pair_channels_last(Net(**settings), 0)  # a dense network
+    for _ in range(2):
+        compare(plain, optimized, torch.randn(20, 3, 8, 8))
+
+
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v2", "resnet18"])
+def test_known_architectures_in_channels_last(name, fused):
+    size = 64 if name == "resnet18" else 32
+    plain, optimized = pair_channels_last(models.create_model(name, 10), 0.8)
+    for net in (plain, optimized):
+        if name == "mobilenet_v2":
+            net.eval()  # in training it drops values at random
+    x = torch.randn(4, 3, size, size)
+    found = [net(x) for net in (plain, optimized)]
+    # Rounding adds up over tens of layers.
+    assert_close(found[1], found[0], rtol=1e-2, atol=1e-2)
+    assert len(fused) == sum(isinstance(m, nn.BatchNorm2d) for m in plain.modules())
+    assert sum(residual for residual, _, _ in fused) == {"resnet20": 9, "mobilenet_v2": 10, "resnet18": 8}[name]
+    for out in found:
+        out.square().sum().backward()
+    for p, q in zip(plain.parameters(), optimized.parameters(), strict=True):
+        assert_close(q.grad, p.grad, rtol=0.05, atol=0.02 * float(p.grad.abs().max()) + 1e-6)
+
+
+def test_bfloat16_and_autocast_in_channels_last(fused):
+    plain, optimized = pair_channels_last(Uses("block"), 0.3)
+    x = torch.randn(18, 4, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = plain(x), optimized(x)
+    assert a.dtype == b.dtype == torch.bfloat16
+    assert_close(b, a, rtol=5e-2, atol=5e-2)
+    assert len(fused) == 2
+
+
+def test_layouts_can_be_changed_and_are_kept():
+    plain, optimized = pair_channels_last(Net())
+    x = torch.randn(16, 3, 8, 8)
+    for name in ("channels_last", "lines", "channels_last"):
+        assert sb.optimize_for_cpu(optimized, name) is optimized
+        for other in (optimized, copy.deepcopy(optimized), pickle.loads(pickle.dumps(optimized))):
+            assert other._graphs.layout == layout
+            assert isinstance(other, Net)
+            assert type(other).__mro__[1:3] == (InLayout, Net)
+        compare(copy.deepcopy(plain), copy.deepcopy(optimized), x)
+    with pytest.raises(ValueError, match="layout='nchw' is not known; allowed: lines, channels_last"):
+        sb.optimize_for_cpu(optimized, "nchw")
+
+
+def test_hooks_in_channels_last():
+    plain, optimized = pair_channels_last(Net())
+    seen = []
+    for net in (plain, optimized):
+        net.bn4.register_forward_hook(lambda _m, _i, out: seen.append(out.detach().clone()))
+    compare(plain, optimized, torch.randn(18, 3, 8, 8))
+    assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-4)
+
+
+class Fused(nn.Module):
+    """Blocks written with FusedBatchNorm2d."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+        self.bn1, self.bn2, self.bn3 = (sb.FusedBatchNorm2d(4, relu=relu) for relu in (True, True, False))
+
+    def forward(self, x):
+        y = self.bn1(self.conv1(x))
+        y = self.bn2(self.conv2(y), residual=y)
+        return self.bn3(y, x)
+
+
+@pytest.mark.parametrize("layout", ["lines", "channels_last"])
+def test_modules_that_are_fused_already(layout):
+    plain = sb.sparsify(Fused(), 0.3).to(memory_format=torch.channels_last)
+    optimized = sb.optimize_for_cpu(copy.deepcopy(plain), layout)
+    x = torch.randn(18, 4, 6, 6).to(memory_format=torch.channels_last)
+    compare(plain, optimized, x)
+    for net in (plain, optimized):
+        net.bn1.relu = False
+    compare(plain, optimized, x)
+    assert len(optimized._graphs._plans) == 2
 
 
 def test_refuses_a_model_without_sparse_convolutions():

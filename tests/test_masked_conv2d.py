@@ -224,3 +224,15 @@ def test_bad_operands_are_named(change, message):
     x, w, m, b, _ = operands(dtype=torch.float32)
     with pytest.raises(ValueError, match=message):
         masked_conv2d(**({"input": x, "weight": w, "mask": m, "bias": b} | change))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_results_can_be_written_to(memory_format, monkeypatch):
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "sparse")
+    x, weight = (
+        torch.randn(8, 16, 32, 32).to(memory_format=memory_format),
+        torch.randn(16, 16, 3, 3, requires_grad=True),
+    )
+    y = masked_conv2d(x.to(memory_format=memory_format), weight, torch.rand(weight.shape) < 0.2, padding=1)
+    F.relu(y, inplace=True).sum().backward()
+    assert weight.grad.abs().sum() > 0
