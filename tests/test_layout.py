@@ -549,7 +549,7 @@ def test_layouts_can_be_changed_and_are_kept():
     for name in ("channels_last", "lines", "channels_last"):
         assert sb.optimize_for_cpu(optimized, name) is optimized
         for other in (optimized, copy.deepcopy(optimized), pickle.loads(pickle.dumps(optimized))):
-            assert other._graphs.layout == layout
+            assert other._graphs.layout == name
             assert isinstance(other, Net)
             assert type(other).__mro__[1:3] == (InLayout, Net)
         compare(copy.deepcopy(plain), copy.deepcopy(optimized), x)
