@@ -68,6 +68,8 @@ VARIANTS = {
     "prune NHWC": Variant(masked_layers.pruned),
     "sparse NCHW": Variant(masked_layers.sparse),
     "sparse NHWC": Variant(lambda case: channels_last(*masked_layers.sparse(case))),
+    "sparse NHWC bfloat16": Variant(masked_layers.sparse_bfloat16, tolerance=0.03),
+    "sparse in lines": Variant(masked_layers.sparse_in_lines, chained=masked_layers.CHAIN),
     "sparse NHWC, BiDST's gradient": Variant(masked_layers.sparse_search),
     "sparse NHWC, dense gradient": Variant(masked_layers.sparse_all),
     "SparseProp, batch": Variant(partial(sparseprop, False)),

@@ -107,11 +107,16 @@ def _has_plain_vectors(module: nn.Module) -> bool:
     """Whether what a batch normalization holds can be read and written as arrays of float32."""
     if not isinstance(module, nn.BatchNorm2d):
         return True
-    running = module.running_mean, module.running_var
-    return all(
-        v is None or (v.dtype == torch.float32 and v.shape == (module.num_features,))
-        for v in (module.weight, module.bias, *running)
-    ) and all(v is None or v.is_contiguous() for v in running)
+    # Not by attribute: that takes ten times as long, and every forward asks every module.
+    size, affine, running = (module.num_features,), module._parameters, module._buffers
+    for vectors, names in ((affine, ("weight", "bias")), (running, ("running_mean", "running_var"))):
+        for name in names:
+            v = vectors.get(name)
+            if v is not None and (v.dtype != torch.float32 or v.shape != size):
+                return False
+            if v is not None and vectors is running and not v.is_contiguous():
+                return False
+    return True
 
 
 def _is_slice(index: Any) -> bool:
@@ -533,6 +538,14 @@ class _Plan:
         return torch.fx.map_arg(self._result, values.__getitem__)
 
 
+def _collect_modules(module: nn.Module, name: str, found: dict[str, nn.Module]) -> None:
+    """``named_modules(remove_duplicate=False)``, which takes longer: every forward looks for modules replaced."""
+    found[name] = module
+    for part, child in module._modules.items():
+        if child is not None:
+            _collect_modules(child, f"{name}.{part}" if name else part, found)
+
+
 class _State:
     """What a forward finds of a model: modules by name, and the supports of its sparse convolutions, None = dense.
 
@@ -540,7 +553,8 @@ class _State:
     """
 
     def __init__(self, model: nn.Module, images: int | None) -> None:
-        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.modules: dict[str, nn.Module] = {}
+        _collect_modules(model, "", self.modules)
         self.supports: dict[str, Support | None] = {}
         for name, module in self.modules.items():
             if images is not None and isinstance(module, SparseMaskedConv2d):
@@ -606,8 +620,7 @@ class _Graphs:
     def __init__(self, model: nn.Module, layout: str) -> None:
         self.layout = layout
         self.signature = inspect.signature(type(model).forward)
-        leaves = _Tracer()
-        self._leaf = leaves.is_leaf_module
+        self._leaves: dict[type[nn.Module], bool] = {}
         self._traces: dict[tuple[bool, ...], torch.fx.Graph | None] = {}
         self._plans: dict[tuple, _Plan | None] = {}
         state = self.state(model)
@@ -641,13 +654,19 @@ class _Graphs:
         """For arguments of the forward."""
         return _State(model, _batch(values)[0] if self.layout == "lines" else None)
 
+    def _leaf(self, module: nn.Module) -> bool:
+        kind = type(module)
+        if kind not in self._leaves:
+            self._leaves[kind] = _Tracer().is_leaf_module(module, "")
+        return self._leaves[kind]
+
     def _traced_through(self, model: nn.Module, state: _State) -> tuple[list[nn.Module], bool]:
         """Modules whose forward is traced, and whether one of them has a hook, which would not run."""
-        through = [m for m in state.modules.values() if m is model or not self._leaf(m, "")]
+        through = [m for m in state.modules.values() if m is model or not self._leaf(m)]
         return through, any(_has_hooks(m) for m in through if m is not model)  # those of the model itself run anyway
 
     def _key(self, modes: tuple[bool, ...], state: _State) -> tuple:
-        leaves = (m for m in state.modules.values() if self._leaf(m, ""))
+        leaves = (m for m in state.modules.values() if self._leaf(m))
         kinds = tuple((m, type(m), _has_hooks(m), _settings(m)) for m in leaves)
         return modes, kinds, frozenset(state.dense)
 
