@@ -201,7 +201,9 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NETWORK")
     parser.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES), metavar="FRACTION")
     parser.add_argument("--quick", action="store_true", help="small networks, hardly measured: only see that all runs")
-    parser.add_argument("--save", metavar="NAME", help="write results/NAME.json, of a selection too")
+    parser.add_argument(
+        "--save", metavar="NAME", help="write results/NAME.json, of a selection too; adds networks to it"
+    )
     parser.add_argument("--plot", action="store_true", help="only draw the figures of the last complete run")
     args = parser.parse_args()
     results = RESULTS / "train_step.json"
@@ -212,7 +214,7 @@ def main() -> None:
         return
     torch.set_num_threads(args.threads)
     chosen = [name for name in args.networks if not (args.quick and NETWORKS[name].large)]
-    effort = {"rounds": 1, "min_sample_s": 0.001, "warmup": 1} if args.quick else {"rounds": 7, "min_sample_s": 0.1}
+    effort = {"rounds": 1, "min_sample_s": 0.001, "warmup": 1} if args.quick else {"rounds": 7, "min_sample_s": 0.4}
     figures: dict[str, dict[str, Any]] = {name: {} for name in chosen}
     rows = []
     for name in chosen:
@@ -226,7 +228,7 @@ def main() -> None:
     print("\nms a step (speed-up over the best dense)\n")
     print(markdown_table(["network", "sparsity", *VARIANTS], rows), "\n")
     if args.save:
-        print(write_result(args.save, {"figures": figures}))
+        print(write_result(args.save, {"figures": figures}, keep=True))
     elif chosen == list(NETWORKS) and args.sparsities == list(SPARSITIES) and not args.quick:
         print(write_result("train_step", {"figures": figures}))
         with contextlib.suppress(ImportError):

@@ -156,7 +156,10 @@ def environment() -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+        found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+        # Names do not tell generations apart: AMD EPYC is family 25 as Zen 3 and 4, and 26 as Zen 5.
+        generation = [f"{key} {found[key]}" for key in ("cpu family", "model") if key in found]
+        model = ", ".join([found.get("model name", model), *generation])
     return {
         "cpu": model,
         "cores": os.cpu_count(),
@@ -171,11 +174,20 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_result(name: str, payload: Mapping[str, Any]) -> Path:
-    """Write ``results/NAME.json`` with the environment beside the figures."""
+def write_result(name: str, payload: Mapping[str, Any], *, keep: bool = False) -> Path:
+    """Write ``results/NAME.json`` with the environment beside the figures.
+
+    ``keep``: figures under other keys that were taken on the same hardware and versions stay in the file.
+    """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), **payload}, indent=1) + "\n")
+    result = {"environment": environment(), **payload}
+    if keep and path.exists():
+        before = json.loads(path.read_text())
+        varying = {"core_to_core_ns", "date"}
+        if all(before["environment"].get(k) == v for k, v in result["environment"].items() if k not in varying):
+            result["figures"] = before["figures"] | result["figures"]
+    path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 
 

@@ -78,9 +78,7 @@ def _rows(maps: Tensor) -> tuple[int, int, bool]:
 
 
 def _empty_like(maps: Tensor) -> Tensor:
-    if maps.dtype == torch.float32:
-        return plans.empty_maps(maps.shape, channels_last=True)
-    return torch.empty(maps.shape, dtype=maps.dtype, memory_format=torch.channels_last)
+    return plans.empty_maps(maps.shape, channels_last=True, dtype=maps.dtype)
 
 
 def _forward(

@@ -128,12 +128,15 @@ def in_layout(monkeypatch):
 
 
 @pytest.mark.skipif(not native.available(), reason="the C++ extension is not there")
-def test_trains_in_the_layout_of_the_sparse_kernels(tmp_path, in_layout):
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_trains_in_the_layout_of_the_sparse_kernels(amp, tmp_path, in_layout):
     results, states = {}, {}
     for flag in (True, False):
         del in_layout[:]
         folder = tmp_path / str(flag)
-        config = make_config(folder, method="static", optimize_for_cpu=flag, channels_last=True, model_ema=True)
+        config = make_config(
+            folder, method="static", optimize_for_cpu=flag, channels_last=True, model_ema=True, amp=amp
+        )
         results[flag] = train(config)
         assert set(in_layout) == {flag}
         assert json.loads((folder / "config.json").read_text())["optimize_for_cpu"] is flag
@@ -147,7 +150,7 @@ def test_trains_in_the_layout_of_the_sparse_kernels(tmp_path, in_layout):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"method": "dense"}, {"amp": "bf16"}, {"arch": "mlp"}, {"method": "omp", "pretrain_epochs": 1, "epochs": 1}],
+    [{"method": "dense"}, {"amp": "fp16"}, {"arch": "mlp"}, {"method": "omp", "pretrain_epochs": 1, "epochs": 1}],
     ids=str,
 )
 def test_keeps_the_layout_where_it_is_of_use(changes, tmp_path, in_layout):

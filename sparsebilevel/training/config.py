@@ -178,7 +178,7 @@ class Config:
     channels_last: bool = option(False, "memory format of images and weights")
     compile: bool = option(False, "torch.compile the model")
     optimize_for_cpu: bool = option(
-        True, "keep feature maps in the layout of the sparse kernels (CPU, float32, sparse convolutions, not compiled)"
+        True, "keep feature maps in the layout of the sparse kernels (CPU, sparse convolutions, not fp16 or compiled)"
     )
     seed: int = option(0, "of weights, masks, orders and augmentation")
     deterministic: bool = option(False, "refuse operations that are not repeatable (CUDA)")

@@ -436,7 +436,7 @@ class Trainer:
     def _has_layout(self) -> bool:
         """Whether the model is trained in the layout of the sparse kernels; what the masks are does not matter."""
         c, layers = self.config, sparse_layers(self.model)
-        is_usable = self.device.type == "cpu" and native.available() and c.amp == "none" and not c.compile
+        is_usable = self.device.type == "cpu" and native.available() and c.amp != "fp16" and not c.compile
         return c.optimize_for_cpu and is_usable and any(isinstance(m, SparseMaskedConv2d) for _, m in layers)
 
     def _check_method(self) -> None:
