@@ -331,7 +331,9 @@ class _Segment:
             out = self._program(inputs, operands, _maps_dtype())
         except lines.Unfit:
             return self._plain(model, *inputs)
-        counters = [n.num_batches_tracked for n in norms if n.training and n.num_batches_tracked is not None]
+        counters = [
+            counter for norm in norms if norm.training and isinstance(counter := norm.num_batches_tracked, Tensor)
+        ]
         if counters:
             torch._foreach_add_(counters, 1)
         return out

@@ -8,55 +8,14 @@
 #include <vector>
 
 #include "isa.h"
-#ifdef SPARSEBILEVEL_X86
-#include <immintrin.h>
-#endif
+#include "vector.h"
 
 namespace sparsebilevel {
 namespace {
 
 namespace scalar {
 
-// Four lanes of a vector extension: as much as every 64-bit processor has.
-struct Vector {
-  using Type = float __attribute__((vector_size(16)));
-  using Bits = int32_t __attribute__((vector_size(16)));
-  static constexpr int kWidth = 4;
-  static Type zero() { return Type{}; }
-  static Type broadcast(float x) { return Type{x, x, x, x}; }
-  static Type add(Type a, Type b) { return a + b; }
-  static Type sub(Type a, Type b) { return a - b; }
-  static Type fma(Type a, Type b, Type c) { return a * b + c; }
-  static Type max(Type a, Type b) { return (a > b) ? a : b; }
-  static Type where_passing(Type y, Type g) { return (y <= Type{}) ? Type{} : g; }
-  static Type load(const float* p) {
-    Type v;
-    __builtin_memcpy(&v, p, sizeof v);
-    return v;
-  }
-  static void store(float* p, Type v) { __builtin_memcpy(p, &v, sizeof v); }
-  static Type load(const uint16_t* p) { return (Type)(Bits{p[0], p[1], p[2], p[3]} << 16); }
-  static void store(uint16_t* p, Type v) { store_first(p, v, kWidth); }
-  static Type load_first(const float* p, int n) {
-    Type v{};
-    for (int i = 0; i < n; ++i) v[i] = p[i];
-    return v;
-  }
-  static void store_first(float* p, Type v, int n) {
-    for (int i = 0; i < n; ++i) p[i] = v[i];
-  }
-  static Type load_first(const uint16_t* p, int n) {
-    Bits v{};
-    for (int i = 0; i < n; ++i) v[i] = p[i];
-    return (Type)(v << 16);
-  }
-  static void store_first(uint16_t* p, Type v, int n) {
-    const Bits bits = (Bits)v;
-    const Bits nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to even
-    const Bits rounded = (v == v) ? nearest : (bits >> 16) | 0x40;    // a NaN stays one
-    for (int i = 0; i < n; ++i) p[i] = static_cast<uint16_t>(rounded[i]);
-  }
-};
+using Vector = ScalarVector;
 
 #include "batch_norm_inc.h"
 
@@ -66,48 +25,7 @@ struct Vector {
 SPARSEBILEVEL_BEGIN_AVX2
 namespace avx2 {
 
-struct Vector {
-  using Type = __m256;
-  static constexpr int kWidth = 8;
-  static Type zero() { return _mm256_setzero_ps(); }
-  static Type broadcast(float x) { return _mm256_set1_ps(x); }
-  static Type add(Type a, Type b) { return _mm256_add_ps(a, b); }
-  static Type sub(Type a, Type b) { return _mm256_sub_ps(a, b); }
-  static Type fma(Type a, Type b, Type c) { return _mm256_fmadd_ps(a, b, c); }
-  static Type max(Type a, Type b) { return _mm256_max_ps(a, b); }
-  static Type where_passing(Type y, Type g) { return _mm256_and_ps(g, _mm256_cmp_ps(y, zero(), _CMP_NLE_UQ)); }
-  static Type load(const float* p) { return _mm256_loadu_ps(p); }
-  static void store(float* p, Type v) { _mm256_storeu_ps(p, v); }
-  static Type load(const uint16_t* p) { return widened(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-  static void store(uint16_t* p, Type v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), rounded(v)); }
-  static Type load_first(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
-  static void store_first(float* p, Type v, int n) { _mm256_maskstore_ps(p, first(n), v); }
-  static Type load_first(const uint16_t* p, int n) {
-    uint16_t lanes[kWidth] = {};
-    for (int i = 0; i < n; ++i) lanes[i] = p[i];
-    return load(lanes);
-  }
-  static void store_first(uint16_t* p, Type v, int n) {
-    uint16_t lanes[kWidth];
-    store(lanes, v);
-    for (int i = 0; i < n; ++i) p[i] = lanes[i];
-  }
-
- private:
-  static __m256i first(int n) {
-    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-  }
-  static Type widened(__m128i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
-  static __m128i rounded(Type v) {  // to nearest, ties to even; a NaN stays one
-    const __m256i bits = _mm256_castps_si256(v), high = _mm256_srli_epi32(bits, 16);
-    const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
-    const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    const __m256i nan = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
-    const __m256i wide = _mm256_blendv_epi8(_mm256_srli_epi32(up, 16), nan, is_nan);
-    return _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
-  }
-};
+using Vector = Avx2Vector;
 
 #include "batch_norm_inc.h"
 
@@ -117,43 +35,7 @@ SPARSEBILEVEL_END_ISA
 SPARSEBILEVEL_BEGIN_AVX512
 namespace avx512 {
 
-struct Vector {
-  using Type = __m512;
-  static constexpr int kWidth = 16;
-  static Type zero() { return _mm512_setzero_ps(); }
-  static Type broadcast(float x) { return _mm512_set1_ps(x); }
-  static Type add(Type a, Type b) { return _mm512_add_ps(a, b); }
-  static Type sub(Type a, Type b) { return _mm512_sub_ps(a, b); }
-  static Type fma(Type a, Type b, Type c) { return _mm512_fmadd_ps(a, b, c); }
-  static Type max(Type a, Type b) { return _mm512_maskz_max_ps(0xffff, a, b); }
-  static Type where_passing(Type y, Type g) {
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, zero(), _CMP_NLE_UQ), g);
-  }
-  static Type load(const float* p) { return _mm512_loadu_ps(p); }
-  static void store(float* p, Type v) { _mm512_storeu_ps(p, v); }
-  static Type load(const uint16_t* p) { return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-  static void store(uint16_t* p, Type v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded(v)); }
-  static Type load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
-  static void store_first(float* p, Type v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
-  static Type load_first(const uint16_t* p, int n) { return widened(_mm256_maskz_loadu_epi16(first(n), p)); }
-  static void store_first(uint16_t* p, Type v, int n) { _mm256_mask_storeu_epi16(p, first(n), rounded(v)); }
-
- private:
-  static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
-  static Type widened(__m256i v) {
-    const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, v);
-    return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, wide, 16));
-  }
-  static __m256i rounded(Type v) {  // to nearest, ties to even; a NaN stays one
-    const __m512i bits = _mm512_castps_si512(v), high = _mm512_maskz_srli_epi32(0xffff, bits, 16);
-    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-    const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-    const __m512i nan = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
-    const __m512i wide =
-        _mm512_mask_mov_epi32(_mm512_maskz_srli_epi32(0xffff, up, 16), _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), nan);
-    return _mm512_maskz_cvtepi32_epi16(0xffff, wide);
-  }
-};
+using Vector = Avx512Vector;
 
 #include "batch_norm_inc.h"
 
@@ -311,7 +193,7 @@ void batch_norm_nhwc_forward(const NormRows& rows, const NormOperands& norm, con
     using T = std::remove_pointer_t<decltype(result)>;
     forward(rows, norm, static_cast<const T*>(x), static_cast<const T*>(residual), relu, result, terms, threads);
   };
-  rows.is_bfloat16 ? run(static_cast<uint16_t*>(out)) : run(static_cast<float*>(out));
+  rows.is_bfloat16 ? run(static_cast<Bfloat16*>(out)) : run(static_cast<float*>(out));
 }
 
 void batch_norm_nhwc_backward(const NormRows& rows, const float* terms, bool of_batch, bool relu, const void* grad,
@@ -323,7 +205,7 @@ void batch_norm_nhwc_backward(const NormRows& rows, const float* terms, bool of_
              static_cast<const T*>(x), static_cast<const T*>(out), result, static_cast<T*>(grad_residual), grad_weight,
              grad_bias, threads);
   };
-  rows.is_bfloat16 ? run(static_cast<uint16_t*>(grad_x)) : run(static_cast<float*>(grad_x));
+  rows.is_bfloat16 ? run(static_cast<Bfloat16*>(grad_x)) : run(static_cast<float*>(grad_x));
 }
 
 }  // namespace sparsebilevel

@@ -1,7 +1,5 @@
-// Inner loops of batch_norm.cpp, included once for each instruction set inside a namespace of its own, after a struct
-// `Vector` with: Type, kWidth (lanes: 4, 8 or 16); zero, broadcast, add, sub, fma, max (the second argument if one is
-// NaN); where_passing(y, g), which is zero where y <= 0 and else g, as in torch's ReLU; load, store, load_first and
-// store_first (the first n elements only) of float and of uint16_t, which holds bfloat16.
+// Inner loops of batch_norm.cpp, included once for each instruction set inside a namespace of its own, after `Vector`
+// (vector.h).
 // No lambdas, no standard library: their code would be compiled for this instruction set and linked into the others.
 
 constexpr int kColumns = 4;  // vectors side by side in a row: enough sums at once to hide the latency of an addition

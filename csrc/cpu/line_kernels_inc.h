@@ -1,10 +1,5 @@
-// Bodies of line_kernels.h, included once for each instruction set inside a namespace of its own, after a struct
-// `Vector` with: Type, kWidth (lanes: 4, 8 or 16), kMaxTile; load, store (of floats, and of bfloat16), zero, broadcast, fma, add, max (the second
-// argument if one is NaN); load_first, store_first, which touch the first n elements only; keep_first, with zero in all
-// lanes but the first n; where_positive(x, v), v where x > 0 and else zero; where_equal
-// and where_different(x, y, v) likewise; max_or_nan, NaN if either is; on each group of four lanes unpack_lo/hi
-// (32 bits) and unpack_lo/hi_pair (64 bits); of kWidth / 4 vectors, fold, which adds up their groups into one, and
-// transpose_groups.
+// Bodies of line_kernels.h, included once for each instruction set inside a namespace of its own, after `Vector`
+// (vector.h) and `kMaxTile`, the lines of a tile that the registers hold.
 // No lambdas, no standard library: their code would be compiled for this instruction set and linked into the others.
 
 template <int R, int L>
@@ -344,7 +339,7 @@ void max_pool_grad(const PoolShape& s, const E* in, const E* out, const E* grad_
 
 template <int R, int L>
 constexpr void add_tile(LineKernels& table) {
-  if constexpr (R * L <= Vector::kMaxTile) {
+  if constexpr (R * L <= kMaxTile) {
     table.forward[R][L] = forward<R, L>;
     table.weight_grad[R][L] = weight_grad<R, L>;
   }
@@ -369,7 +364,7 @@ LineKernels make_table() {
   LineKernels table{};
   table.float32 = map_kernels<float>();
   table.bfloat16 = map_kernels<Bfloat16>();
-  table.max_tile = Vector::kMaxTile;
+  table.max_tile = kMaxTile;
   add_tiles<1>(table);
   add_tiles<2>(table);
   add_tiles<3>(table);

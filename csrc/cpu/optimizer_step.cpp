@@ -7,41 +7,14 @@
 #include <cstring>
 
 #include "isa.h"
-#ifdef SPARSEBILEVEL_X86
-#include <immintrin.h>
-#endif
+#include "vector.h"
 
 namespace sparsebilevel {
 namespace {
 
 namespace scalar {
 
-// Four lanes of a vector extension: as much as every 64-bit processor has.
-struct Vector {
-  using Type = float __attribute__((vector_size(16)));
-  using Bits = int32_t __attribute__((vector_size(16)));
-  static constexpr int kWidth = 4;
-  static Type load(const float* p) {
-    Type v;
-    __builtin_memcpy(&v, p, sizeof v);
-    return v;
-  }
-  static void store(float* p, Type v) { __builtin_memcpy(p, &v, sizeof v); }
-  static Type broadcast(float x) { return Type{x, x, x, x}; }
-  static Type add(Type a, Type b) { return a + b; }
-  static Type sub(Type a, Type b) { return a - b; }
-  static Type mul(Type a, Type b) { return a * b; }
-  static Type div(Type a, Type b) { return a / b; }
-  static Type sqrt(Type a) {
-    return Type{__builtin_sqrtf(a[0]), __builtin_sqrtf(a[1]), __builtin_sqrtf(a[2]), __builtin_sqrtf(a[3])};
-  }
-  static Type fma(Type a, Type b, Type c) { return a * b + c; }
-  static Type rounded(Type a) { return a; }
-  static Type load_lanes(const float* p, uint32_t bits) {
-    const Bits wanted = Bits{1, 2, 4, 8} & static_cast<int32_t>(bits);
-    return wanted != Bits{} ? load(p) : Type{};
-  }
-};
+using Vector = ScalarVector;
 
 #include "optimizer_step_inc.h"
 
@@ -51,28 +24,7 @@ struct Vector {
 SPARSEBILEVEL_BEGIN_AVX2
 namespace avx2 {
 
-struct Vector {
-  using Type = __m256;
-  static constexpr int kWidth = 8;
-  static Type load(const float* p) { return _mm256_loadu_ps(p); }
-  static void store(float* p, Type v) { _mm256_storeu_ps(p, v); }
-  static Type broadcast(float x) { return _mm256_set1_ps(x); }
-  static Type add(Type a, Type b) { return _mm256_add_ps(a, b); }
-  static Type sub(Type a, Type b) { return _mm256_sub_ps(a, b); }
-  static Type mul(Type a, Type b) { return _mm256_mul_ps(a, b); }
-  static Type div(Type a, Type b) { return _mm256_div_ps(a, b); }
-  static Type sqrt(Type a) { return _mm256_sqrt_ps(a); }
-  static Type fma(Type a, Type b, Type c) { return _mm256_fmadd_ps(a, b, c); }
-  static Type rounded(Type a) {
-    asm("" : "+x"(a));
-    return a;
-  }
-  static Type load_lanes(const float* p, uint32_t bits) {
-    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-    const __m256i wanted = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane);
-    return _mm256_and_ps(load(p), _mm256_castsi256_ps(_mm256_cmpeq_epi32(wanted, lane)));
-  }
-};
+using Vector = Avx2Vector;
 
 #include "optimizer_step_inc.h"
 
@@ -82,26 +34,7 @@ SPARSEBILEVEL_END_ISA
 SPARSEBILEVEL_BEGIN_AVX512
 namespace avx512 {
 
-struct Vector {
-  using Type = __m512;
-  static constexpr int kWidth = 16;
-  static Type load(const float* p) { return _mm512_loadu_ps(p); }
-  static void store(float* p, Type v) { _mm512_storeu_ps(p, v); }
-  static Type broadcast(float x) { return _mm512_set1_ps(x); }
-  static Type add(Type a, Type b) { return _mm512_add_ps(a, b); }
-  static Type sub(Type a, Type b) { return _mm512_sub_ps(a, b); }
-  static Type mul(Type a, Type b) { return _mm512_mul_ps(a, b); }
-  static Type div(Type a, Type b) { return _mm512_div_ps(a, b); }
-  static Type sqrt(Type a) { return _mm512_maskz_sqrt_ps(0xffff, a); }
-  static Type fma(Type a, Type b, Type c) { return _mm512_fmadd_ps(a, b, c); }
-  static Type rounded(Type a) {
-    asm("" : "+v"(a));
-    return a;
-  }
-  static Type load_lanes(const float* p, uint32_t bits) {
-    return _mm512_maskz_loadu_ps(static_cast<__mmask16>(bits), p);
-  }
-};
+using Vector = Avx512Vector;
 
 #include "optimizer_step_inc.h"
 

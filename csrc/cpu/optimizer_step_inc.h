@@ -1,7 +1,5 @@
-// Inner loops of optimizer_step.cpp, included once for each instruction set inside a namespace of its own, after a
-// struct `Vector` with: Type, kWidth (lanes: 4, 8 or 16); load, store, broadcast, add, sub, mul, div, sqrt, fma;
-// load_lanes(p, bits), zero where a bit is not set; rounded(x), which is x, and keeps the compiler from fusing the
-// multiplication that gave it with an addition.
+// Inner loops of optimizer_step.cpp, included once for each instruction set inside a namespace of its own, after
+// `Vector` (vector.h).
 // No lambdas, no standard library: their code would be compiled for this instruction set and linked into the others.
 //
 // Multiplications and additions are fused where torch's own fused CPU steps, as they are built, fuse them: where the
