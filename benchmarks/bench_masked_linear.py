@@ -62,6 +62,7 @@ VARIANTS = {
     "dense bfloat16": Variant(masked_layers.dense_bfloat16, tolerance=0.03),
     "prune": Variant(masked_layers.pruned),
     "sparse": Variant(masked_layers.sparse),
+    "sparse bfloat16": Variant(masked_layers.sparse_bfloat16, tolerance=0.03),
     "sparse, BiDST's gradient": Variant(masked_layers.sparse_search),
     "sparse, dense gradient": Variant(masked_layers.sparse_all),
     "torch.sparse CSR": Variant(csr),

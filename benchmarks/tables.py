@@ -16,7 +16,7 @@ from timing import RESULTS, markdown_table
 
 STEPS = {
     "layers alone": "sparse NHWC",
-    'layout="channels_last"': "drop-in with own norm",
+    '`layout="channels_last"`': "drop-in with own norm",
     "**`optimize_for_cpu`**": "in layout",
     "the same, ERK masks": "in layout, ERK",
     "the same, bfloat16": "in layout, bf16",
