@@ -137,6 +137,9 @@ def test_wheel(broken, tmp_path):
     assert any(name.startswith("sparsebilevel/_C.") for name in names) == (not broken)
 
     subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, tmp_path / "installed"], check=True)
-    out, err = python("import sparsebilevel; print(sparsebilevel.__file__)", PYTHONPATH=str(tmp_path / "installed"))
+    out, err = python(
+        "import sparsebilevel; print(sparsebilevel.__file__); sparsebilevel.sparsify",
+        PYTHONPATH=str(tmp_path / "installed"),
+    )
     assert out.startswith(str(tmp_path))
     assert err.count("The C++ extension of sparsebilevel is missing") == bool(broken)
