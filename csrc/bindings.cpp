@@ -92,12 +92,48 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &set_isa, py::arg("wanted"), "Use `wanted`, or the best below it that this processor has.");
   m.def("openmp_max_threads", &openmp_max_threads);
 
+  py::enum_<ScoreType>(m, "ScoreType")
+      .value("float16", ScoreType::float16)
+      .value("bfloat16", ScoreType::bfloat16)
+      .value("float32", ScoreType::float32);
+  m.attr("BINARIZE_SHORT_ROW") = kShortRow;
   m.def(
       "binarize",
-      [](uintptr_t scores, int64_t n, int64_t k, uintptr_t mask, int threads) {
-        return binarize(pointer<const float>(scores), n, k, pointer<bool>(mask), threads);
+      [](const std::vector<std::tuple<uintptr_t, int64_t, uintptr_t, uintptr_t>>& arguments, ScoreType type, int64_t k,
+         int threads, uintptr_t hint) {
+        std::vector<ScoreTensor> tensors;
+        for (const auto& [scores, size, mask, words] : arguments)
+          tensors.push_back({pointer<const void>(scores), size, pointer<bool>(mask), pointer<uint64_t>(words)});
+        return binarize(tensors, type, k, threads, pointer<int32_t>(hint));
       },
-      py::arg("scores"), py::arg("n"), py::arg("k"), py::arg("mask"), py::arg("threads"),
+      py::arg("tensors"), py::arg("type"), py::arg("k"), py::arg("threads"), py::arg("hint") = 0,
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "binarize_rows",
+      [](uintptr_t scores, int64_t outer, int64_t length, int64_t inner, ScoreType type, int64_t k, uintptr_t mask,
+         int threads) {
+        return binarize_rows(pointer<const void>(scores), outer, length, inner, type, k, pointer<bool>(mask), threads);
+      },
+      py::arg("scores"), py::arg("outer"), py::arg("length"), py::arg("inner"), py::arg("type"), py::arg("k"),
+      py::arg("mask"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "pack_words",
+      [](uintptr_t mask, int64_t size, uintptr_t words, int threads) {
+        pack_words(pointer<const bool>(mask), size, pointer<uint64_t>(words), threads);
+      },
+      py::arg("mask"), py::arg("size"), py::arg("words"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "count_words",
+      [](uintptr_t words, int64_t size, uintptr_t counts) {
+        count_words(pointer<const uint64_t>(words), size, pointer<int64_t>(counts));
+      },
+      py::arg("words"), py::arg("size"), py::arg("counts"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "occupied_tiles",
+      [](uintptr_t words, const std::array<int64_t, 4>& s, uintptr_t tiles, int threads) {
+        occupied_tiles(pointer<const uint64_t>(words), s[0], s[1], s[2], s[3], pointer<bool>(tiles), threads);
+      },
+      py::arg("words"), py::arg("shape"), py::arg("tiles"), py::arg("threads"),
       py::call_guard<py::gil_scoped_release>());
 
   py::enum_<MapsLayout>(m, "MapsLayout")

@@ -5,7 +5,7 @@ One operation has one stem: ``binarize`` lives in ``kernels/binarize.py``, ``csr
 """
 
 from .batch_norm import batch_norm
-from .binarize import binarize, binarize_many
+from .binarize import BinaryMask, binarize, named
 from .dispatch import BACKENDS, PASSES, Backend, choose_backend, describe
 from .gradient import make_grad_sink
 from .masked_conv2d import masked_conv2d
@@ -16,13 +16,14 @@ __all__ = [
     "BACKENDS",
     "PASSES",
     "Backend",
+    "BinaryMask",
     "batch_norm",
     "binarize",
-    "binarize_many",
     "choose_backend",
     "describe",
     "make_grad_sink",
     "masked_conv2d",
     "masked_linear",
+    "named",
     "release_memory",
 ]

@@ -2,83 +2,292 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from . import native, reference
 
-
-def binarize(scores: Tensor, k: int) -> Tensor:
-    """Mask of exactly the ``k`` largest scores.
-
-    Of equal scores the one with the smaller row-major index is taken first; ``-0.0`` equals ``0.0`` and infinities are
-    ordinary values. The result depends neither on the number of threads nor on the memory format, and has no gradient.
-
-    Args:
-        scores: any shape; float16, bfloat16, float32 or float64.
-        k: how many to keep, ``0 <= k <= scores.numel()``.
-
-    Returns:
-        bool, contiguous, of the shape and on the device of ``scores``.
-
-    Raises:
-        ValueError: ``k`` is out of range, or there are NaNs among the scores.
-        TypeError: the scores are not floating point.
-    """
-    return torch.ops.sparsebilevel.binarize(scores.detach(), k)
+_SHORT_ROW = native.lib.BINARIZE_SHORT_ROW if native.available() else 0
 
 
-def binarize_many(scores: Sequence[Tensor], k: int) -> list[Tensor]:
-    """Masks of the ``k`` largest scores of all tensors together.
+class BinaryMask(NamedTuple):
+    """A mask in the forms that kernels read, see ``binarize(..., words=True)``."""
 
-    As :func:`binarize` on the tensors laid end to end, so that of equal scores those of the earlier tensor come first.
-    Mixed dtypes are compared in their common type.
+    mask: Tensor
+    """bool, of the shape of the scores."""
+    words: Tensor
+    """int64 ``[ceil(numel / 64)]``: row-major position ``p`` is bit ``p % 64`` of word ``p // 64``, lowest first."""
+    counts: Tensor
+    """int64 ``[ceil(numel / 1024) + 1]``: how many before each 1024th position are True, and last how many of all."""
 
-    Args:
-        scores: tensors of any shapes, on one device.
-        k: how many to keep in total, ``0 <= k <= sum of the sizes``.
+    @staticmethod
+    def of(mask: Tensor) -> BinaryMask:
+        """The other forms of a bool ``mask`` of any shape."""
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be torch.bool, got {mask.dtype}")
+        return BinaryMask(mask, *_mask_words(mask))
 
-    Returns:
-        One bool tensor for each tensor of scores, of its shape.
+    def tiles(self, rows: int, cols: int) -> Tensor:
+        """Which tiles of ``rows`` x ``cols`` hold a True.
 
-    Raises:
-        ValueError: ``k`` is out of range, or there are NaNs among the scores.
-        TypeError: the scores are not floating point.
-    """
-    if not scores:
-        if k != 0:
-            raise ValueError(f"k must be in [0, 0] for no scores, got {k}")
-        return []
-    mask = binarize(torch.cat([s.detach().reshape(-1) for s in scores]), k)
-    parts = mask.split([s.numel() for s in scores])
-    return [part.view(s.shape) for part, s in zip(parts, scores, strict=True)]
+        The mask is taken as a matrix of its first dimension and the product of the others; edge tiles may be smaller.
+
+        Returns:
+            bool ``[ceil(N / rows), ceil(K / cols)]``.
+        """
+        if rows < 1 or cols < 1:
+            raise ValueError(f"a tile has at least one row and column, got rows={rows}, cols={cols}")
+        if self.mask.dim() == 0:
+            raise ValueError("a mask of one dimension or more has tiles, got a scalar")
+        height = self.mask.shape[0]
+        return _occupied_tiles(self.words, height, self.mask.numel() // max(height, 1), rows, cols)
 
 
+@overload
+def binarize(
+    scores: Tensor,
+    k: int | Tensor,
+    *,
+    dim: int | Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+    words: Literal[False] = False,
+    hint: Tensor | None = None,
+) -> Tensor: ...
+@overload
+def binarize(
+    scores: Tensor,
+    k: int | Tensor,
+    *,
+    dim: int | Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+    words: Literal[True],
+    hint: Tensor | None = None,
+) -> BinaryMask: ...
+@overload
+def binarize(
+    scores: Sequence[Tensor],
+    k: int | Tensor,
+    *,
+    dim: int | Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+    words: Literal[False] = False,
+    hint: Tensor | None = None,
+) -> list[Tensor]: ...
+@overload
+def binarize(
+    scores: Sequence[Tensor],
+    k: int | Tensor,
+    *,
+    dim: int | Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+    words: Literal[True],
+    hint: Tensor | None = None,
+) -> list[BinaryMask]: ...
+def binarize(
+    scores: Tensor | Sequence[Tensor],
+    k: int | Tensor,
+    *,
+    dim: int | Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+    words: bool = False,
+    hint: Tensor | None = None,
+) -> Tensor | BinaryMask | list[Tensor] | list[BinaryMask]:
+    """:func:`sparsebilevel.binarize` of single scores: arguments, results and errors are described there."""
+    tensors = [s.detach() for s in ([scores] if isinstance(scores, Tensor) else scores)]
+    names = named(scores, names)
+    dims = [dim] if isinstance(dim, int) else None if dim is None else list(dim)
+    if isinstance(k, Tensor) and (k.numel() != 1 or k.is_floating_point() or k.is_complex()):
+        raise TypeError(f"k must be an integer or a tensor of one, got {k.dtype} of shape {list(k.shape)}")
+    if not isinstance(k, (int, Tensor, torch.SymInt)):
+        raise TypeError(f"k must be an integer or a tensor of one, got {k!r}")
+    if hint is not None:
+        if dim is not None:
+            raise ValueError(f"hint is not allowed with dim={dim!r}: each slice has a threshold of its own")
+        if hint.dtype != torch.int32 or hint.shape != (2,) or any(hint.device != s.device for s in tensors):
+            raise ValueError(
+                "hint must be torch.int32 of shape [2] on the scores' device, "
+                f"got {hint.dtype} of shape {list(hint.shape)} on {hint.device}"
+            )
+    if native.watched() or any(type(s) not in native.PLAIN for s in tensors):
+        held = k if isinstance(k, Tensor) else torch.full((), k, dtype=torch.int64, device="cpu")
+        found = _binarize(tensors, held, dims, words, "\n".join(names)) if tensors else []
+    else:  # without the dispatcher, which costs as much as some ten thousand scores
+        found = _select(tensors, int(k), dims, words, names, hint)
+    if words:
+        results: Any = list(map(BinaryMask._make, zip(*(found[i::3] for i in range(3)), strict=True)))
+    else:
+        results = found
+    return results[0] if isinstance(scores, Tensor) else results
+
+
+def named(scores: Tensor | Sequence[Tensor], names: Sequence[str] | None) -> Sequence[str]:
+    """What messages call each tensor: ``names``, checked, or names by its place."""
+    if names is None:
+        return ["scores"] if isinstance(scores, Tensor) else [f"scores[{i}]" for i in range(len(scores))]
+    count = 1 if isinstance(scores, Tensor) else len(scores)
+    if isinstance(names, str) or len(names) != count:
+        raise ValueError(f"names must be a list of {count}, one for each tensor of scores, got {names!r}")
+    return names
+
+
+# An integer in its schema would have to be known when a graph is compiled, a tensor need not. Names are lines of one
+# string since a schema has no lists of strings.
 @torch.library.custom_op("sparsebilevel::binarize", mutates_args=())
-def _binarize(scores: Tensor, k: int) -> Tensor:
-    if not scores.is_floating_point():
-        raise TypeError(f"scores must be floating point, got {scores.dtype}")
-    if not 0 <= k <= scores.numel():
-        raise ValueError(f"k must be in [0, {scores.numel()}] for scores of shape {list(scores.shape)}, got {k}")
-    # float64 would lose order in the 32-bit keys of the kernel; the half types fit them exactly.
-    if native.available() and scores.device.type == "cpu" and scores.dtype != torch.float64:
-        scores = scores.float().contiguous()
-        mask = torch.empty(scores.shape, dtype=torch.bool)
-        threads = torch.get_num_threads()
-        nans = native.lib.binarize(scores.data_ptr(), scores.numel(), k, mask.data_ptr(), threads)
-        _check_nans(nans, scores)
-        return mask
-    _check_nans(int(scores.isnan().sum()), scores)
-    return reference.binarize(scores, k)
+def _binarize(scores: Sequence[Tensor], k: Tensor, dim: Sequence[int] | None, words: bool, names: str) -> list[Tensor]:
+    return _select(scores, int(k), dim, words, names.split("\n"))
 
 
 @_binarize.register_fake
-def _(scores: Tensor, k: int) -> Tensor:
-    return scores.new_empty(scores.shape, dtype=torch.bool)
+def _(scores: Sequence[Tensor], k: Tensor, dim: Sequence[int] | None, words: bool, names: str) -> list[Tensor]:
+    return [part for s in scores for part in _empty(s, words)]
 
 
-def _check_nans(count: int, scores: Tensor) -> None:
-    if count:
-        raise ValueError(f"scores must not be NaN: {count} of {scores.numel()} are")
+def _empty(scores: Tensor, words: bool) -> list[Tensor]:
+    """What is returned for one tensor, unwritten: its mask, and on request words and counts."""
+    numel = scores.numel()
+    parts = [scores.new_empty(scores.shape, dtype=torch.bool)]
+    if words:
+        parts += [
+            scores.new_empty(size, dtype=torch.int64) for size in ((numel + 63) // 64, (numel + 1023) // 1024 + 1)
+        ]
+    return parts
+
+
+def _select(
+    scores: Sequence[Tensor],
+    k: int,
+    dim: Sequence[int] | None,
+    words: bool,
+    names: Sequence[str],
+    hint: Tensor | None = None,
+) -> list[Tensor]:
+    for name, s in zip(names, scores, strict=True):
+        if not s.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {s.dtype}")
+    if len({s.device for s in scores}) > 1:
+        raise ValueError(f"scores must be on one device, got {', '.join(sorted({str(s.device) for s in scores}))}")
+    if dim is not None:
+        return [part for name, s in zip(names, scores, strict=True) for part in _select_rows(s, k, dim, words, name)]
+    total = sum(s.numel() for s in scores)
+    if not 0 <= k <= total:
+        of = f"scores of shape {list(scores[0].shape)}" if len(scores) == 1 else f"{len(scores)} tensors of scores"
+        raise ValueError(f"k must be in [0, {total}] for {of}, got {k}")
+    if not scores:
+        return []
+    dtype = functools.reduce(torch.promote_types, (s.dtype for s in scores))
+    if not _is_native(scores[0].device, dtype):
+        _check_nans([int(s.isnan().sum()) for s in scores], scores, names)
+        mask = reference.binarize(torch.cat([s.reshape(-1) for s in scores]), k)
+        parts = mask.split([s.numel() for s in scores])
+        # Copies, since an operator must not return views of one another.
+        masks = [part.view(s.shape).clone() for part, s in zip(parts, scores, strict=True)]
+        return [part for mask in masks for part in ([mask, *reference.mask_words(mask)] if words else [mask])]
+    held = [s.to(dtype).contiguous() for s in scores]
+    outs = [_empty(s, words) for s in held]
+    arguments = [
+        (s.data_ptr(), s.numel(), out[0].data_ptr(), out[1].data_ptr() if words else 0)
+        for s, out in zip(held, outs, strict=True)
+    ]
+    window = hint.contiguous() if hint is not None else None
+    where = 0 if window is None else window.data_ptr()
+    nans = native.lib.binarize(arguments, _score_type(dtype), k, torch.get_num_threads(), where)
+    if hint is not None and window is not None and window is not hint:
+        hint.copy_(window)
+    _check_nans(nans, scores, names)
+    if words:
+        for _, bits, counts in outs:
+            _count(bits, counts)
+    return [part for out in outs for part in out]
+
+
+def _select_rows(scores: Tensor, k: int, dim: Sequence[int], words: bool, name: str) -> list[Tensor]:
+    """`_select` in each slice of one tensor along dimensions ``dim``."""
+    shape = scores.shape
+    if not dim or any(not -len(shape) <= d < len(shape) for d in dim):
+        raise ValueError(
+            f"dim must be in [{-len(shape)}, {len(shape) - 1}] for {name} of shape {list(shape)}, got {list(dim)}"
+        )
+    dims = sorted({d % len(shape) for d in dim})
+    length = math.prod(shape[d] for d in dims)
+    if not 0 <= k <= length:
+        raise ValueError(f"k must be in [0, {length}] for slices along {list(dim)} of shape {list(shape)}, got {k}")
+    # [outer, length, inner]: as they lie, where the dimensions adjoin and the kernel can step over what comes inside.
+    is_native = _is_native(scores.device, scores.dtype)
+    order = list(range(len(shape)))
+    inner = math.prod(shape[dims[-1] + 1 :])
+    if dims != order[dims[0] : dims[-1] + 1] or (inner != 1 and not (is_native and length <= _SHORT_ROW)):
+        order = [d for d in order if d not in dims] + dims
+        inner = 1
+    rows = scores.permute(order).contiguous()
+    if is_native:
+        mask = rows.new_empty(rows.shape, dtype=torch.bool)
+        outer = rows.numel() // max(length * inner, 1)
+        where = (rows.data_ptr(), outer, length, inner, _score_type(rows.dtype), k, mask.data_ptr())
+        nans = native.lib.binarize_rows(*where, torch.get_num_threads()) if rows.numel() else 0
+    else:
+        nans = int(scores.isnan().sum())
+        mask = reference.binarize_rows(rows.reshape(-1, max(length, 1)), k).view(rows.shape)
+    _check_nans([nans], [scores], [name])
+    inverse = [order.index(d) for d in range(len(shape))]
+    mask = mask.permute(inverse).contiguous()
+    return [mask, *_words_of(mask)] if words else [mask]
+
+
+def _words_of(mask: Tensor) -> list[Tensor]:
+    if not native.available() or not mask.is_cpu:
+        return list(reference.mask_words(mask))
+    mask = mask.contiguous()
+    _, bits, counts = _empty(mask, True)
+    native.lib.pack_words(mask.data_ptr(), mask.numel(), bits.data_ptr(), torch.get_num_threads())
+    _count(bits, counts)
+    return [bits, counts]
+
+
+@torch.library.custom_op("sparsebilevel::mask_words", mutates_args=())
+def _mask_words(mask: Tensor) -> list[Tensor]:
+    return _words_of(mask)
+
+
+@_mask_words.register_fake
+def _(mask: Tensor) -> list[Tensor]:
+    return _empty(mask, True)[1:]
+
+
+@torch.library.custom_op("sparsebilevel::occupied_tiles", mutates_args=())
+def _occupied_tiles(words: Tensor, height: int, width: int, rows: int, cols: int) -> Tensor:
+    if not native.available() or not words.is_cpu:
+        return reference.occupied_tiles(words, height, width, rows, cols)
+    tiles = words.new_empty(-(-height // rows), -(-width // cols), dtype=torch.bool)
+    shape = (height, width, rows, cols)
+    native.lib.occupied_tiles(words.contiguous().data_ptr(), shape, tiles.data_ptr(), torch.get_num_threads())
+    return tiles
+
+
+@_occupied_tiles.register_fake
+def _(words: Tensor, height: int, width: int, rows: int, cols: int) -> Tensor:
+    return words.new_empty((height + rows - 1) // rows, (width + cols - 1) // cols, dtype=torch.bool)
+
+
+def _is_native(device: torch.device, dtype: torch.dtype) -> bool:
+    # The keys of the kernel have 32 bits, in which float64 would lose its order.
+    return native.available() and device.type == "cpu" and dtype != torch.float64
+
+
+def _score_type(dtype: torch.dtype) -> Any:
+    return getattr(native.lib.ScoreType, str(dtype).removeprefix("torch."))
+
+
+def _count(words: Tensor, counts: Tensor) -> None:
+    native.lib.count_words(words.data_ptr(), 64 * words.numel(), counts.data_ptr())
+
+
+def _check_nans(counts: Sequence[int], scores: Sequence[Tensor], names: Sequence[str]) -> None:
+    if any(counts):
+        found = zip(names, counts, scores)  # noqa: B905 (no counts means no NaN)
+        told = "; ".join(f"{name} must not be NaN: {count} of {s.numel()} are" for name, count, s in found if count)
+        raise ValueError(told)

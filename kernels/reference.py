@@ -57,15 +57,35 @@ def gather_support(grad: Tensor, positions: Tensor) -> Tensor:
 
 
 def binarize(scores: Tensor, k: int) -> Tensor:
-    """Boolean mask of the ``k`` largest scores; equal scores are taken in row-major order.
+    """Boolean mask of the ``k`` largest scores; equal scores are taken in row-major order."""
+    return binarize_rows(scores.reshape(1, -1), k).view(scores.shape)
+
+
+def binarize_rows(scores: Tensor, k: int) -> Tensor:
+    """Boolean mask of the ``k`` largest scores of each row; shapes ``[N, K]``.
 
     A stable sort settles the ties. NaN has no rank and must be refused by the caller.
     """
     # Adding zero turns -0.0 into +0.0: the two are equal and must tie.
-    order = torch.sort(scores.reshape(-1) + 0.0, descending=True, stable=True).indices
-    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    mask[order[:k]] = True
-    return mask.view(scores.shape)
+    order = torch.sort(scores + 0.0, dim=1, descending=True, stable=True).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order[:, :k], True)
+
+
+def mask_words(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The mask as int64 words and what comes before each 1024th position, see ``BinaryMask``."""
+    flat = mask.reshape(-1).long()
+    bits = F.pad(flat, (0, -flat.numel() % 64)).view(-1, 64)
+    counts = F.pad(flat, (0, -flat.numel() % 1024)).view(-1, 1024).sum(1).cumsum(0)
+    return (bits << torch.arange(64, device=mask.device)).sum(1), F.pad(counts, (1, 0))
+
+
+def occupied_tiles(words: Tensor, height: int, width: int, rows: int, cols: int) -> Tensor:
+    """Which tiles ``[rows, cols]`` of a mask ``[height, width]``, given as words, hold a True."""
+    bits = words[:, None] >> torch.arange(64, device=words.device) & 1
+    mask = bits.reshape(-1)[: height * width].view(height, width)
+    mask = F.pad(mask, (0, -width % cols, 0, -height % rows))
+    down, across = mask.shape[0] // rows, mask.shape[1] // cols
+    return mask.view(down, rows, across, cols).sum((1, 3)) > 0
 
 
 def batch_norm(

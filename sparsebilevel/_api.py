@@ -1,8 +1,9 @@
 """What `sparsebilevel` offers. The package loads it at first use: it needs torch, and help texts do not."""
 
 from . import optim
+from .kernels import BinaryMask
 from .layout import optimize_for_cpu
-from .masks import NM, Block, Channel, Filter, Pattern, Unstructured
+from .masks import NM, Block, Channel, Filter, Pattern, Unstructured, binarize
 from .methods import HYDRA, IMP, METHODS, OMP, SET, BiDST, BiP, RigL, Sparsifier, Static
 from .nn import FusedBatchNorm2d, SparseMaskedConv2d, SparseMaskedLinear, densify, sparse_layers, sparsify
 
@@ -15,6 +16,7 @@ __all__ = [
     "SET",
     "BiDST",
     "BiP",
+    "BinaryMask",
     "Block",
     "Channel",
     "Filter",
@@ -26,6 +28,7 @@ __all__ = [
     "Sparsifier",
     "Static",
     "Unstructured",
+    "binarize",
     "densify",
     "optim",
     "optimize_for_cpu",

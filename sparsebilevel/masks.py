@@ -14,11 +14,13 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from .kernels import binarize, binarize_many
+from . import kernels
+from .kernels import BinaryMask
 
 
 def as_fraction(value: float) -> Fraction:
@@ -50,8 +52,8 @@ class Pattern:
         raise NotImplementedError
 
     def mask(self, scores: Tensor, k: int) -> Tensor:
-        """Mask of the ``k`` groups with the largest scores. NaN scores raise ValueError."""
-        return self.expand(binarize(self.group_scores(scores), k), scores.shape)
+        """Mask of the ``k`` groups with the largest scores, see :func:`binarize`."""
+        return binarize(scores, k, pattern=self)
 
     def count(self, mask: Tensor) -> int:
         """Groups of ``mask`` that are kept: those with at least one True."""
@@ -176,15 +178,9 @@ class NM(Pattern):
     def expand(self, groups: Tensor, shape: Sequence[int]) -> Tensor:
         return groups.reshape(tuple(shape))
 
-    def mask(self, scores: Tensor, k: int | None = None) -> Tensor:
+    def mask(self, scores: Tensor, k: int | None = None, name: str = "scores") -> Tensor:
         self.num_groups(scores.shape)
-        if scores.isnan().any():
-            raise ValueError(f"scores has {int(scores.isnan().sum())} NaN; expected numbers that can be ranked")
-        runs = scores.movedim(1, -1).reshape(-1, self.m)
-        order = torch.sort(runs, dim=1, descending=True, stable=True).indices
-        kept = torch.zeros_like(runs, dtype=torch.bool).scatter_(1, order[:, : self.n], True)
-        lead = [scores.shape[0], *scores.shape[2:], scores.shape[1]]
-        return kept.view(lead).movedim(-1, 1).contiguous()
+        return kernels.binarize(scores.unflatten(1, (-1, self.m)), self.n, dim=2, names=[name]).flatten(1, 2)
 
     def _violations(self, mask: Tensor) -> Tensor:
         """Kept positions of runs with more than ``n`` of them; none if all are kept, as before pruning."""
@@ -209,6 +205,114 @@ def parse_pattern(text: str | Pattern) -> Pattern:
         raise ValueError(f"pattern={text!r} is not allowed; expected one of {allowed}") from error
 
 
+@overload
+def binarize(
+    scores: Tensor,
+    k: int | Tensor | None = None,
+    *,
+    pattern: str | Pattern = "unstructured",
+    dim: int | Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+    words: Literal[False] = False,
+    hint: Tensor | None = None,
+) -> Tensor: ...
+@overload
+def binarize(
+    scores: Tensor,
+    k: int | Tensor | None = None,
+    *,
+    pattern: str | Pattern = "unstructured",
+    dim: int | Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+    words: Literal[True],
+    hint: Tensor | None = None,
+) -> BinaryMask: ...
+@overload
+def binarize(
+    scores: Sequence[Tensor],
+    k: int | Tensor | None = None,
+    *,
+    pattern: str | Pattern = "unstructured",
+    dim: int | Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+    words: Literal[False] = False,
+    hint: Tensor | None = None,
+) -> list[Tensor]: ...
+@overload
+def binarize(
+    scores: Sequence[Tensor],
+    k: int | Tensor | None = None,
+    *,
+    pattern: str | Pattern = "unstructured",
+    dim: int | Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+    words: Literal[True],
+    hint: Tensor | None = None,
+) -> list[BinaryMask]: ...
+def binarize(
+    scores: Tensor | Sequence[Tensor],
+    k: int | Tensor | None = None,
+    *,
+    pattern: str | Pattern = "unstructured",
+    dim: int | Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+    words: bool = False,
+    hint: Tensor | None = None,
+) -> Tensor | BinaryMask | list[Tensor] | list[BinaryMask]:
+    """Mask of exactly the ``k`` largest scores, or groups of scores.
+
+    Of equal scores the one with the smaller row-major index is taken first, and in a list that of the earlier tensor;
+    ``-0.0`` equals ``0.0``, infinities and denormals are ordinary values. The result depends neither on the number of
+    threads nor on the memory format, and has no gradient.
+
+    Args:
+        scores: any shape; float16, bfloat16, float32 or float64. Of a list, on one device, the ``k`` largest of all
+            tensors together are kept; different dtypes are compared in their common type.
+        k: how many to keep; an integer tensor of one element, on any device, is read where it is needed.
+        pattern: what lives and dies together, as in :func:`sparsify`: ``"block:BHxBW"``, ``"filter"`` or ``"channel"``
+            keep the ``k`` groups with the largest sums, formed in float32 at least; ``"nm:N:M"`` keeps the ``n``
+            largest of every ``m`` input channels and takes no ``k``. Scores then have two dimensions or more.
+        dim: keep ``k`` of each slice along this dimension, or of these together: ``dim=1`` gives the rows of a matrix
+            an equal number, ``dim=(1, 2, 3)`` the filters of a convolution. A list is then not ranked together.
+        names: what error messages call the tensors of scores.
+        words: return :class:`BinaryMask`, of which ``mask`` is one part.
+        hint: int32 ``[2]`` on the scores' device, zeros at first and overwritten, for a caller that comes back with
+            scores that changed a little: the search begins where the last one ended. Counts decide whether that was
+            right, so it changes the time and never the result. Not with ``dim`` and ``nm``; where the C++ kernel is
+            not called directly (no extension, float64, compiled functions) it is left alone.
+
+    Returns:
+        bool, contiguous, of the shape and on the device of ``scores``; for a list a list.
+
+    Raises:
+        ValueError: ``k`` is out of range, the pattern does not fit, or there are NaNs among the scores or the sums.
+        TypeError: the scores are not floating point, or ``k`` is not an integer.
+    """
+    pattern = parse_pattern(pattern)
+    if isinstance(pattern, Unstructured):
+        return kernels.binarize(scores, k, dim=dim, names=names, words=words, hint=hint)
+    if dim is not None:
+        raise ValueError(f"dim={dim!r} is not allowed with pattern {pattern}; a pattern has slices of its own")
+    names = kernels.named(scores, names)
+    tensors = [scores] if isinstance(scores, Tensor) else list(scores)
+    for name, s in zip(names, tensors, strict=True):
+        if s.dim() < 2:
+            raise ValueError(f"{name} must have two dimensions or more for pattern {pattern}, got {list(s.shape)}")
+    if isinstance(pattern, NM):
+        if k is not None:
+            raise ValueError(f"k={k} is not allowed with pattern {pattern}, which keeps {pattern.n} of {pattern.m}")
+        if hint is not None:
+            raise ValueError(f"hint is not allowed with pattern {pattern}: there is no common threshold")
+        masks = [pattern.mask(s, name=name) for name, s in zip(names, tensors, strict=True)]
+    else:
+        sums = [pattern.group_scores(s.detach().to(torch.promote_types(s.dtype, torch.float32))) for s in tensors]
+        kind = type(pattern).__name__.lower()  # torch.compile cannot format the object
+        kept = kernels.binarize(sums, k, names=[f"{name} summed by {kind}" for name in names], hint=hint)
+        masks = [pattern.expand(mask, s.shape) for mask, s in zip(kept, tensors, strict=True)]
+    results = [BinaryMask.of(mask) for mask in masks] if words else masks
+    return results[0] if isinstance(scores, Tensor) else results
+
+
 def global_masks(scores: Mapping[str, Tensor], k: int, pattern: Pattern | None = None) -> dict[str, Tensor]:
     """Masks of the ``k`` largest groups over all layers together, at least one group a layer.
 
@@ -227,12 +331,13 @@ def global_masks(scores: Mapping[str, Tensor], k: int, pattern: Pattern | None =
     if isinstance(pattern, NM):
         return {name: pattern.mask(s) for name, s in scores.items()}
     groups = {name: pattern.group_scores(s) for name, s in scores.items()}
+    names = [f"scores of {name}" for name in groups]
     total = sum(g.numel() for g in groups.values())
     if not len(groups) <= k <= total:
         raise ValueError(
             f"k={k} is not allowed; {len(groups)} layers with {total} groups allow {len(groups)} to {total}"
         )
-    kept = binarize_many(list(groups.values()), k)
+    kept = kernels.binarize(list(groups.values()), k, names=names)
     empty = [name for name, mask in zip(groups, kept, strict=True) if not mask.any()]
     if empty:
         warnings.warn(
@@ -243,7 +348,7 @@ def global_masks(scores: Mapping[str, Tensor], k: int, pattern: Pattern | None =
         rest = [g.clone() for g in groups.values()]
         for g, i in zip(rest, best, strict=True):
             g[i] = -math.inf
-        kept = binarize_many(rest, k - len(groups))
+        kept = kernels.binarize(rest, k - len(groups))
         for mask, i in zip(kept, best, strict=True):
             mask[i] = True
     return {name: pattern.expand(mask, scores[name].shape) for name, mask in zip(groups, kept, strict=True)}
