@@ -1,6 +1,7 @@
 """The tables of README.md and docs/cpu.md, from the figures in results/.
 
 python benchmarks/tables.py step       # whole training steps: results/train_step.json
+python benchmarks/tables.py masks      # masks of the largest scores: results/binarize.json
 python benchmarks/tables.py layers     # single layers: results/masked_conv2d.json and masked_linear.json
 """
 
@@ -105,10 +106,22 @@ def layers() -> str:
     return markdown_table(header("forward + backward of a layer", convolutions), rows)
 
 
+def masks() -> str:
+    """Milliseconds, of all cases that others take part in."""
+    others = ["torch.topk", "torch.kthvalue", "numpy.partition", "read once"]
+    rows = [
+        [case, *(f"{found[name]['ms']:.3g}" if name in found else "" for name in ["ours", *others])]
+        for case, by in load("binarize").items()
+        if "torch.topk" in (found := by["variants"])
+    ]
+    return markdown_table(["scores, kept: ms", "ours", *others], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("step", "layers"))
-    print(steps() if parser.parse_args().table == "step" else layers())
+    tables = {"step": steps, "layers": layers, "masks": masks}
+    parser.add_argument("table", choices=tables)
+    print(tables[parser.parse_args().table]())
 
 
 if __name__ == "__main__":
