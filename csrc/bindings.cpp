@@ -21,6 +21,7 @@
 #include "cpu/isa.h"
 #include "cpu/masked_conv2d.h"
 #include "cpu/optimizer_step.h"
+#include "cpu/pack.h"
 #include "cpu/pool.h"
 #ifdef _OPENMP
 #include <omp.h>
@@ -323,4 +324,59 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("shape"), py::arg("planes"), py::arg("bfloat16"), py::arg("lines"), py::arg("out"), py::arg("grad_out"), py::arg("grad_in"),
       py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  // Of pack: bits are words of 64 elements, see cpu/pack.h. Summaries are (count, hash, hierarchical size, delta8 size).
+  const auto as_tuple = [](const MaskSummary& s) {
+    return std::make_tuple(s.count, s.hash, s.hierarchical_size, s.delta8_size);
+  };
+  m.def(
+      "mask_to_bits",
+      [as_tuple](uintptr_t mask, int64_t n, uintptr_t bits, int threads) {
+        return as_tuple(mask_to_bits(pointer<const uint8_t>(mask), n, pointer<uint64_t>(bits), threads));
+      },
+      py::arg("mask"), py::arg("n"), py::arg("bits"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "summarize_bits",
+      [as_tuple](uintptr_t bits, int64_t n, int threads) {
+        return as_tuple(summarize_bits(pointer<const uint64_t>(bits), n, threads));
+      },
+      py::arg("bits"), py::arg("n"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "bits_to_mask",
+      [](uintptr_t bits, int64_t n, uintptr_t mask, int threads) {
+        bits_to_mask(pointer<const uint64_t>(bits), n, pointer<uint8_t>(mask), threads);
+      },
+      py::arg("bits"), py::arg("n"), py::arg("mask"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "encode_positions",
+      [](int format, uintptr_t bits, int64_t n, uintptr_t out, int threads) {
+        encode_positions(static_cast<PositionFormat>(format), pointer<const uint64_t>(bits), n, pointer<uint8_t>(out), threads);
+      },
+      py::arg("format"), py::arg("bits"), py::arg("n"), py::arg("out"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "decode_positions",
+      [](int format, uintptr_t data, int64_t size, int64_t n, uintptr_t bits, int threads) {
+        return decode_positions(static_cast<PositionFormat>(format), pointer<const uint8_t>(data), size, n, pointer<uint64_t>(bits), threads);
+      },
+      py::arg("format"), py::arg("data"), py::arg("size"), py::arg("n"), py::arg("bits"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "gather_values",
+      [](uintptr_t dense, int element_size, uintptr_t bits, int64_t n, uintptr_t values, int threads) {
+        gather_values(pointer<const void>(dense), element_size, pointer<const uint64_t>(bits), n, pointer<void>(values), threads);
+      },
+      py::arg("dense"), py::arg("element_size"), py::arg("bits"), py::arg("n"), py::arg("values"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "scatter_values",
+      [](uintptr_t values, int element_size, uintptr_t bits, int64_t n, uintptr_t dense, bool keep, int threads) {
+        scatter_values(pointer<const void>(values), element_size, pointer<const uint64_t>(bits), n, pointer<void>(dense), keep, threads);
+      },
+      py::arg("values"), py::arg("element_size"), py::arg("bits"), py::arg("n"), py::arg("dense"), py::arg("keep"),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "crc32c",
+      [](uintptr_t data, int64_t size, int threads) { return crc32c(pointer<const uint8_t>(data), size, threads); },
+      py::arg("data"), py::arg("size"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }

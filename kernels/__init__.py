@@ -10,6 +10,7 @@ from .dispatch import BACKENDS, PASSES, Backend, choose_backend, describe
 from .gradient import make_grad_sink
 from .masked_conv2d import masked_conv2d
 from .masked_linear import masked_linear
+from .pack import PackError, pack, unpack
 from .plans import release_memory
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "PASSES",
     "Backend",
     "BinaryMask",
+    "PackError",
     "batch_norm",
     "binarize",
     "choose_backend",
@@ -25,5 +27,7 @@ __all__ = [
     "masked_conv2d",
     "masked_linear",
     "named",
+    "pack",
     "release_memory",
+    "unpack",
 ]

@@ -10,6 +10,7 @@ Notation: ``theta`` the weight, ``m`` the boolean mask (True = kept), ``z = m * 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -131,3 +132,137 @@ def batch_norm_backward(
         means = ((t * grad).mean((0, 2, 3), keepdim=True) for t in (1.0, normalized))
         grad = grad - next(means) - normalized * next(means)
     return (grad * inverse).to(input.dtype), grad_weight, grad_bias
+
+
+# -- sparse messages: masks as bits, their positions in four formats, CRC-32C (docs/message-format.md) -----------------
+# In numpy, which has the integers. Bits are uint64 ``[ceil(n / 64)]``, zero beyond ``n``; bytes are uint8 arrays.
+
+_BLOCK, _ESCAPE = 1 << 16, 255  # elements of a block of block16; byte of delta8 that skips so many elements
+_CRC_POLYNOMIAL = 0x82F63B78
+
+
+def mask_to_bits(mask: np.ndarray) -> np.ndarray:
+    """Bits of a flat boolean mask."""
+    bits = np.zeros(-(-mask.size // 64) * 8, np.uint8)
+    packed = np.packbits(mask, bitorder="little")
+    bits[: packed.size] = packed
+    return bits.view("<u8")
+
+
+def bits_to_mask(bits: np.ndarray, n: int) -> np.ndarray:
+    return np.unpackbits(bits.view(np.uint8), bitorder="little")[:n].view(bool)
+
+
+def summarize_bits(bits: np.ndarray, n: int) -> tuple[int, int, int, int]:
+    """Number of bits set, hash of all of them, and the bytes that hierarchical and delta8 take."""
+    positions = np.flatnonzero(bits_to_mask(bits, n))
+    x = bits ^ (np.arange(1, bits.size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    groups = np.count_nonzero(bits.view(np.uint8))
+    escapes = int(((np.diff(positions, prepend=-1) - 1) // _ESCAPE).sum())
+    return positions.size, int(x.sum(dtype=np.uint64)), bits.size + groups, positions.size + escapes
+
+
+def encode_positions(format: str, bits: np.ndarray, n: int) -> np.ndarray:
+    """Bytes that name the bits set; of n = 0 none."""
+    if format == "bitmap":
+        return bits.view(np.uint8)[: -(-n // 8)]
+    if format == "hierarchical":
+        groups = bits.view(np.uint8)
+        return np.concatenate([np.packbits(groups != 0, bitorder="little"), groups[groups != 0]])
+    positions = np.flatnonzero(bits_to_mask(bits, n))
+    if format == "delta8":
+        gaps = np.diff(positions, prepend=-1) - 1
+        ends = np.cumsum(gaps // _ESCAPE + 1)
+        out = np.full(ends[-1] if ends.size else 0, _ESCAPE, np.uint8)
+        out[ends - 1] = gaps % _ESCAPE
+        return out
+    counts = np.bincount(positions // _BLOCK, minlength=-(-n // _BLOCK)).astype("<u4")
+    return np.concatenate([counts.view(np.uint8), (positions % _BLOCK).astype("<u2").view(np.uint8)])
+
+
+def decode_positions(format: str, data: np.ndarray, n: int) -> np.ndarray | None:
+    """The bits; None unless ``data`` is exactly what :func:`encode_positions` gives for some ``n`` bits."""
+    words, mask = -(-n // 64), np.zeros(n, bool)
+    if format == "bitmap":
+        if data.size != -(-n // 8):
+            return None
+        bits = np.zeros(8 * words, np.uint8)
+        bits[: data.size] = data
+    elif format == "hierarchical":
+        if data.size < words:
+            return None
+        top, groups = np.unpackbits(data[:words], bitorder="little").view(bool), data[words:]
+        if groups.size != np.count_nonzero(top) or not groups.all():
+            return None
+        bits = np.zeros(8 * words, np.uint8)
+        bits[top] = groups
+    elif format == "delta8":
+        if data.size and data[-1] == _ESCAPE:  # escapes to nowhere
+            return None
+        positions = (np.cumsum(data, dtype=np.int64) + np.cumsum(data != _ESCAPE) - 1)[data != _ESCAPE]
+        if positions.size and positions[-1] >= n:
+            return None
+        mask[positions] = True
+        return mask_to_bits(mask)
+    else:
+        blocks = -(-n // _BLOCK)
+        if data.size < 4 * blocks:
+            return None
+        counts = data[: 4 * blocks].copy().view("<u4").astype(np.int64)
+        if data.size != 4 * blocks + 2 * int(counts.sum()):
+            return None
+        positions = data[4 * blocks :].copy().view("<u2") + np.repeat(np.arange(blocks) * _BLOCK, counts)
+        if (positions[1:] <= positions[:-1]).any() or (positions >= n).any():
+            return None
+        mask[positions] = True
+        return mask_to_bits(mask)
+    words_of_bits = bits.view("<u8")
+    return words_of_bits if n % 64 == 0 or words_of_bits[-1] >> np.uint64(n % 64) == 0 else None
+
+
+def crc32c(data: np.ndarray) -> int:
+    """CRC-32C (Castagnoli) of bytes, in columns that are computed side by side and then joined."""
+    rows = 256
+    head = data[: data.size % rows]
+    crc = _crc_of_rows(head[:, None], 0xFFFFFFFF)[0]
+    # A column's checksum from zero; that of the whole is linear in them and in what came before.
+    columns = _crc_of_rows(data[head.size :].reshape(-1, rows).T, 0)
+    columns = np.concatenate([[crc], columns])
+    size = rows
+    while columns.size > 1:  # neighbours are joined; zeros in front change nothing
+        if columns.size % 2:
+            columns = np.concatenate([[0], columns])
+        columns = _crc_multiply(columns[::2], _crc_power(size)) ^ columns[1::2]
+        size *= 2
+    return int(columns[0]) ^ 0xFFFFFFFF
+
+
+def _crc_of_rows(rows: np.ndarray, start: int) -> np.ndarray:
+    table = np.arange(256, dtype=np.int64)
+    for _ in range(8):
+        table = (table >> 1) ^ ((table & 1) * _CRC_POLYNOMIAL)
+    crc = np.full(rows.shape[1], start, np.int64)
+    for row in rows:
+        crc = (crc >> 8) ^ table[(crc ^ row) & 0xFF]
+    return crc
+
+
+def _crc_multiply(a: np.ndarray, b: int) -> np.ndarray:
+    """Product of polynomials over GF(2) modulo that of CRC-32C, the highest power in the lowest bit."""
+    product = np.zeros_like(a)
+    for bit in range(31, -1, -1):
+        product ^= (a >> bit & 1) * b
+        b = (b >> 1) ^ ((b & 1) * _CRC_POLYNOMIAL)
+    return product
+
+
+def _crc_power(size: int) -> int:
+    """x to the ``8 * size``; ``size`` a power of two."""
+    power = np.array([1 << 23])
+    while size > 1:
+        power = _crc_multiply(power, int(power[0]))
+        size //= 2
+    return int(power[0])

@@ -1,7 +1,7 @@
 """What `sparsebilevel` offers. The package loads it at first use: it needs torch, and help texts do not."""
 
 from . import optim
-from .kernels import BinaryMask
+from .kernels import BinaryMask, PackError, pack, unpack
 from .layout import optimize_for_cpu
 from .masks import NM, Block, Channel, Filter, Pattern, Unstructured, binarize
 from .methods import HYDRA, IMP, METHODS, OMP, SET, BiDST, BiP, RigL, Sparsifier, Static
@@ -21,6 +21,7 @@ __all__ = [
     "Channel",
     "Filter",
     "FusedBatchNorm2d",
+    "PackError",
     "Pattern",
     "RigL",
     "SparseMaskedConv2d",
@@ -32,6 +33,8 @@ __all__ = [
     "densify",
     "optim",
     "optimize_for_cpu",
+    "pack",
     "sparse_layers",
     "sparsify",
+    "unpack",
 ]

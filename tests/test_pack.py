@@ -1,0 +1,457 @@
+"""Sparse messages: round trips, the same bytes from every implementation, sizes, and what is refused."""
+
+import math
+import struct
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import sparsebilevel as sb
+from sparsebilevel import PackError, pack, unpack
+from sparsebilevel.kernels import native, reference
+from sparsebilevel.kernels.pack import FORMATS
+
+INDEXED = ["bitmap", "hierarchical", "delta8", "block16"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DENSITIES = [0, 0.001, 0.02, 0.1, 0.5, 0.98, 1]
+SHAPES = [(), (0,), (3, 0, 2), (1,), (63,), (64,), (8, 5, 3, 3), (70_001,)]
+
+needs_native = pytest.mark.skipif(not native.available(), reason=f"C++ extension: {native.reason}")
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend(request, monkeypatch):
+    if request.param == "reference":
+        monkeypatch.setattr(native, "lib", None)
+    elif not native.available():
+        pytest.skip(f"C++ extension: {native.reason}")
+    return request.param
+
+
+def same(a, b):
+    """Equal bits, NaNs and signs of zeros included."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+
+
+def drawn(shape, density, dtype=torch.float32):
+    values = torch.randn(shape).to(dtype)
+    return values, torch.rand(shape) < density
+
+
+def masked(values, mask):
+    return torch.where(mask, values, torch.zeros((), dtype=values.dtype))
+
+
+def signed(message):
+    """A message with the checksum that its bytes ask for, as a hostile sender has it."""
+    data = bytearray(message)
+    data[4:8] = struct.pack("<I", reference.crc32c(np.frombuffer(bytes(data[8:]), np.uint8)))
+    return bytes(data)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_round_trips(shape, dtype, backend):
+    for density in DENSITIES:
+        values, mask = drawn(shape, density, dtype)
+        for format in ("auto", *FORMATS):
+            message = pack(values, mask, format)
+            known = mask if message.entries[0].format in ("values", "dense") else None
+            data = bytes(message)
+            for sent in (message, data, bytearray(data), torch.frombuffer(bytearray(data), dtype=torch.uint8)):
+                tensor, found = unpack(sent, known, return_mask=True)
+                assert same(tensor, masked(values, mask))
+                assert torch.equal(found, mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_of_values_survive(dtype, backend):
+    special = torch.tensor([math.nan, -math.nan, -0.0, math.inf, 1e-45, 65504.0]).to(dtype).repeat(40)
+    mask = torch.rand(240) < 0.5
+    assert same(unpack(pack(special, mask, "bitmap")), masked(special, mask))
+
+
+def test_strides_do_not_matter(backend):
+    values, mask = torch.randn(4, 6, 5, 5), torch.rand(4, 6, 5, 5) < 0.3
+    message = bytes(pack(values, mask))
+    other = values.to(memory_format=torch.channels_last)
+    assert bytes(pack(other, mask.to(memory_format=torch.channels_last))) == message
+    assert bytes(pack(values.permute(3, 1, 0, 2).permute(2, 1, 3, 0), mask)) == message
+    for mode in ("overwrite", "scatter", "accumulate"):
+        out, expected = torch.ones_like(other), torch.ones(4, 6, 5, 5)
+        unpack(message, out=out, mode=mode)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        assert same(out, unpack(message, out=expected, mode=mode))
+
+
+@pytest.mark.parametrize("out_dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_modes(dtype, out_dtype, backend):
+    for density in (0, 0.1, 0.97, 1):
+        values, mask = drawn((30, 50), density, dtype)
+        for format in ("auto", "values", "dense", "delta8"):
+            message = pack(values, mask, format)
+            start = torch.randn(30, 50).to(out_dtype)
+
+            out = start.clone()
+            version = out._version
+            assert unpack(message, mask, out=out) is out
+            assert same(out, masked(values, mask).to(out_dtype))
+            assert out._version > version
+
+            out = start.clone()
+            unpack(message, mask, out=out, mode="scatter")
+            assert same(out, torch.where(mask, values.to(out_dtype), start))
+
+            for alpha in (1.0, 0.25):
+                out, expected = start.clone(), start.clone()
+                unpack(message, mask, out=out, mode="accumulate", alpha=alpha)
+                expected[mask] = expected[mask].add_(values[mask], alpha=alpha)
+                assert same(out, expected)
+
+
+def test_unpacks_into_a_parameter(backend):
+    weight = nn.Parameter(torch.ones(10))
+    unpack(pack(torch.arange(10.0), torch.arange(10) < 4), out=weight)
+    assert weight.tolist() == [0, 1, 2, 3, 0, 0, 0, 0, 0, 0]
+    assert weight.requires_grad
+
+
+def test_values_can_travel_in_fewer_bits(backend):
+    values, mask = drawn((100, 100), 0.1)
+    message = pack(values, mask, dtype=torch.bfloat16)
+    assert message.entries[0].value_bytes == 2 * int(mask.sum())
+    assert same(unpack(message), masked(values.bfloat16().float(), mask))
+
+
+@pytest.mark.parametrize("block", [0, 1, 16, 1000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_is_within_one_step_and_repeatable(block, dtype, backend):
+    values, mask = drawn((50, 70), 0.2, dtype)
+    first, second = (
+        pack(values, mask, "bitmap", dtype=torch.int8, block=block, generator=torch.Generator().manual_seed(3))
+        for _ in range(2)
+    )
+    assert bytes(first) == bytes(second)
+    result = unpack(first)
+    assert result.dtype == dtype
+    sent = values[mask].float()
+    rows = nn.functional.pad(sent, (0, -sent.numel() % block)).view(-1, block) if block else sent[None]
+    step = (rows.abs().amax(1) / 127).repeat_interleave(rows.shape[1])[: sent.numel()]
+    assert ((result[mask].float() - sent).abs() <= step * (1 + 1e-5) + sent.abs() * torch.finfo(dtype).eps).all()
+    assert not result[~mask].any()
+
+
+def test_int8_rounds_without_bias():
+    values = torch.linspace(-1, 1, 101)
+    generator = torch.Generator().manual_seed(0)
+    mean = sum(unpack(pack(values, dtype=torch.int8, generator=generator)) for _ in range(400)) / 400
+    assert (mean - values).abs().max() < 5 * (0.5 / 127) / math.sqrt(400)
+
+
+def test_int8_of_zeros_and_nothing(backend):
+    for n in (0, 10):
+        assert same(unpack(pack(torch.zeros(n), dtype=torch.int8)), torch.zeros(n))
+    with pytest.raises(PackError, match=r"values of tensor must be finite for int8; 1 are not"):
+        pack(torch.tensor([1.0, math.nan]), dtype=torch.int8)
+
+
+def test_names(backend):
+    tensors = {"a": torch.randn(40, 3), "b": torch.randn(7).half(), "ünï.weight": torch.randn(())}
+    masks = {"a": torch.rand(40, 3) < 0.2}
+    message = pack(tensors, masks)
+    result, found = unpack(bytes(message), return_mask=True)
+    assert list(result) == list(tensors)
+    assert same(result["a"], masked(tensors["a"], masks["a"]))
+    assert same(result["b"], tensors["b"])
+    assert torch.equal(found["a"], masks["a"])
+    assert found["b"].all()
+    out = {name: torch.ones_like(t) for name, t in tensors.items()} | {"more": torch.ones(2)}
+    unpack(message, out=out)
+    assert same(out["a"], result["a"])
+    assert out["more"].eq(1).all()
+    assert unpack(pack({})) == {}
+
+
+def test_models(backend):
+    def model():
+        network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 4))
+        return sb.sparsify(network, 0.5, seed=0)
+
+    torch.manual_seed(1)
+    sender, receiver = model(), model()
+    bias = receiver[0].bias.clone()
+    for format in ("auto", "values"):
+        message = pack(sender, format=format)
+        assert [entry.name for entry in message.entries] == ["0.weight", "3.weight"]
+        unpack(message, out=receiver)
+        for ours, theirs in ((receiver[0], sender[0]), (receiver[3], sender[3])):
+            assert same(ours.weight, theirs.effective_weight())
+    assert torch.equal(receiver[0].bias, bias)
+    # New masks reach a model that has others; values alone do not.
+    receiver[0].set_mask(~receiver[0].mask)
+    unpack(pack(sender), out=receiver)
+    with pytest.raises(PackError, match=r"tensor '0.weight': the mask has 108 of 216 positions and hash"):
+        unpack(pack(sender, format="values"), out=receiver)
+
+
+# -- sizes ------------------------------------------------------------------------------------------------------------
+
+# Sparsity -> bits of index for each element: the best of the simple formats on random masks.
+BEST = {0.5: 1.0, 0.8: 0.957, 0.9: 0.695, 0.95: 0.40, 0.98: 0.161, 0.99: 0.087, 0.999: 0.016}
+
+
+@pytest.mark.parametrize("sparsity", BEST)
+def test_auto_is_as_small_as_the_best_simple_format(sparsity):
+    n = 1 << 20
+    values, mask = drawn((n,), 1 - sparsity)
+    (entry,) = pack(values, mask, dtype=torch.bfloat16).entries
+    assert 8 * entry.index_bytes / n <= 1.08 * BEST[sparsity]
+
+
+@given(st.integers(0, 3000), st.floats(0, 1), st.sampled_from([*DTYPES, torch.int8]), st.integers(0, 99))
+@settings(max_examples=100, deadline=None)
+def test_never_larger_than_dense(n, density, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    values, mask = torch.randn(n, generator=generator), torch.rand(n, generator=generator) < density
+    message = pack(values, mask, dtype=dtype)
+    others = [pack(values, mask, format, dtype=dtype) for format in (*INDEXED, "dense")]
+    assert len(message) == min(map(len, others))
+
+
+# -- every implementation writes the same bytes and reads them alike ---------------------------------------------------
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+def test_all_implementations_agree(isa, monkeypatch):
+    cases = []
+    for n in (1, 70_001, 300_007):
+        for density in (0, 0.0005, 0.03, 0.3, 1):
+            values, mask = drawn((n,), density)
+            if n > 1 and density == 0.03:
+                mask[: n // 2] = False  # parts without a position
+            dtype = DTYPES[len(cases) % 3]
+            cases.append((values.to(dtype), mask, dtype))
+    lib, before, threads = native.lib, native.lib.isa(), torch.get_num_threads()
+    try:
+        lib.set_isa(lib.Isa.__members__[isa])
+        for values, mask, dtype in cases:
+            for format in FORMATS:
+                monkeypatch.setattr(native, "lib", None)
+                expected = bytes(pack(values, mask, format))
+                monkeypatch.setattr(native, "lib", lib)
+                for count in (1, 2, 5):
+                    torch.set_num_threads(count)
+                    assert bytes(pack(values, mask, format)) == expected
+                    assert same(unpack(expected, mask), masked(values, mask))
+                    out = torch.ones(values.shape, dtype=dtype)
+                    unpack(expected, mask, out=out, mode="scatter")
+                    assert same(out, torch.where(mask, values, torch.ones((), dtype=dtype)))
+    finally:
+        lib.set_isa(before)
+        torch.set_num_threads(threads)
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ["scalar", "avx2"])
+def test_checksum(isa):
+    before = native.lib.isa()
+    native.lib.set_isa(native.lib.Isa.__members__[isa])
+    try:
+        for size in (0, 1, 7, 8, 9, 255, 256, 1023, 1024, 1031, 5000, 1 << 20):
+            data = np.frombuffer(np.random.default_rng(size).bytes(size + 1), np.uint8)[1:]  # not aligned
+            for threads in (1, 3):
+                assert native.lib.crc32c(data.ctypes.data, size, threads) == reference.crc32c(data)
+    finally:
+        native.lib.set_isa(before)
+    assert reference.crc32c(np.frombuffer(b"123456789", np.uint8)) == 0xE3069283
+
+
+@needs_native
+def test_large_tensors_are_written_past_the_caches():
+    values, mask = drawn((1 << 21) + 77, 0.1)  # 8 MiB, from where on stores stream
+    out = torch.full((mask.numel() + 1,), 7.0)
+    for offset in (0, 1):  # aligned and not
+        unpack(pack(values, mask), out=out[offset : offset + mask.numel()])
+        assert same(out[offset : offset + mask.numel()], masked(values, mask))
+    assert out[0] == masked(values, mask)[0]
+
+
+def test_a_message_written_by_hand(backend):
+    """docs/message-format.md, followed to the letter."""
+    body = struct.pack("<HHIQQ", 1, 0, 1, 104, 0)
+    words = [0b10010]
+    hash = 0
+    for i, word in enumerate(words):
+        x = word ^ (i + 1) * 0x9E3779B97F4A7C15 % 2**64
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        hash = (hash + (x ^ x >> 31)) % 2**64
+    body += struct.pack("<BBBBIQQQII", 1, 1, 4, 2, 0, 2, hash, 2, 0, 0) + struct.pack("<QQ", 2, 3)
+    body += bytes([1, 2]).ljust(8, b"\0") + struct.pack("<ff", 1.5, -2.0)
+    message = signed(b"SBPK\0\0\0\0" + body)
+    expected = torch.tensor([[0, 1.5, 0], [0, -2.0, 0]])
+    assert torch.equal(unpack(message), expected)
+    assert bytes(pack(expected, expected != 0, "delta8")) == message
+
+
+# -- hostile messages -------------------------------------------------------------------------------------------------
+
+
+def some_messages():
+    values, mask = drawn((37, 11), 0.2)
+    for format in FORMATS:
+        yield bytes(pack(values, mask, format)), mask
+    yield bytes(pack(values, mask, dtype=torch.int8, block=10)), mask
+    yield bytes(pack({"a": values.half(), "b": values}, {"a": mask})), {"a": mask}
+
+
+def test_every_flipped_bit_and_every_truncation_is_found(backend):
+    for message, mask in some_messages():
+        step = 1 if backend == "native" else 41
+        for bit in range(0, 8 * len(message), step):
+            data = bytearray(message)
+            data[bit // 8] ^= 1 << bit % 8
+            with pytest.raises(PackError):
+                unpack(data, mask)
+        for size in range(0, len(message), step):
+            with pytest.raises(PackError):
+                unpack(message[:size], mask)
+        with pytest.raises(PackError, match="says that it has"):
+            unpack(message + b"\0", mask)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_forged_messages_are_refused_or_mean_one_thing(data):
+    """Damage with a right checksum: nothing but PackError, nothing written, or positions in their one encoding."""
+    torch.manual_seed(data.draw(st.integers(0, 9)))
+    values, mask = drawn((data.draw(st.integers(0, 400)),), data.draw(st.sampled_from([0, 0.01, 0.1, 0.5])))
+    format = data.draw(st.sampled_from(INDEXED))
+    forged = bytearray(bytes(pack(values, mask, format)))
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(8, len(forged) - 1))
+        if data.draw(st.booleans()):
+            forged[at] = data.draw(st.integers(0, 255))
+        else:
+            forged[at : at + data.draw(st.integers(0, 9))] = data.draw(st.binary(max_size=9))
+    if data.draw(st.booleans()):
+        forged[16:24] = struct.pack("<Q", len(forged))
+    forged = signed(forged)
+    out = torch.full(mask.shape, 7.0)
+    try:
+        result, found = unpack(forged, return_mask=True, max_bytes=1 << 20)
+    except PackError:
+        with pytest.raises(PackError):
+            unpack(forged, out=out, max_bytes=1 << 20)
+        assert out.eq(7).all()
+    else:
+        if isinstance(result, dict):  # the flag of names was forged
+            ((name, result),), (found,) = result.items(), found.values()
+            begin += -(-len(name.encode()) // 8) * 8
+        again = pack(result, found, list(FORMATS)[forged[34]])
+        index = slice(32 + 40 + 8 * result.dim(), 32 + 40 + 8 * result.dim() + again.entries[0].index_bytes)
+        assert forged[index] == bytes(again)[index]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(INDEXED), st.integers(0, 300), st.binary(max_size=80))
+def test_arbitrary_positions(format, n, data):
+    """Both readers accept the same bytes, and only those that are written for what they read."""
+    data = np.frombuffer(data, np.uint8)
+    expected = reference.decode_positions(format, data, n)
+    if expected is not None:
+        assert reference.encode_positions(format, expected, n).tobytes() == data.tobytes()
+    if native.available():
+        bits = np.empty(-(-n // 64), np.uint64)
+        valid = native.lib.decode_positions(FORMATS[format], data.ctypes.data, data.size, n, bits.ctypes.data, 2)
+        assert valid == (expected is not None)
+        assert not valid or np.array_equal(bits, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((1 << 40,), r"of shape \[1099511627776\] exceeds max_bytes = 4294967296"), ((0, 1 << 63), "exceeds max_bytes")],
+)
+def test_a_small_message_cannot_ask_for_much_memory(shape, message):
+    forged = bytearray(bytes(pack(torch.zeros([0] * len(shape)), torch.zeros([0] * len(shape)).bool(), "delta8")))
+    forged[72 : 72 + 8 * len(shape)] = struct.pack(f"<{len(shape)}Q", *shape)
+    with pytest.raises(PackError, match=message):
+        unpack(signed(forged))
+
+
+def test_the_limit_is_the_callers():
+    message = pack(torch.ones(100), torch.arange(100) < 5)
+    with pytest.raises(PackError, match=r"tensor of shape \[100\] exceeds max_bytes = 399"):
+        unpack(message, max_bytes=399)
+    unpack(message, max_bytes=400)
+    two = pack({"a": torch.ones(100), "b": torch.ones(100)})
+    with pytest.raises(PackError, match=r"tensor 'b' of shape \[100\] exceeds max_bytes = 700"):
+        unpack(two, max_bytes=700)
+
+
+def test_nothing_is_half_written(backend):
+    values, mask = torch.randn(50), torch.rand(50) < 0.5
+    message = pack({"a": values, "b": values}, {"a": mask, "b": mask}, "values")
+    out = {"a": torch.ones(50), "b": torch.ones(50)}
+    for masks in ({"a": mask, "b": ~mask}, {"a": mask}):
+        with pytest.raises(PackError):
+            unpack(message, masks, out=out)
+    with pytest.raises(PackError):
+        unpack(message, {"a": mask, "b": mask}, out={"a": out["a"], "b": torch.ones(49)})
+    assert out["a"].eq(1).all()
+    assert out["b"].eq(1).all()
+
+
+def test_refusals():
+    values, mask = torch.randn(6, 2), torch.rand(6, 2) < 0.5
+    for arguments, match in [
+        (
+            (values, mask, "zip"),
+            r"format is 'zip'; allowed: auto, dense, values, bitmap, hierarchical, delta8, block16",
+        ),
+        ((values.double(), mask), r"values is torch.float64; allowed: float32, float16, bfloat16"),
+        ((values, mask[:5]), r"mask has shape \[5, 2\]; the tensor has \[6, 2\]"),
+        ((values, mask.float()), r"mask is torch.float32; expected torch.bool"),
+        ((values.to("meta"), mask), r"values is torch.strided on meta; expected torch.strided on cpu"),
+        (({"a": values}, {"b": mask}), r"mask has 'b', which values has not; that has: a"),
+    ]:
+        with pytest.raises(PackError, match=match):
+            pack(*arguments)
+    with pytest.raises(PackError, match=r"dtype is torch.int32; allowed: float32, float16, bfloat16, int8"):
+        pack(values, mask, dtype=torch.int32)
+    with pytest.raises(PackError, match=r"block must be in \[0, 4294967295\], got -1"):
+        pack(values, mask, block=-1)
+    with pytest.raises(TypeError, match=r"values is a list; expected a tensor, a mapping of tensors or a model"):
+        pack([1.0])
+    with pytest.raises(TypeError, match=r"message is a str; expected bytes"):
+        unpack("SBPK")
+    message = pack(values, mask, "bitmap")
+    for keywords, match in [
+        ({"mode": "add"}, r"mode is 'add'; allowed: overwrite, accumulate, scatter"),
+        ({"mode": "scatter"}, r"mode 'scatter' changes a tensor that exists: give it as out="),
+        ({"alpha": 2.0}, r"alpha is 2.0, which only the mode 'accumulate' uses, and mode is 'overwrite'"),
+        ({"out": values[:3]}, r"out for tensor is torch.float32 of shape \[3, 2\]; the message needs .* \[6, 2\]"),
+        ({"out": mask}, r"out for tensor is torch.bool of shape"),
+        ({"out": torch.zeros(1, 2).expand(6, 2)}, r"out for tensor has elements that share memory"),
+        ({"out": {"a": values}}, r"out is a dict; the message holds one tensor"),
+        ({"mask": ~mask}, r"tensor: the mask has \d+ of 12 positions and hash"),
+    ]:
+        with pytest.raises(PackError, match=match):
+            unpack(message, **keywords)
+    with pytest.raises(PackError, match=r"the message holds values only; give the mask of the sender as mask="):
+        unpack(pack(values, mask, "values"))
+    with pytest.raises(PackError, match=r"the message is dense and does not tell the mask; give it as mask="):
+        unpack(pack(values, mask, "dense"), out=values, mode="scatter")
+    with pytest.raises(PackError, match=r"message begins with b'ZIPP'; expected b'SBPK'"):
+        unpack(b"ZIPP" + bytes(message)[4:])
+    with pytest.raises(PackError, match=r"message has version 2; this library reads 1"):
+        unpack(signed(bytes(message)[:8] + b"\2" + bytes(message)[9:]))
+    assert issubclass(PackError, ValueError)
