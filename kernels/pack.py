@@ -306,7 +306,7 @@ def _plan(
         bits = _all_ones(n)
         summary = _summarize(bits, n)
     else:
-        bits, summary = _mask_to_bits(_checked_mask(mask, shape, name))
+        bits, summary = mask_to_bits(_checked_mask(mask, shape, name))
     count, mask_hash, hierarchical, delta8 = summary
     index_bytes = {
         "bitmap": -(-n // 8),
@@ -355,7 +355,7 @@ def _write(entry: Entry, tensor: Tensor, bits: np.ndarray, out: np.ndarray, gene
     out[index_bytes + entry.value_bytes :] = 0
     tensor = tensor.contiguous()
     if entry.format != "dense" and entry.value_dtype == entry.dtype:
-        _gather(tensor, bits, entry.numel, section)
+        gather_values(tensor, bits, entry.numel, section)
         return
     if entry.format == "dense":
         values = torch.where(
@@ -363,11 +363,11 @@ def _write(entry: Entry, tensor: Tensor, bits: np.ndarray, out: np.ndarray, gene
         ).reshape(-1)
     else:
         values = torch.empty(entry.count, dtype=tensor.dtype)
-        _gather(tensor, bits, entry.numel, _bytes_of(values))
+        gather_values(tensor, bits, entry.numel, bytes_of(values))
     if entry.value_dtype == torch.int8:
         values, scales = _quantize(values.float(), entry, generator)
-        section[: 4 * entry.scales] = _bytes_of(scales)
-    section[4 * entry.scales :] = _bytes_of(values.to(entry.value_dtype))
+        section[: 4 * entry.scales] = bytes_of(scales)
+    section[4 * entry.scales :] = bytes_of(values.to(entry.value_dtype))
 
 
 def _quantize(values: Tensor, entry: Entry, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
@@ -430,13 +430,19 @@ def _read(data: np.ndarray, max_bytes: int) -> tuple[bool, list[tuple[Entry, np.
         _check_sizes(entry)
         names.add(entry.name)
         entries.append(entry)
+    needed = offset + sum(entry.payload_bytes for entry in entries)
+    if needed != data.size:
+        raise PackError(f"message has {data.size} bytes; its tensors need {needed}")
     parts = []
     for entry in entries:
-        end = offset + entry.payload_bytes
-        parts.append((entry, data[offset:end]))
-        offset = end
-    if offset != data.size:
-        raise PackError(f"message has {data.size} bytes; its tensors need {offset}")
+        payload = data[offset : offset + entry.payload_bytes]
+        positions, values = payload[: _padded(entry.index_bytes)], payload[_padded(entry.index_bytes) :]
+        if positions[entry.index_bytes :].any() or values[entry.value_bytes :].any():
+            raise PackError(f"{_of(entry)}: bytes between its parts are not zero")
+        if entry.value_dtype == torch.int8 and (values[4 * entry.scales : entry.value_bytes] == 0x80).any():
+            raise PackError(f"{_of(entry)}: an int8 value is -128; allowed: -127 to 127")
+        parts.append((entry, payload))
+        offset += payload.size
     return bool(flags), parts
 
 
@@ -455,6 +461,8 @@ def _read_entry(data: np.ndarray, begin: int) -> tuple[Entry, int]:
     end = begin + _padded(_ENTRY.size + 8 * dims + name_bytes)
     if end > data.size:
         raise PackError(f"message ends at {data.size}, within the entry at {begin}")
+    if data[name_begin + name_bytes : end].any():
+        raise PackError(f"entry at {begin}: the bytes behind its name are not zero")
     shape = struct.unpack(f"<{dims}Q", data[begin + _ENTRY.size : name_begin].tobytes())
     try:
         name = data[name_begin : name_begin + name_bytes].tobytes().decode()
@@ -486,7 +494,7 @@ def _read_positions(entry: Entry, payload: np.ndarray, mask: Tensor | None) -> n
     n = entry.numel
     bits: np.ndarray | None = None
     if mask is not None:
-        bits, (count, mask_hash, *_) = _mask_to_bits(_checked_mask(mask, entry.shape, entry.name))
+        bits, (count, mask_hash, *_) = mask_to_bits(_checked_mask(mask, entry.shape, entry.name))
         if mask_hash != entry.mask_hash or count != (entry.count if entry.format != "dense" else count):
             raise PackError(
                 f"{_of(entry)}: the mask has {count} of {n} positions and hash {mask_hash:#018x}; the sender's has "
@@ -508,9 +516,9 @@ def _read_positions(entry: Entry, payload: np.ndarray, mask: Tensor | None) -> n
 
 def _read_values(entry: Entry, raw: np.ndarray) -> Tensor:
     scales = torch.empty(entry.scales)
-    _bytes_of(scales)[:] = raw[: 4 * entry.scales]
+    bytes_of(scales)[:] = raw[: 4 * entry.scales]
     values = torch.empty(entry.count, dtype=entry.value_dtype)
-    _bytes_of(values)[:] = raw[4 * entry.scales : entry.value_bytes]
+    bytes_of(values)[:] = raw[4 * entry.scales : entry.value_bytes]
     if entry.value_dtype != torch.int8:
         return values
     return values.float() * _scale_of_values(scales, entry)
@@ -532,10 +540,10 @@ def _write_values(
                 values = values[torch.from_numpy(_mask_of(bits, n))]
             if mode == "accumulate":
                 before = torch.empty(values.numel(), dtype=flat.dtype)
-                _gather(flat, bits, n, _bytes_of(before))
+                gather_values(flat, bits, n, bytes_of(before))
                 values = before.add_(values, alpha=alpha)
-            source = _bytes_of(values.to(flat.dtype))
-        _scatter(source, bits, flat, keep=mode != "overwrite")
+            source = bytes_of(values.to(flat.dtype))
+        scatter_values(source, bits, flat, keep=mode != "overwrite")
     if flat is not tensor:
         tensor.copy_(flat)
 
@@ -543,14 +551,14 @@ def _write_values(
 # -- C++, or numpy in its place: the same bytes ------------------------------------------------------------------------
 
 
-def _bytes_of(tensor: Tensor) -> np.ndarray:
+def bytes_of(tensor: Tensor) -> np.ndarray:
     """The memory of a contiguous tensor."""
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 def _as_integers(tensor: Tensor) -> np.ndarray:
     """Elements that keep their bits whatever they mean."""
-    return _bytes_of(tensor).view(f"u{tensor.dtype.itemsize}")
+    return bytes_of(tensor).view(f"u{tensor.dtype.itemsize}")
 
 
 def _all_ones(n: int) -> np.ndarray:
@@ -560,7 +568,7 @@ def _all_ones(n: int) -> np.ndarray:
     return bits
 
 
-def _mask_to_bits(mask: Tensor) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+def mask_to_bits(mask: Tensor) -> tuple[np.ndarray, tuple[int, int, int, int]]:
     n = mask.numel()
     if not native.available():
         bits = reference.mask_to_bits(mask.reshape(-1).numpy())
@@ -598,7 +606,7 @@ def _decode_positions(format: str, data: np.ndarray, n: int) -> np.ndarray | Non
     return bits if valid else None
 
 
-def _gather(dense: Tensor, bits: np.ndarray, n: int, out: np.ndarray) -> None:
+def gather_values(dense: Tensor, bits: np.ndarray, n: int, out: np.ndarray) -> None:
     """Values of a contiguous tensor at the bits, as bytes."""
     size = dense.dtype.itemsize
     if not native.available():
@@ -608,7 +616,7 @@ def _gather(dense: Tensor, bits: np.ndarray, n: int, out: np.ndarray) -> None:
         native.lib.gather_values(dense.data_ptr(), size, bits.ctypes.data, n, out.ctypes.data, threads)
 
 
-def _scatter(source: np.ndarray, bits: np.ndarray, dense: Tensor, keep: bool) -> None:
+def scatter_values(source: np.ndarray, bits: np.ndarray, dense: Tensor, keep: bool) -> None:
     """Bytes of values to the bits of a contiguous tensor; zeros elsewhere unless that is to be kept."""
     n, size = dense.numel(), dense.dtype.itemsize
     if not native.available():

@@ -1,6 +1,7 @@
 """What `sparsebilevel` offers. The package loads it at first use: it needs torch, and help texts do not."""
 
 from . import optim
+from .distributed import SparseAllReduce
 from .kernels import BinaryMask, PackError, pack, unpack
 from .layout import optimize_for_cpu
 from .masks import NM, Block, Channel, Filter, Pattern, Unstructured, binarize
@@ -24,6 +25,7 @@ __all__ = [
     "PackError",
     "Pattern",
     "RigL",
+    "SparseAllReduce",
     "SparseMaskedConv2d",
     "SparseMaskedLinear",
     "Sparsifier",

@@ -2,12 +2,16 @@
 
 import math
 import struct
+import subprocess
+import sys
 
+import message_format
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from message_format import signed
 from torch import nn
 
 import sparsebilevel as sb
@@ -18,6 +22,7 @@ from sparsebilevel.kernels.pack import FORMATS
 INDEXED = ["bitmap", "hierarchical", "delta8", "block16"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DENSITIES = [0, 0.001, 0.02, 0.1, 0.5, 0.98, 1]
+CORPUS = list(message_format.seeds())
 SHAPES = [(), (0,), (3, 0, 2), (1,), (63,), (64,), (8, 5, 3, 3), (70_001,)]
 
 needs_native = pytest.mark.skipif(not native.available(), reason=f"C++ extension: {native.reason}")
@@ -46,13 +51,6 @@ def drawn(shape, density, dtype=torch.float32):
 
 def masked(values, mask):
     return torch.where(mask, values, torch.zeros((), dtype=values.dtype))
-
-
-def signed(message):
-    """A message with the checksum that its bytes ask for, as a hostile sender has it."""
-    data = bytearray(message)
-    data[4:8] = struct.pack("<I", reference.crc32c(np.frombuffer(bytes(data[8:]), np.uint8)))
-    return bytes(data)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -328,37 +326,36 @@ def test_every_flipped_bit_and_every_truncation_is_found(backend):
             unpack(message + b"\0", mask)
 
 
-@settings(max_examples=400, deadline=None)
-@given(st.data())
-def test_forged_messages_are_refused_or_mean_one_thing(data):
-    """Damage with a right checksum: nothing but PackError, nothing written, or positions in their one encoding."""
-    torch.manual_seed(data.draw(st.integers(0, 9)))
-    values, mask = drawn((data.draw(st.integers(0, 400)),), data.draw(st.sampled_from([0, 0.01, 0.1, 0.5])))
-    format = data.draw(st.sampled_from(INDEXED))
-    forged = bytearray(bytes(pack(values, mask, format)))
-    for _ in range(data.draw(st.integers(1, 3))):
-        at = data.draw(st.integers(8, len(forged) - 1))
-        if data.draw(st.booleans()):
-            forged[at] = data.draw(st.integers(0, 255))
-        else:
-            forged[at : at + data.draw(st.integers(0, 9))] = data.draw(st.binary(max_size=9))
-    if data.draw(st.booleans()):
-        forged[16:24] = struct.pack("<Q", len(forged))
-    forged = signed(forged)
-    out = torch.full(mask.shape, 7.0)
-    try:
-        result, found = unpack(forged, return_mask=True, max_bytes=1 << 20)
-    except PackError:
-        with pytest.raises(PackError):
-            unpack(forged, out=out, max_bytes=1 << 20)
-        assert out.eq(7).all()
-    else:
-        if isinstance(result, dict):  # the flag of names was forged
-            ((name, result),), (found,) = result.items(), found.values()
-            begin += -(-len(name.encode()) // 8) * 8
-        again = pack(result, found, list(FORMATS)[forged[34]])
-        index = slice(32 + 40 + 8 * result.dim(), 32 + 40 + 8 * result.dim() + again.entries[0].index_bytes)
-        assert forged[index] == bytes(again)[index]
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_mutated_messages_mean_to_us_what_they_mean_to_another_reader(seed):
+    """Refused by both, with nothing written, or the same tensors; see message_format.py."""
+    rng = np.random.default_rng(seed)
+    for message, mask in CORPUS:
+        message_format.check(message_format.mutate(message, rng), mask)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
+def test_another_reader_reads_our_messages(dtype, format, backend):
+    for n in (0, 1, 64, 65, 4001):
+        for density in (0, 0.002, 0.1, 1):
+            values, mask = drawn((n,), density)
+            message = bytes(pack(values, mask, format, dtype=dtype, block=7))
+            known = mask if format == "values" else None
+            _, tensors = message_format.read(message, known)
+            assert same(tensors[""][0], unpack(message, known))
+            assert dtype != torch.float32 or same(tensors[""][0], masked(values, mask))
+            assert tensors[""][1] is None or torch.equal(tensors[""][1], mask)
+
+
+@needs_native
+@pytest.mark.slow
+def test_many_mutated_messages():
+    command = [sys.executable, message_format.__file__, "--count", "100000"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.startswith("100000 messages")
 
 
 @settings(max_examples=300, deadline=None)
