@@ -73,6 +73,11 @@ class Entry(NamedTuple):
         return -(-self.count // self.block) if self.block else min(self.count, 1)
 
     @property
+    def block_of_values(self) -> int:
+        """As ``block``, without the values that are not there: a message may name blocks larger than any memory."""
+        return max(1, min(self.block or self.count, self.count))
+
+    @property
     def value_bytes(self) -> int:
         """Bytes of values and scales."""
         return 4 * self.scales + self.count * self.value_dtype.itemsize
@@ -376,14 +381,14 @@ def _quantize(values: Tensor, entry: Entry, generator: torch.Generator | None) -
         raise PackError(f"values of {_of(entry)} must be finite for int8; {int((~values.isfinite()).sum())} are not")
     scales = torch.zeros(entry.scales)
     if entry.count:
-        rows = torch.nn.functional.pad(values, (0, -entry.count % entry.block if entry.block else 0))
+        rows = torch.nn.functional.pad(values, (0, -entry.count % entry.block_of_values))
         scales = rows.view(entry.scales, -1).abs().amax(1) / 127
     steps = values / _scale_of_values(scales, entry).clamp(min=torch.finfo(torch.float32).tiny)
     return (steps + torch.rand(entry.count, generator=generator)).floor().clamp(-127, 127).to(torch.int8), scales
 
 
 def _scale_of_values(scales: Tensor, entry: Entry) -> Tensor:
-    return scales.repeat_interleave(entry.block or max(entry.count, 1))[: entry.count]
+    return scales.repeat_interleave(entry.block_of_values)[: entry.count]
 
 
 # -- reading: every byte may be hostile -------------------------------------------------------------------------------

@@ -119,26 +119,25 @@ class SparseAllReduce:
         wanted = torch.ones(buffer.numel(), dtype=torch.bool, device=buffer.device)
         for parameter, gradient, mask in zip(parameters, bucket.gradients(), masks, strict=True):
             if mask is not None and id(parameter) not in dense:
-                # In the order of the gradient's memory, which follows the parameter's strides.
+                # In the order of the memory, where DDP lays a gradient out like its parameter, if that has no gaps.
+                gapless = torch.empty_like(parameter, device="meta").stride() == parameter.stride()
+                stride = parameter.stride() if gapless else gradient.stride()
                 start = gradient.storage_offset() - buffer.storage_offset()
-                wanted.as_strided(gradient.shape, gradient.stride(), start).copy_(mask)
+                wanted.as_strided(gradient.shape, stride, start).copy_(mask)
         bits, (count, mask_hash, *_) = mask_to_bits(wanted.cpu())
-        self._compare(mask_hash, count, [p for p, mask in zip(parameters, masks, strict=True) if mask is not None])
+        if any(mask is not None for mask in masks):
+            self._compare(torch.tensor([mask_hash - (1 << 63), count], device=buffer.device), parameters)
         on_cpu = buffer.device.type == "cpu"
         indices = None if on_cpu else wanted.nonzero().view(-1)
         versions = _versions(masks)
         return _Positions(parameters, masks, versions, wanted.numel(), count, bits if on_cpu else None, indices)
 
-    def _compare(self, mask_hash: int, count: int, masked: list[Tensor]) -> None:
-        # Both ends at once: the largest of -x is minus the smallest x.
-        signed = [mask_hash - (1 << 64) if mask_hash >> 63 else mask_hash, count]
-        device = masked[0].device if masked else None
-        mine = torch.tensor([*signed, *(~x for x in signed)], device=device)
-        most = mine.clone()
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=self._group)
-        self.bytes_sent += most.numel() * most.itemsize
-        if not torch.equal(most[:2], ~most[2:]):
-            names = ", ".join(self._names.get(parameter, "?") for parameter in masked)
+    def _compare(self, mine: Tensor, parameters: list[Tensor]) -> None:
+        ends = torch.cat([mine, ~mine])  # their maxima are the largest and, but for the bits, the smallest of all ranks
+        dist.all_reduce(ends, dist.ReduceOp.MAX, group=self._group)
+        self.bytes_sent += ends.numel() * ends.itemsize
+        if not torch.equal(ends[: mine.numel()], ~ends[mine.numel() :]):
+            names = ", ".join(self._names[parameter] for parameter in parameters if mask_of(parameter) is not None)
             raise RuntimeError(f"ranks disagree on the masks of {names}; change masks on all ranks together")
 
 
