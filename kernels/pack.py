@@ -55,7 +55,7 @@ class Entry(NamedTuple):
     value_dtype: torch.dtype
     """Of the values in the message; int8 has scales."""
     format: str
-    count: int
+    num_values: int
     """Number of values."""
     mask_hash: int
     index_bytes: int
@@ -70,17 +70,17 @@ class Entry(NamedTuple):
     def scales(self) -> int:
         if self.value_dtype != torch.int8:
             return 0
-        return -(-self.count // self.block) if self.block else min(self.count, 1)
+        return -(-self.num_values // self.block) if self.block else min(self.num_values, 1)
 
     @property
     def block_of_values(self) -> int:
         """As ``block``, without the values that are not there: a message may name blocks larger than any memory."""
-        return max(1, min(self.block or self.count, self.count))
+        return max(1, min(self.block or self.num_values, self.num_values))
 
     @property
     def value_bytes(self) -> int:
         """Bytes of values and scales."""
-        return 4 * self.scales + self.count * self.value_dtype.itemsize
+        return 4 * self.scales + self.num_values * self.value_dtype.itemsize
 
     @property
     def payload_bytes(self) -> int:
@@ -107,7 +107,7 @@ class Message:
         return self.data.size
 
     def __repr__(self) -> str:
-        what = ", ".join(f"{e.name or 'tensor'} {list(e.shape)}: {e.count} {e.format}" for e in self.entries[:3])
+        what = ", ".join(f"{e.name or 'tensor'} {list(e.shape)}: {e.num_values} {e.format}" for e in self.entries[:3])
         more = f", and {len(self.entries) - 3} more" if len(self.entries) > 3 else ""
         return f"Message({len(self)} bytes; {what}{more})"
 
@@ -229,7 +229,7 @@ def unpack(
             tensor = torch.empty(entry.shape, dtype=entry.dtype) if target is None else target
             _write_values(entry, raw, bits, tensor, mode, alpha)
             tensors[entry.name] = tensor
-            if return_mask:
+            if return_mask and bits is not None:  # which was seen above
                 found[entry.name] = torch.from_numpy(_mask_of(bits, entry.numel)).view(entry.shape)
     if not named:
         return (tensors[""], found[""]) if return_mask else tensors[""]
@@ -340,7 +340,7 @@ def _head(entry: Entry) -> bytes:
         FORMATS[entry.format],
         len(entry.shape),
         len(name),
-        entry.count,
+        entry.num_values,
         entry.mask_hash,
         entry.index_bytes,
         entry.block,
@@ -367,7 +367,7 @@ def _write(entry: Entry, tensor: Tensor, bits: np.ndarray, out: np.ndarray, gene
             torch.from_numpy(_mask_of(bits, entry.numel)).view(entry.shape), tensor, torch.zeros((), dtype=tensor.dtype)
         ).reshape(-1)
     else:
-        values = torch.empty(entry.count, dtype=tensor.dtype)
+        values = torch.empty(entry.num_values, dtype=tensor.dtype)
         gather_values(tensor, bits, entry.numel, bytes_of(values))
     if entry.value_dtype == torch.int8:
         values, scales = _quantize(values.float(), entry, generator)
@@ -380,15 +380,15 @@ def _quantize(values: Tensor, entry: Entry, generator: torch.Generator | None) -
     if not bool(values.isfinite().all()):
         raise PackError(f"values of {_of(entry)} must be finite for int8; {int((~values.isfinite()).sum())} are not")
     scales = torch.zeros(entry.scales)
-    if entry.count:
-        rows = torch.nn.functional.pad(values, (0, -entry.count % entry.block_of_values))
+    if entry.num_values:
+        rows = torch.nn.functional.pad(values, (0, -entry.num_values % entry.block_of_values))
         scales = rows.view(entry.scales, -1).abs().amax(1) / 127
     steps = values / _scale_of_values(scales, entry).clamp(min=torch.finfo(torch.float32).tiny)
-    return (steps + torch.rand(entry.count, generator=generator)).floor().clamp(-127, 127).to(torch.int8), scales
+    return (steps + torch.rand(entry.num_values, generator=generator)).floor().clamp(-127, 127).to(torch.int8), scales
 
 
 def _scale_of_values(scales: Tensor, entry: Entry) -> Tensor:
-    return scales.repeat_interleave(entry.block_of_values)[: entry.count]
+    return scales.repeat_interleave(entry.block_of_values)[: entry.num_values]
 
 
 # -- reading: every byte may be hostile -------------------------------------------------------------------------------
@@ -479,7 +479,7 @@ def _read_entry(data: np.ndarray, begin: int) -> tuple[Entry, int]:
 
 def _check_sizes(entry: Entry) -> None:
     """Whether counts and sizes can be those of the shape; `_read_positions` finds whether they are."""
-    n, count, size = entry.numel, entry.count, entry.index_bytes
+    n, count, size = entry.numel, entry.num_values, entry.index_bytes
     least, most = {
         "dense": (0, 0),
         "values": (0, 0),
@@ -500,10 +500,10 @@ def _read_positions(entry: Entry, payload: np.ndarray, mask: Tensor | None) -> n
     bits: np.ndarray | None = None
     if mask is not None:
         bits, (count, mask_hash, *_) = mask_to_bits(_checked_mask(mask, entry.shape, entry.name))
-        if mask_hash != entry.mask_hash or count != (entry.count if entry.format != "dense" else count):
+        if mask_hash != entry.mask_hash or count != (entry.num_values if entry.format != "dense" else count):
             raise PackError(
                 f"{_of(entry)}: the mask has {count} of {n} positions and hash {mask_hash:#018x}; the sender's has "
-                f"{entry.count if entry.format != 'dense' else 'other ones'} and {entry.mask_hash:#018x}"
+                f"{entry.num_values if entry.format != 'dense' else 'other ones'} and {entry.mask_hash:#018x}"
             )
     if entry.format == "values":
         if bits is None:
@@ -514,15 +514,17 @@ def _read_positions(entry: Entry, payload: np.ndarray, mask: Tensor | None) -> n
             bits = bits if _summarize(bits, n)[1] == entry.mask_hash else None
     else:
         bits = _decode_positions(entry.format, payload[: entry.index_bytes], n)
-        if bits is None or _summarize(bits, n)[:2] != (entry.count, entry.mask_hash):
-            raise PackError(f"{_of(entry)}: its {entry.format} is not that of {entry.count} positions of this mask")
+        if bits is None or _summarize(bits, n)[:2] != (entry.num_values, entry.mask_hash):
+            raise PackError(
+                f"{_of(entry)}: its {entry.format} is not that of {entry.num_values} positions of this mask"
+            )
     return bits
 
 
 def _read_values(entry: Entry, raw: np.ndarray) -> Tensor:
     scales = torch.empty(entry.scales)
     bytes_of(scales)[:] = raw[: 4 * entry.scales]
-    values = torch.empty(entry.count, dtype=entry.value_dtype)
+    values = torch.empty(entry.num_values, dtype=entry.value_dtype)
     bytes_of(values)[:] = raw[4 * entry.scales : entry.value_bytes]
     if entry.value_dtype != torch.int8:
         return values

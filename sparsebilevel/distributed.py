@@ -21,9 +21,9 @@ class _Positions(NamedTuple):
     masks: list[Tensor | None]
     versions: list[int]
     total: int  # elements of the bucket
-    count: int  # of them sent
-    bits: np.ndarray | None  # on the CPU
-    indices: Tensor | None  # elsewhere, int64 [count]
+    num_sent: int  # of them
+    bits: np.ndarray
+    indices: Tensor | None  # those of the bits, int64 [num_sent], where the bucket is not on the CPU
 
     def hold_for(self, parameters: list[Tensor], masks: list[Tensor | None], total: int) -> bool:
         return (
@@ -82,7 +82,7 @@ class SparseAllReduce:
     def _hook(self, state, bucket):  # DDP looks at annotations, and does not take them as strings
         buffer = bucket.buffer()
         positions = self._positions_of(bucket)
-        sparse = positions.count < positions.total
+        sparse = positions.num_sent < positions.total
         sent = _gather(buffer, positions) if sparse else buffer
         sent /= dist.get_world_size(self._group)
         self.bytes_sent += sent.numel() * sent.itemsize
@@ -127,10 +127,8 @@ class SparseAllReduce:
         bits, (count, mask_hash, *_) = mask_to_bits(wanted.cpu())
         if any(mask is not None for mask in masks):
             self._compare(torch.tensor([mask_hash - (1 << 63), count], device=buffer.device), parameters)
-        on_cpu = buffer.device.type == "cpu"
-        indices = None if on_cpu else wanted.nonzero().view(-1)
-        versions = _versions(masks)
-        return _Positions(parameters, masks, versions, wanted.numel(), count, bits if on_cpu else None, indices)
+        indices = None if buffer.device.type == "cpu" else wanted.nonzero().view(-1)
+        return _Positions(parameters, masks, _versions(masks), wanted.numel(), count, bits, indices)
 
     def _compare(self, mine: Tensor, parameters: list[Tensor]) -> None:
         ends = torch.cat([mine, ~mine])  # their maxima are the largest and, but for the bits, the smallest of all ranks
@@ -142,15 +140,15 @@ class SparseAllReduce:
 
 
 def _gather(buffer: Tensor, positions: _Positions) -> Tensor:
-    if positions.bits is None:
+    if positions.indices is not None:
         return buffer.index_select(0, positions.indices)
-    values = torch.empty(positions.count, dtype=buffer.dtype)
+    values = torch.empty(positions.num_sent, dtype=buffer.dtype)
     gather_values(buffer, positions.bits, positions.total, bytes_of(values))
     return values
 
 
 def _scatter(values: Tensor, positions: _Positions, buffer: Tensor) -> Tensor:
-    if positions.bits is None:
+    if positions.indices is not None:
         return buffer.zero_().index_copy_(0, positions.indices, values)
     scatter_values(bytes_of(values), positions.bits, buffer, keep=False)
     return buffer

@@ -41,7 +41,9 @@ def same(a, b):
     """Equal bits, NaNs and signs of zeros included."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+    return a.numel() == 0 or torch.equal(
+        a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)
+    )
 
 
 def drawn(shape, density, dtype=torch.float32):
