@@ -191,7 +191,8 @@ def unpack(
             ``accumulate`` adds there ``alpha`` times the values to ``out``.
         alpha: factor of ``accumulate``.
         return_mask: return ``(tensor, mask)``, or two mappings.
-        max_bytes: the most that the tensors of the message may take when they are dense; no more is allocated for them.
+        max_bytes: the most that the tensors of the message may take when they are dense. Bits of masks, and values that
+            must be converted (int8, other dtypes, ``accumulate``), take memory in passing, a small multiple of it.
 
     Raises:
         PackError: the message is not whole or not consistent, larger than ``max_bytes``, of another mask, or does not
