@@ -47,7 +47,7 @@ def make_config(folder, **changes):
 def timeless(run):
     """The log without what may differ between two equal runs."""
     rows = read_log(run)
-    return [{k: v for k, v in row.items() if not k.startswith("time_")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("time_", "bytes_"))} for row in rows]
 
 
 def assert_same(a, b):
@@ -730,6 +730,8 @@ def test_two_processes(tmp_path):
     assert [row["type"] for row in rows].count("epoch") == 1
     assert rows[-1]["sparsity"] == pytest.approx(0.9, abs=1e-4)
     assert rows[-1]["topology_changes"] > 0
+    assert 0 < rows[-1]["bytes_sent"] < rows[-1]["bytes_sent_dense"]
+    assert "gradients given to all_reduce" in output
     assert len(torch.load(tmp_path / "checkpoint.pth", weights_only=True)["rng"]) == 2
 
 

@@ -34,6 +34,9 @@ def result_table(result: dict[str, Any], dense: dict[str, Any] | None = None) ->
         word = "as fast as" if 0.97 <= ratio <= 1.03 else "faster than" if ratio > 1 else "slower than"
         rows += [("time of a training step", f"{sparse:.2f} ms, dense {full_ms:.2f} ms  ({ratio:.2f}x, {word} dense)")]
     together = f"  ({result['time_topology_s']:.2f} s together)" if result["topology_changes"] else ""
+    if "bytes_sent" in result:
+        share = _ratio(result["bytes_sent"], result["bytes_sent_dense"])
+        rows += [("gradients given to all_reduce", f"{result['bytes_sent'] / 1e6:,.1f} MB a rank  ({share})")]
     rows += [("topology changes", describe_changes([result]) + together)]
     rows += [("time of the run", f"{result['time_total_s']:.1f} s")]
     return text_table(rows)

@@ -181,6 +181,10 @@ class Sparsifier:
         update_start, update_end: changes happen at steps ``update_start <= t < update_end``.
         seed: of this method's own random draws (equal on all ranks).
 
+    Attributes:
+        bytes_sent: what this rank has given to all_reduce, gradients of its own, since it was made; see
+            :class:`SparseAllReduce` for those of the weights.
+
     A model has one method at a time; see :meth:`release`.
 
     Raises:
@@ -216,6 +220,7 @@ class Sparsifier:
             raise ValueError("optimizer holds none of the model's sparse weights; is it that of another model?")
         self.schedule = UpdateSchedule(update_freq, update_start, update_end)
         self.step_count = 0
+        self.bytes_sent = 0
         self.history: list[dict[str, float]] = []
         self.generator = torch.Generator().manual_seed(seed)
         if sparsity is not None:
@@ -369,6 +374,7 @@ class Sparsifier:
         if _world_size() > 1 and grads:
             flat = torch.cat([g.reshape(-1) for g in grads.values()])
             dist.all_reduce(flat)
+            self.bytes_sent += flat.numel() * flat.itemsize
             flat /= _world_size()
             parts = flat.split([g.numel() for g in grads.values()])
             grads = {name: part.view_as(g) for (name, g), part in zip(grads.items(), parts, strict=True)}

@@ -57,7 +57,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import METHODS, SparseMaskedConv2d, optimize_for_cpu, sparse_layers, sparsify
+from .. import METHODS, SparseAllReduce, SparseMaskedConv2d, optimize_for_cpu, sparse_layers, sparsify
 from ..kernels import native
 from ..methods import HYDRA, IMP, BiP, Sparsifier
 from .build import make_data, make_model, make_optimizer
@@ -134,6 +134,7 @@ class Trainer:
         self.initial_state: dict[str, Tensor] = {}
         self.rewind_point = self._copy_state() if config.rewind == "init" else None
         self.net: nn.Module = self.model  # compiled and distributed, in `enter`
+        self.hook: SparseAllReduce | None = None
         self.upper_batches: Iterator[tuple[Tensor, Tensor]] | None = None
 
         self.phase_index = self.phase_epoch = self.batch = 0  # of the next step: phase, epoch in it, step in that epoch
@@ -317,6 +318,9 @@ class Trainer:
             row |= {"mask_iou_start": self.sparsifier.metrics()["mask_iou_start"]}
         row |= {"time_topology_s": sum(r["seconds"] for r in self.sparsifier.history) if self.sparsifier else 0.0}
         row |= {"time_total_s": time.perf_counter() - self.started}
+        if self.hook is not None and self.sparsifier is not None:
+            scores = self.sparsifier.bytes_sent
+            row |= {"bytes_sent": self.hook.bytes_sent + scores, "bytes_sent_dense": self.hook.dense_bytes + scores}
         if self.ranks.is_main:
             row |= self._measure()
         result = self._log("result", row)
@@ -426,6 +430,11 @@ class Trainer:
             self.net = torch.compile(self.net)  # type: ignore[assignment]
         if self.ranks.world > 1 and any(p.requires_grad for p in self.model.parameters()):
             self.net = nn.parallel.DistributedDataParallel(self.net)
+            if self.sparsifier is not None:
+                before, self.hook = self.hook, SparseAllReduce(self.net)
+                if before is not None:
+                    self.hook.bytes_sent += before.bytes_sent
+                    self.hook.dense_bytes += before.dense_bytes
         storage = "sparse" if self.sparsifier is None else self.sparsifier.storage
         self.ema = EMA(self.model, self.config.model_ema_decay, storage) if self.config.model_ema else None
         if "upper" in self.loaders and isinstance(self.sparsifier, BiP):

@@ -198,7 +198,7 @@ def _clock(seconds: float) -> str:
 
 
 def rename_times(values: dict[str, Any]) -> dict[str, Any]:
-    """Names of times as the log has them: all that does not repeat in a second run begins with ``time_``."""
+    """Names of times as the log has them: what does not repeat begins with ``time_`` or ``bytes_``."""
     names = {"seconds": "time_s", "topology_seconds": "time_topology_s"}
     return {names.get(name, name): value for name, value in values.items()}
 
