@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,56 +48,16 @@ class BinaryMask(NamedTuple):
         return _occupied_tiles(self.words, height, self.mask.numel() // max(height, 1), rows, cols)
 
 
-@overload
-def binarize(
-    scores: Tensor,
-    k: int | Tensor,
-    *,
-    dim: int | Sequence[int] | None = None,
-    names: Sequence[str] | None = None,
-    words: Literal[False] = False,
-    hint: Tensor | None = None,
-) -> Tensor: ...
-@overload
-def binarize(
-    scores: Tensor,
-    k: int | Tensor,
-    *,
-    dim: int | Sequence[int] | None = None,
-    names: Sequence[str] | None = None,
-    words: Literal[True],
-    hint: Tensor | None = None,
-) -> BinaryMask: ...
-@overload
-def binarize(
-    scores: Sequence[Tensor],
-    k: int | Tensor,
-    *,
-    dim: int | Sequence[int] | None = None,
-    names: Sequence[str] | None = None,
-    words: Literal[False] = False,
-    hint: Tensor | None = None,
-) -> list[Tensor]: ...
-@overload
-def binarize(
-    scores: Sequence[Tensor],
-    k: int | Tensor,
-    *,
-    dim: int | Sequence[int] | None = None,
-    names: Sequence[str] | None = None,
-    words: Literal[True],
-    hint: Tensor | None = None,
-) -> list[BinaryMask]: ...
 def binarize(
     scores: Tensor | Sequence[Tensor],
-    k: int | Tensor,
+    k: int | Tensor | None,
     *,
     dim: int | Sequence[int] | None = None,
     names: Sequence[str] | None = None,
     words: bool = False,
     hint: Tensor | None = None,
-) -> Tensor | BinaryMask | list[Tensor] | list[BinaryMask]:
-    """:func:`sparsebilevel.binarize` of single scores: arguments, results and errors are described there."""
+) -> Any:
+    """:func:`sparsebilevel.binarize` of single scores: arguments, results and errors are described and typed there."""
     tensors = [s.detach() for s in ([scores] if isinstance(scores, Tensor) else scores)]
     names = named(scores, names)
     dims = [dim] if isinstance(dim, int) else None if dim is None else list(dim)
