@@ -1,12 +1,15 @@
-"""Builds the optional C++ extension ``sparsebilevel._C`` from csrc/; everything else is declared in pyproject.toml.
+"""Builds what is optional from csrc/, the C++ extension ``sparsebilevel._C`` and, where there is nvcc, the library of
+CUDA kernels ``sparsebilevel._cuda``; everything else is declared in pyproject.toml.
 
-The extension includes neither torch nor CUDA headers, so it builds in seconds, in an isolated environment, and one
-binary serves every torch. Where it cannot be built the installation goes on without it, and the package runs on pure
-PyTorch. ``pip install -v`` shows the messages.
+Neither includes torch's headers, so they build in seconds, in an isolated environment, and one binary serves every
+torch. Where one cannot be built the installation goes on without it, and the package runs on pure PyTorch or Triton.
+``pip install -v`` shows the messages.
 
 Environment:
     CXX, CXXFLAGS, LDFLAGS: compiler and additional flags.
-    SPARSEBILEVEL_NO_EXT=1: do not build the extension.
+    CUDA_HOME: its bin/nvcc is taken, else that of the path.
+    NVCCFLAGS: additional flags of nvcc.
+    SPARSEBILEVEL_NO_EXT=1: build neither.
     SPARSEBILEVEL_NO_CUDA=1: do not look for nvcc.
 """
 
@@ -26,6 +29,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 CXXFLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
+# Machine code for the A100 and the H100, which their families share, and PTX for what comes later.
+NVCCFLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=2"]
+NVCCFLAGS += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
 
 
 def message(text: str) -> None:
@@ -50,14 +56,14 @@ def version_line(command: list[str], line: int) -> str:
     return subprocess.run([*command, "--version"], check=True, capture_output=True, text=True).stdout.splitlines()[line]
 
 
-def find_nvcc() -> str | None:
-    """The release line of nvcc, or None. No kernel in csrc/ needs it yet; the build only records what it saw."""
+def find_nvcc() -> tuple[str, str] | None:
+    """Path of nvcc and its release line, or None."""
     if enabled("SPARSEBILEVEL_NO_CUDA"):
         return None
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
     try:
-        return version_line([nvcc], -2) if nvcc else None
+        return (nvcc, version_line([nvcc], -2)) if nvcc else None
     except (OSError, subprocess.CalledProcessError, IndexError):
         return None
 
@@ -66,33 +72,41 @@ class NinjaBuildExt(build_ext):
     """Compiles with ninja: in parallel, and again only what changed, headers included."""
 
     def build_extension(self, ext: Extension) -> None:
+        is_cuda = ext.name.endswith("_cuda")
         try:
-            self.build_with_ninja(ext)
+            self.build_with_ninja(ext, is_cuda)
         except (CompileError, ImportError, OSError, subprocess.CalledProcessError) as error:
-            message(f"the C++ extension was not built: {error}")
-            message("going on without it: everything works on pure PyTorch, the sparse CPU kernels are missing.")
+            message(f"{'the library of CUDA kernels' if is_cuda else 'the C++ extension'} was not built: {error}")
+            if is_cuda:
+                message("going on without it: on GPUs Triton takes its place.")
+            else:
+                message("going on without it: everything works on pure PyTorch, the sparse CPU kernels are missing.")
             # setuptools forgives this error for an optional extension.
             raise CompileError("see the message above") from error
 
-    def build_with_ninja(self, ext: Extension) -> None:
-        compiler = find_compiler()
-        flags = [*CXXFLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-        nvcc = find_nvcc()
-        message(f"nvcc: {nvcc}" if nvcc else "nvcc not found or switched off: building for the CPU only")
-        build_info = {
-            "compiler": version_line(compiler, 0),
-            "flags": shlex.join(flags),
-            "isa": ["scalar", "avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else ["scalar"],
-            "nvcc": nvcc,
-        }
-
-        build = Path(self.build_temp).absolute()
+    def build_with_ninja(self, ext: Extension, is_cuda: bool) -> None:
+        build = Path(self.build_temp, "cuda" if is_cuda else "").absolute()
         build.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
-        literal = f'R"json({json.dumps(build_info)})json"'
-        write_if_changed(build / "build_info.h", f"#define SPARSEBILEVEL_BUILD_INFO {literal}\n")
-        write_if_changed(build / "build.ninja", ninja_file(compiler, flags, ext.sources, build, target))
+        if is_cuda:
+            assert NVCC is not None  # or there were no such extension
+            host = [f"-ccbin={os.environ['CXX']}"] if os.environ.get("CXX") else []
+            flags = [*NVCCFLAGS, *host, *shlex.split(os.environ.get("NVCCFLAGS", ""))]
+            text = ninja_file([NVCC[0]], flags, ext.sources, build, target)
+        else:
+            compiler = find_compiler()
+            flags = [*CXXFLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+            build_info = {
+                "compiler": version_line(compiler, 0),
+                "flags": shlex.join(flags),
+                "isa": ["scalar", "avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else ["scalar"],
+                "nvcc": NVCC and NVCC[1],
+            }
+            literal = f'R"json({json.dumps(build_info)})json"'
+            write_if_changed(build / "build_info.h", f"#define SPARSEBILEVEL_BUILD_INFO {literal}\n")
+            text = ninja_file(compiler, flags, ext.sources, build, target)
+        write_if_changed(build / "build.ninja", text)
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(build)], check=True)
 
 
@@ -127,7 +141,12 @@ def files(pattern: str) -> list[str]:
     return sorted(path.as_posix() for path in Path("csrc").rglob(pattern))
 
 
-extension = Extension("sparsebilevel._C", sources=files("*.cpp"), depends=files("*.h"), optional=True)
+NVCC = find_nvcc()
+extensions = [Extension("sparsebilevel._C", sources=files("*.cpp"), depends=files("*.h"), optional=True)]
+if NVCC:
+    extensions += [Extension("sparsebilevel._cuda", sources=files("*.cu"), depends=files("*.h"), optional=True)]
+elif not enabled("SPARSEBILEVEL_NO_EXT"):
+    message("nvcc not found or switched off: building for the CPU only")
 
 setup(
     packages=[
@@ -136,6 +155,6 @@ setup(
         *(f"sparsebilevel.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"sparsebilevel.kernels": "kernels"},
-    ext_modules=[] if enabled("SPARSEBILEVEL_NO_EXT") else [extension],
+    ext_modules=[] if enabled("SPARSEBILEVEL_NO_EXT") else extensions,
     cmdclass={"build_ext": NinjaBuildExt},
 )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import native, reference
+from . import cuda, native, reference
 
 _SHORT_ROW = native.lib.BINARIZE_SHORT_ROW if native.available() else 0
 
@@ -77,7 +79,7 @@ def binarize(
         held = k if isinstance(k, Tensor) else torch.full((), k, dtype=torch.int64, device="cpu")
         found = _binarize(tensors, held, dims, words, "\n".join(names)) if tensors else []
     else:  # without the dispatcher, which costs as much as some ten thousand scores
-        found = _select(tensors, int(k), dims, words, names, hint)
+        found = _select(tensors, k, dims, words, names, hint)
     if words:
         results: Any = list(map(BinaryMask._make, zip(*(found[i::3] for i in range(3)), strict=True)))
     else:
@@ -99,7 +101,7 @@ def named(scores: Tensor | Sequence[Tensor], names: Sequence[str] | None) -> Seq
 # string since a schema has no lists of strings.
 @torch.library.custom_op("sparsebilevel::binarize", mutates_args=())
 def _binarize(scores: Sequence[Tensor], k: Tensor, dim: Sequence[int] | None, words: bool, names: str) -> list[Tensor]:
-    return _select(scores, int(k), dim, words, names.split("\n"))
+    return _select(scores, k, dim, words, names.split("\n"))
 
 
 @_binarize.register_fake
@@ -120,7 +122,7 @@ def _empty(scores: Tensor, words: bool) -> list[Tensor]:
 
 def _select(
     scores: Sequence[Tensor],
-    k: int,
+    k: int | Tensor,
     dim: Sequence[int] | None,
     words: bool,
     names: Sequence[str],
@@ -134,12 +136,20 @@ def _select(
     if dim is not None:
         return [part for name, s in zip(names, scores, strict=True) for part in _select_rows(s, k, dim, words, name)]
     total = sum(s.numel() for s in scores)
-    if not 0 <= k <= total:
+    dtype = functools.reduce(torch.promote_types, (s.dtype for s in scores)) if scores else torch.float32
+    gpu = _gpu_kernels(scores[0].device, dtype, total) if scores else None
+    k = _as_read(k, gpu)
+    if isinstance(k, int) and not 0 <= k <= total:
         of = f"scores of shape {list(scores[0].shape)}" if len(scores) == 1 else f"{len(scores)} tensors of scores"
         raise ValueError(f"k must be in [0, {total}] for {of}, got {k}")
     if not scores:
         return []
-    dtype = functools.reduce(torch.promote_types, (s.dtype for s in scores))
+    if gpu:
+        held = [s.to(dtype).contiguous() for s in scores]
+        outs = [_empty(s, True) for s in held]
+        _check_errors(gpu.binarize(held, outs, k), scores, names, total)
+        return [part for out in outs for part in (out if words else out[:1])]
+    assert isinstance(k, int)
     if not _is_native(scores[0].device, dtype):
         _check_nans([int(s.isnan().sum()) for s in scores], scores, names)
         mask = reference.binarize(torch.cat([s.reshape(-1) for s in scores]), k)
@@ -165,7 +175,7 @@ def _select(
     return [part for out in outs for part in out]
 
 
-def _select_rows(scores: Tensor, k: int, dim: Sequence[int], words: bool, name: str) -> list[Tensor]:
+def _select_rows(scores: Tensor, k: int | Tensor, dim: Sequence[int], words: bool, name: str) -> list[Tensor]:
     """`_select` in each slice of one tensor along dimensions ``dim``."""
     shape = scores.shape
     if not dim or any(not -len(shape) <= d < len(shape) for d in dim):
@@ -174,31 +184,43 @@ def _select_rows(scores: Tensor, k: int, dim: Sequence[int], words: bool, name: 
         )
     dims = sorted({d % len(shape) for d in dim})
     length = math.prod(shape[d] for d in dims)
-    if not 0 <= k <= length:
+    gpu = cuda if cuda.available(scores.device) and cuda.takes(scores.dtype, length) else None
+    k = _as_read(k, gpu)
+    if isinstance(k, int) and not 0 <= k <= length:
         raise ValueError(f"k must be in [0, {length}] for slices along {list(dim)} of shape {list(shape)}, got {k}")
     # [outer, length, inner]: as they lie, where the dimensions adjoin and the kernel can step over what comes inside.
     is_native = _is_native(scores.device, scores.dtype)
+    short_row = cuda.SHORT_ROW if gpu else _SHORT_ROW if is_native else 0
     order = list(range(len(shape)))
     inner = math.prod(shape[dims[-1] + 1 :])
-    if dims != order[dims[0] : dims[-1] + 1] or (inner != 1 and not (is_native and length <= _SHORT_ROW)):
+    if dims != order[dims[0] : dims[-1] + 1] or (inner != 1 and length > short_row):
         order = [d for d in order if d not in dims] + dims
         inner = 1
     rows = scores.permute(order).contiguous()
-    if is_native:
+    outer = rows.numel() // max(length * inner, 1)
+    if gpu:
         mask = rows.new_empty(rows.shape, dtype=torch.bool)
-        outer = rows.numel() // max(length * inner, 1)
+        _check_errors(gpu.binarize_rows(rows, outer, length, inner, mask, k), [scores], [name], length)
+    elif is_native:
+        mask = rows.new_empty(rows.shape, dtype=torch.bool)
         where = (rows.data_ptr(), outer, length, inner, _score_type(rows.dtype), k, mask.data_ptr())
         nans = native.lib.binarize_rows(*where, torch.get_num_threads()) if rows.numel() else 0
+        _check_nans([nans], [scores], [name])
     else:
-        nans = int(scores.isnan().sum())
+        assert isinstance(k, int)
+        _check_nans([int(scores.isnan().sum())], [scores], [name])
         mask = reference.binarize_rows(rows.reshape(-1, max(length, 1)), k).view(rows.shape)
-    _check_nans([nans], [scores], [name])
     inverse = [order.index(d) for d in range(len(shape))]
     mask = mask.permute(inverse).contiguous()
     return [mask, *_words_of(mask)] if words else [mask]
 
 
 def _words_of(mask: Tensor) -> list[Tensor]:
+    if cuda.available(mask.device) and mask.numel() < 1 << 32:
+        mask = mask.contiguous()
+        _, bits, counts = _empty(mask, True)
+        cuda.mask_words(mask, bits, counts)
+        return [bits, counts]
     if not native.available() or not mask.is_cpu:
         return list(reference.mask_words(mask))
     mask = mask.contiguous()
@@ -220,9 +242,12 @@ def _(mask: Tensor) -> list[Tensor]:
 
 @torch.library.custom_op("sparsebilevel::occupied_tiles", mutates_args=())
 def _occupied_tiles(words: Tensor, height: int, width: int, rows: int, cols: int) -> Tensor:
+    tiles = words.new_empty(-(-height // rows), -(-width // cols), dtype=torch.bool)
+    if cuda.available(words.device):
+        cuda.occupied_tiles(words.contiguous(), height, width, rows, cols, tiles)
+        return tiles
     if not native.available() or not words.is_cpu:
         return reference.occupied_tiles(words, height, width, rows, cols)
-    tiles = words.new_empty(-(-height // rows), -(-width // cols), dtype=torch.bool)
     shape = (height, width, rows, cols)
     native.lib.occupied_tiles(words.contiguous().data_ptr(), shape, tiles.data_ptr(), torch.get_num_threads())
     return tiles
@@ -231,6 +256,23 @@ def _occupied_tiles(words: Tensor, height: int, width: int, rows: int, cols: int
 @_occupied_tiles.register_fake
 def _(words: Tensor, height: int, width: int, rows: int, cols: int) -> Tensor:
     return words.new_empty((height + rows - 1) // rows, (width + cols - 1) // cols, dtype=torch.bool)
+
+
+def _gpu_kernels(device: torch.device, dtype: torch.dtype, size: int) -> Any:
+    """The module whose ``binarize`` takes scores like these, or None."""
+    if cuda.takes(dtype, size):
+        if cuda.available(device):
+            return cuda
+        if device.type == "cuda" and importlib.util.find_spec("triton"):
+            from . import triton_binarize
+
+            return triton_binarize
+    return None
+
+
+def _as_read(k: int | Tensor, gpu: Any) -> int | Tensor:
+    """A number, for which a GPU is waited for, unless its kernels read ``k`` there."""
+    return k if gpu and isinstance(k, Tensor) and k.device.type in cuda.DEVICES else int(k)
 
 
 def _is_native(device: torch.device, dtype: torch.dtype) -> bool:
@@ -251,3 +293,16 @@ def _check_nans(counts: Sequence[int], scores: Sequence[Tensor], names: Sequence
         found = zip(names, counts, scores)  # noqa: B905 (no counts means no NaN)
         told = "; ".join(f"{name} must not be NaN: {count} of {s.numel()} are" for name, count, s in found if count)
         raise ValueError(told)
+
+
+def _check_errors(errors: Tensor, scores: Sequence[Tensor], names: Sequence[str], most: int) -> None:
+    """Raises what kernels found, on a GPU without waiting for them: see ``cuda.binarize``."""
+    if errors.device.type == "cuda" and os.environ.get("CUDA_LAUNCH_BLOCKING", "0") != "1":
+        message = f"{', '.join(names)} must not be NaN, and k must be in [0, {most}]"
+        # Longer ones torch refuses.
+        torch._assert_async(errors[-1], message if len(message) < 250 else f"{message[:120]} ... {message[-120:]}")
+        return
+    *nans, is_bad, _ = errors.tolist()
+    _check_nans(nans, scores, names)
+    if is_bad:
+        raise ValueError(f"k must be in [0, {most}]")

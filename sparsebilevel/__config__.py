@@ -11,6 +11,7 @@ import numpy
 import torch
 
 from . import __version__
+from .kernels import cuda as cuda_kernels
 from .kernels import native
 
 # Optional packages: (package, its extra or None, what it is for).
@@ -32,7 +33,8 @@ def info() -> dict[str, Any]:
 
     Keys: ``sparsebilevel``, ``python``, ``platform``, ``torch``, ``numpy`` (versions); ``extension`` (``loaded``,
     ``reason`` and, if loaded, ``compiler``, ``flags``, ``nvcc``, ``isa_compiled``, ``isa_cpu``, ``isa_used``);
-    ``threads`` (of torch, passed to the kernels; and OpenMP's default); ``cuda`` (torch's CUDA version, the device);
+    ``threads`` (of torch, passed to the kernels; and OpenMP's default); ``cuda`` (torch's CUDA version, the device, the
+    library of ``kernels``: ``"loaded"``, or why not);
     ``optional`` (package -> ``version`` or None, ``extra``, ``purpose``).
     """
     cuda = torch.cuda.is_available()
@@ -47,7 +49,11 @@ def info() -> dict[str, Any]:
             "torch": torch.get_num_threads(),
             "openmp": native.lib.openmp_max_threads() if native.available() else None,
         },
-        "cuda": {"torch": torch.version.cuda, "device": torch.cuda.get_device_name() if cuda else None},
+        "cuda": {
+            "torch": torch.version.cuda,
+            "device": torch.cuda.get_device_name() if cuda else None,
+            "kernels": cuda_kernels.load()[1],
+        },
         "optional": {
             package: {"version": _version(package), "extra": extra, "purpose": purpose}
             for package, extra, purpose in _OPTIONAL
@@ -71,6 +77,7 @@ def show() -> None:
     threads, cuda = facts["threads"], facts["cuda"]
     rows += [("threads", f"{threads['torch']} (OpenMP default: {threads['openmp'] or 'unknown'})")]
     rows += [("CUDA", f"torch {cuda['torch'] or 'without CUDA'}, device: {cuda['device'] or 'none'}")]
+    rows += [("  kernels", cuda["kernels"])]
     for package, optional in facts["optional"].items():
         needed = (
             f"`pip install 'sparsebilevel[{optional['extra']}]'`" if optional["extra"] else f"`pip install {package}`"

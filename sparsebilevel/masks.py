@@ -268,7 +268,8 @@ def binarize(
     Args:
         scores: any shape; float16, bfloat16, float32 or float64. Of a list, on one device, the ``k`` largest of all
             tensors together are kept; different dtypes are compared in their common type.
-        k: how many to keep; an integer tensor of one element, on any device, is read where it is needed.
+        k: how many to keep; an integer tensor of one element, on any device, is read where it is needed, by the CUDA
+            and Triton kernels without waiting for it.
         pattern: what lives and dies together, as in :func:`sparsify`: ``"block:BHxBW"``, ``"filter"`` or ``"channel"``
             keep the ``k`` groups with the largest sums, formed in float32 at least; ``"nm:N:M"`` keeps the ``n``
             largest of every ``m`` input channels and takes no ``k``. Scores then have two dimensions or more.
@@ -279,7 +280,7 @@ def binarize(
         hint: int32 ``[2]`` on the scores' device, zeros at first and overwritten, for a caller that comes back with
             scores that changed a little: the search begins where the last one ended. Counts decide whether that was
             right, so it changes the time and never the result. Not with ``dim`` and ``nm``; where the C++ kernel is
-            not called directly (no extension, float64, compiled functions) it is left alone.
+            not called directly (no extension, float64, a GPU, compiled functions) it is left alone.
 
     Returns:
         bool, contiguous, of the shape and on the device of ``scores``; for a list a list.
@@ -287,6 +288,9 @@ def binarize(
     Raises:
         ValueError: ``k`` is out of range, the pattern does not fit, or there are NaNs among the scores or the sums.
         TypeError: the scores are not floating point, or ``k`` is not an integer.
+
+    On a GPU nothing waits for the scores: NaNs, and a ``k`` out of range that lies there, fail a device-side assertion
+    that names the tensors and shows at the next synchronization; with ``CUDA_LAUNCH_BLOCKING=1`` they raise as above.
     """
     pattern = parse_pattern(pattern)
     if isinstance(pattern, Unstructured):

@@ -1,0 +1,497 @@
+"""The CUDA kernels, exactly as they are written, on the CPU (tests/csrc/cuda_emulation.h); what nvcc and Triton make of
+the kernels for GPUs; and, where there is one, the same results there."""
+
+import ctypes
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsebilevel.kernels import BinaryMask, binarize, cuda, reference
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+EMULATION = ROOT / "tests" / "csrc" / "cuda_emulation.h"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+VALUES = [-math.inf, -2.5, -1.0, -0.0, 0.0, 1e-45, 1.0, 1.0000001, 3.0, math.inf]
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+needs_library = pytest.mark.skipif(cuda.load()[0] is None, reason=f"CUDA library: {cuda.load()[1]}")
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    """The kernels compiled for their emulation."""
+    found = filter(None, map(shutil.which, ("g++", "clang++", "c++")))
+    compiler = shlex.split(os.environ.get("CXX", "")) or [next(found, "")]
+    if not compiler[0] or sys.platform != "linux":
+        pytest.skip("no C++ compiler, or none for the emulation")
+    target = tmp_path_factory.mktemp("cuda") / "emulated.so"
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+    flags += ["-DSPARSEBILEVEL_CHUNKS_AT_A_TIME=16"]  # so that few scores are enough for several chunks of a warp
+    command = [*compiler, *flags, "-include", EMULATION, "-x", "c++", *SOURCES, "-o", target]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-4000:]
+    return cuda.declare(ctypes.CDLL(str(target)))
+
+
+@pytest.fixture
+def emulated(library, monkeypatch):
+    """Runs everything that a GPU would on the CPU. Returns how to choose among the orders of the threads."""
+    monkeypatch.setattr(cuda, "DEVICES", {"cpu"})
+    monkeypatch.setattr(cuda, "load", lambda: (library, "emulated"))
+    seed = library.set_emulation_seed
+    seed.argtypes = [ctypes.c_uint64]
+    seed(0)
+    return seed
+
+
+def written(scores, k, seed=None):
+    """Masks, words and counts of `cuda.binarize`, in memory that held something else, and with fences around it."""
+    outs, fences = [], []
+    for s in scores:
+        parts = []
+        for size, dtype in (
+            (s.numel(), torch.bool),
+            (-(-s.numel() // 64), torch.int64),
+            (-(-s.numel() // 1024) + 1, torch.int64),
+        ):
+            bytes = torch.full((size * dtype.itemsize + 256,), 0xA5, dtype=torch.uint8)
+            fences.append((bytes, 64, 64 + size * dtype.itemsize))
+            parts.append(bytes[64 : 64 + size * dtype.itemsize].view(dtype))
+        outs.append(parts)
+    errors = cuda.binarize(scores, outs, k)
+    for bytes, begin, end in fences:
+        assert (bytes[:begin] == 0xA5).all()
+        assert (bytes[end:] == 0xA5).all()
+    return outs, errors.tolist()
+
+
+def expect(scores, k, outs):
+    mask = reference.binarize(torch.cat([s.reshape(-1) for s in scores]), k)
+    for s, part, (bools, words, counts) in zip(scores, mask.split([s.numel() for s in scores]), outs, strict=True):
+        expected_words, expected_counts = reference.mask_words(part)
+        assert set(bools.view(torch.uint8).unique().tolist()) <= {0, 1}
+        assert torch.equal(bools, part.view(-1)), s.shape
+        assert torch.equal(words, expected_words)
+        assert torch.equal(counts, expected_counts)
+
+
+@st.composite
+def drawn_list(draw):
+    dtype = draw(st.sampled_from(DTYPES))
+    sizes = draw(st.lists(st.sampled_from([0, 1, 7, 63, 64, 65, 1000, 1024, 1025, 3000]), min_size=1, max_size=5))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    few = torch.tensor(VALUES, dtype=torch.float64)[: draw(st.integers(1, len(VALUES)))]
+    is_few = draw(st.booleans())
+    scores = []
+    for size in sizes:
+        values = few[torch.randint(len(few), (size + 1,), generator=generator)]
+        values = (values if is_few else torch.randn(size + 1, generator=generator)).to(dtype)
+        scores.append(values[draw(st.integers(0, 1)) :][:size])  # at any multiple of an element
+    total = sum(sizes)
+    return scores, draw(st.one_of(st.integers(0, total), st.sampled_from([0, min(1, total), max(total - 1, 0), total])))
+
+
+@given(drawn=drawn_list(), seed=st.integers(0, 1 << 32))
+@settings(max_examples=40, deadline=None)
+def test_lists(library, drawn, seed):
+    scores, k = drawn
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "DEVICES", {"cpu"})
+        patch.setattr(cuda, "load", lambda: (library, "emulated"))
+        library.set_emulation_seed(ctypes.c_uint64(seed))
+        outs, errors = written(scores, k)
+        expect(scores, k, outs)
+        assert errors == [0] * (len(scores) + 1) + [1]
+
+
+def large_scores(kind, n):
+    return {
+        "normal": lambda: torch.randn(n),
+        "constant": lambda: torch.ones(n),
+        "two values": lambda: torch.randn(n).sign(),  # all chunks have more inside than is kept of them
+        "sorted": lambda: torch.arange(n).float(),
+        "one bucket": lambda: torch.ones(n) + torch.rand(n) * 1e-5,
+        "misleading": lambda: torch.zeros(n).index_fill_(0, torch.arange(1000), 1.0).add_(torch.zeros(n)),
+        "uneven": lambda: torch.cat([torch.randn(n // 2) * 1e-3 + 1.3, torch.randn(n - n // 2)]),
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", ["normal", "constant", "two values", "sorted", "one bucket", "misleading", "uneven"])
+def test_several_blocks(kind, emulated):
+    n = 66 * 1024 + 5
+    scores = large_scores(kind, n)
+    for seed, (k, dtype) in enumerate([(n // 10, torch.float32), (900, torch.bfloat16), (n - 1, torch.float16)]):
+        emulated(seed)
+        parts = list(scores.to(dtype).split([5000, n - 5000]))
+        outs, errors = written(parts, k)
+        expect(parts, k, outs)
+        assert errors == [0, 0, 0, 1]
+
+
+def test_a_sample_that_misleads_costs_time_only(emulated):
+    n = 40_000
+    scores = torch.zeros(n)
+    scores[20_000:20_100] = torch.arange(100).float() + 1  # a sample of some sees few of them
+    scores[30_000:30_050] = -torch.arange(50).float() - 1
+    for k in (1, 3, 60, 100, 101, n - 51, n - 50, n - 20, n - 1):
+        outs, _ = written([scores], k)
+        expect([scores], k, outs)
+
+
+def test_many_tensors(emulated):
+    scores = [torch.randn(int(n)) for n in torch.randint(1, 40, (150,))]  # more than one launch tells the kernels
+    outs, _ = written(scores, 700)
+    expect(scores, 700, outs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows(dtype, emulated):
+    shapes = [(70, 2), (5, 4), (9, 8), (33, 5), (3, 64), (4, 65), (2, 300), (2, 2500), (300, 1), (4, 0), (3, 6, 5)]
+    for shape in shapes:
+        for fill in (torch.randn, lambda *s: torch.randn(*s).round()):
+            scores = fill(*shape).to(dtype)
+            for k in {0, 1, shape[1] // 2, max(shape[1] - 1, 0), shape[1]}:
+                if k > shape[1]:
+                    continue
+                rows = scores.movedim(1, -1)
+                expected = reference.binarize_rows(rows.reshape(-1, max(shape[1], 1)), k) if rows.numel() else rows
+                expected = expected.bool().view(rows.shape).movedim(-1, 1)
+                assert torch.equal(binarize(scores, k, dim=1), expected), (shape, k)
+                found = binarize(scores, torch.tensor(k), dim=1, words=True)
+                assert torch.equal(found.mask, expected)
+                words, counts = reference.mask_words(expected)
+                assert torch.equal(found.words, words)
+                assert torch.equal(found.counts, counts)
+
+
+def test_words_of_any_mask(emulated):
+    for n in (0, 1, 64, 1000, 1024, 70_000):
+        for offset in (0, 3):
+            mask = (torch.rand(n + offset) < 0.3)[offset:]
+            words = torch.full((-(-n // 64),), -1)
+            counts = torch.full((-(-n // 1024) + 1,), -1)
+            cuda.mask_words(mask, words, counts)
+            expected_words, expected_counts = reference.mask_words(mask)
+            assert torch.equal(words, expected_words)
+            assert torch.equal(counts, expected_counts)
+            assert torch.equal(cuda.count_words(words, n), expected_counts)
+
+
+def test_tiles(emulated):
+    for shape in ((70, 130), (1, 1), (64, 64), (3, 0)):
+        mask = torch.rand(shape) < 0.02
+        words, _ = reference.mask_words(mask)
+        for rows, cols in ((1, 1), (2, 5), (8, 64), (3, 100), (1000, 1000)):
+            tiles = torch.ones(-(-shape[0] // rows), -(-shape[1] // cols)).bool()
+            cuda.occupied_tiles(words, *shape, rows, cols, tiles)
+            if mask.numel():
+                assert torch.equal(tiles, reference.occupied_tiles(words, *shape, rows, cols))
+            assert torch.equal(BinaryMask.of(mask).tiles(rows, cols), tiles)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64, torch.int8])
+def test_gather_and_scatter(dtype, emulated):
+    for n, share in ((0, 0.5), (1, 1), (1000, 0), (5000, 0.1), (4096, 1), (66 * 1024 + 3, 0.5)):
+        mask, dense = torch.rand(n) < share, (torch.randn(n) * 8).to(dtype)
+        words, counts = reference.mask_words(mask)
+        expected = dense[mask]
+        fence = torch.full((expected.numel() + 2,), 77).to(dtype)
+        assert torch.equal(cuda.gather_values(dense, words, counts, fence[1:-1]), expected)
+        assert fence[[0, -1]].tolist() == [77, 77]
+        values = (torch.randn(expected.numel()) * 8).to(dtype)
+        for keep in (False, True):
+            fence = torch.cat([torch.full((1,), 77).to(dtype), dense, torch.full((1,), 77).to(dtype)])
+            cuda.scatter_values(values, words, counts, fence[1:-1], keep=keep)
+            kept = dense if keep else torch.zeros_like(dense)
+            assert torch.equal(fence[1:-1], kept.masked_scatter(mask, values))
+            assert fence[[0, -1]].tolist() == [77, 77]
+        if dtype in DTYPES:
+            for alpha in (1.0, -0.3):
+                # Exact in float64, then rounded once. Two roundings, to float32 and to 16 bits, differ where ties meet.
+                exact = dense.double() + torch.tensor(alpha).double() * torch.zeros(n).double().masked_scatter(
+                    mask, values.double()
+                )
+                found = cuda.accumulate_values(values, words, counts, dense.clone(), alpha)
+                assert torch.equal(found, torch.where(mask, exact.float().to(dtype), dense))
+
+
+def test_half_floats_round_to_even(emulated):
+    """Every float16, and sums that are halfway between two."""
+    dense = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.float16)
+    dense = dense[~dense.isnan()]
+    words, counts = reference.mask_words(torch.ones(dense.numel(), dtype=torch.bool))
+    for values in (torch.zeros_like(dense), dense * 0.75, dense.roll(1)):
+        expected = (dense.float() + values.float()).half()
+        assert torch.equal(
+            cuda.accumulate_values(values, words, counts, dense.clone()).view(torch.int16), expected.view(torch.int16)
+        ) or torch.equal(
+            expected.nan_to_num(), cuda.accumulate_values(values, words, counts, dense.clone()).nan_to_num()
+        )
+
+
+def test_public_function(emulated):
+    scores = torch.randn(3, 4, 5).permute(2, 0, 1)
+    for k in (7, torch.tensor(7), torch.tensor([7], dtype=torch.int32)):
+        assert torch.equal(binarize(scores, k), reference.binarize(scores.contiguous(), 7))
+    one, two = binarize([scores, torch.randn(9).half()], 7, words=True)  # in their common type
+    assert int(one.counts[-1] + two.counts[-1]) == 7
+    assert torch.equal(binarize(scores.double(), 7), reference.binarize(scores.contiguous(), 7))
+    assert binarize(torch.zeros(0), 0, words=True).counts.tolist() == [0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_errors_are_found(dtype, emulated):
+    scores = torch.randn(10).to(dtype)
+    scores[[2, 7]] = math.nan
+    scores[4] = -math.nan
+    with pytest.raises(ValueError, match=r"^conv must not be NaN: 3 of 10 are; fc must not be NaN: 3 of 5 are$"):
+        binarize([scores, torch.zeros(0, dtype=dtype), scores[[2, 4, 7, 0, 1]]], 0, names=["conv", "bn", "fc"])
+    with pytest.raises(ValueError, match=r"^scores must not be NaN: 3 of 10 are$"):
+        binarize(scores.view(2, 5), 1, dim=1)
+    fine = torch.zeros(10, dtype=dtype)
+    for k in (-1, 11):
+        with pytest.raises(ValueError, match=r"k must be in \[0, 10\]"):
+            binarize(fine, torch.tensor(k))
+        with pytest.raises(ValueError, match=r"k must be in \[0, 10\] for scores of shape \[10\], got"):
+            binarize(fine, k)
+    with pytest.raises(ValueError, match=r"k must be in \[0, 5\]"):
+        binarize(fine.view(2, 5), torch.tensor(6), dim=1)
+
+
+def test_asynchronous_errors_name_the_tensors(monkeypatch):
+    """What is done on a GPU, where nobody waits for the errors."""
+    from sparsebilevel.kernels.binarize import _check_errors
+
+    class OnGpu:
+        device = torch.device("cuda")
+
+        def __getitem__(self, index):
+            return "flag"
+
+    told = []
+    monkeypatch.setattr(torch, "_assert_async", lambda *arguments: told.append(arguments))
+    monkeypatch.delenv("CUDA_LAUNCH_BLOCKING", raising=False)
+    _check_errors(OnGpu(), [], ["conv", "fc"], 9)
+    _check_errors(OnGpu(), [], [f"layer{i}.weight" for i in range(100)], 9)
+    assert told[0] == ("flag", "conv, fc must not be NaN, and k must be in [0, 9]")
+    assert len(told[1][1]) < 250
+
+
+def test_opcheck(emulated):
+    scores = torch.randn(4, 3, 2)
+    for dim in (None, [1]):
+        args = ([scores, scores[0]], torch.tensor(2), dim, dim is None, "a\nb")
+        torch.library.opcheck(torch.ops.sparsebilevel.binarize.default, args)
+
+
+def test_a_missing_barrier_is_found(tmp_path):
+    """That the emulation sees what it is there for."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    code = """
+    #include "device.h"
+    __global__ void reverse(int* data, bool barrier, bool divergent) {
+      SPARSEBILEVEL_SHARED(part, int[64]);
+      part[threadIdx.x] = data[threadIdx.x];
+      if (barrier && !(divergent && threadIdx.x > 40)) __syncthreads();
+      data[threadIdx.x] = part[63 - threadIdx.x];
+    }
+    int main(int argc, char** argv) {
+      int data[64];
+      for (int i = 0; i < 64; ++i) data[i] = i;
+      int* address = data;
+      SPARSEBILEVEL_LAUNCH(reverse, 1, 64, nullptr, address, argv[1][0] != 'n', argv[1][0] == 'd');
+      for (int i = 0; i < 64; ++i) if (data[i] != 63 - i) return 1;
+      return 0;
+    }
+    """
+    (tmp_path / "reverse.cpp").write_text(code)
+    program = tmp_path / "reverse"
+    include = ["-include", EMULATION, f"-I{ROOT / 'csrc' / 'cuda'}"]
+    subprocess.run([compiler, "-std=c++17", *include, tmp_path / "reverse.cpp", "-o", program], check=True)
+    assert subprocess.run([program, "barrier"]).returncode == 0
+    assert subprocess.run([program, "none"]).returncode == 1
+    ran = subprocess.run([program, "divergent"], capture_output=True, text=True)
+    assert "a barrier that not all threads reach" in ran.stderr
+
+
+# -- the library that nvcc built -------------------------------------------------------------------------------------
+
+
+@needs_library
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_library_loads_without_a_driver_and_says_what_is_missing():
+    library = cuda.load()[0]
+    assert library.sparsebilevel_binarize_workspace(3, 10) > 10 * 1024 // 8
+    with pytest.raises(RuntimeError, match="CUDA kernel mask_words: .*(driver|device)"):
+        cuda._launch("mask_words", torch.device("cpu"), 0, 1, 0, 0, 0)
+
+
+def usage_of(text):
+    """Registers and bytes of stack by kernel and architecture, as cuobjdump -res-usage has them."""
+    usage, arch = {}, ""
+    for line in text.splitlines():
+        arch = match[1] if (match := re.search(r"arch = (sm_\w+)", line)) else arch
+        if match := re.search(r"Function (\S+):", line):
+            name = match[1]
+        if match := re.search(r"REG:(\d+) STACK:(\d+)", line):
+            usage[arch, name] = int(match[1]), int(match[2])
+    return usage
+
+
+@needs_library
+def test_kernels_fit_into_registers():
+    triton = pytest.importorskip("triton")
+    tool = shutil.which("cuobjdump") or Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [tool, "-res-usage", cuda.load()[0]._name]
+    usage = usage_of(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert {arch for arch, _ in usage} == {"sm_80", "sm_90"}
+    for (arch, name), (registers, stack) in usage.items():
+        # A block of 1024 threads fits with 64 registers each, three blocks of 256 with 80.
+        assert registers <= (64 if "sample" in name else 80), (arch, name)
+        assert stack == 0, (arch, name)
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_nvcc_compiles_without_spills(tmp_path):
+    for arch in ("arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a"):
+        for source in SOURCES:
+            command = [
+                "nvcc",
+                "-std=c++17",
+                "-O3",
+                f"-gencode={arch}",
+                "-Xptxas=-v",
+                "-c",
+                source,
+                "-o",
+                tmp_path / "o",
+            ]
+            built = subprocess.run(command, capture_output=True, text=True)
+            assert built.returncode == 0, built.stderr
+            assert "warning" not in built.stderr, built.stderr
+            spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", built.stderr)
+            assert spills
+            assert set(spills) == {("0", "0", "0")}
+
+
+# -- Triton ----------------------------------------------------------------------------------------------------------
+
+INTERPRETED = """
+import math, torch
+from sparsebilevel.kernels import cuda, reference
+from sparsebilevel.kernels.triton_binarize import binarize
+torch.manual_seed(0)
+few = torch.tensor([-math.inf, -1.0, -0.0, 0.0, 1e-45, 2.0, math.inf])
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for draw in (torch.randn, lambda n: few[torch.randint(7, (n,))]):
+        scores = [draw(n).to(dtype) for n in (1500, 0, 64, 5000)]
+        for k in (0, 700, 6564):
+            outs = [(torch.full(s.shape, True), torch.full((-(-s.numel() // 64),), -1),
+                     torch.full((-(-s.numel() // 1024) + 1,), -1)) for s in scores]
+            assert binarize(scores, outs, torch.tensor(k)).tolist() == [0, 0, 0, 0, 0, 1]
+            mask = reference.binarize(torch.cat(scores), k).split([len(s) for s in scores])
+            for part, (bools, words, counts) in zip(mask, outs):
+                assert torch.equal(part, bools)
+                assert torch.equal(reference.mask_words(part)[0], words)
+                assert torch.equal(reference.mask_words(part)[1], counts)
+scores[0][3:5] = math.nan
+assert binarize(scores, outs, 6565).tolist() == [2, 0, 0, 0, 1, 0]
+print("ok")
+"""
+
+
+def test_triton_in_its_interpreter():
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    ran = subprocess.run([sys.executable, "-c", INTERPRETED], cwd="/", env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    assert ran.stdout == "ok\n"
+
+
+AHEAD_OF_TIME = [
+    ("_histogram", {"scores": "*i32", "size": "i32", "prefix": "*i64", "bins": "*i32"}, 96),
+    ("_choose", {"prefix": "*i64", "need": "*i64", "bins": "*i32"}, 64),
+    ("_count", {"scores": "*i32", "size": "i32", "threshold": "*i64", "counts": "*i32"}, 64),
+    (
+        "_write",
+        {"scores": "*i32", "size": "i32", "threshold": "*i64", "need": "*i64", "ties_before": "*i64"}
+        | {"mask": "*i8", "words": "*i64"},
+        128,
+    ),
+]
+
+
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
+@pytest.mark.parametrize(("name", "types", "most"), AHEAD_OF_TIME, ids=lambda value: str(value)[:10])
+def test_triton_ahead_of_time(name, types, most, arch, tmp_path, monkeypatch):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from sparsebilevel.kernels import triton_binarize
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = getattr(triton_binarize, name)
+    constants = {"SHIFT": 16, "INFINITY": 0x7F800000, "BLOCK": 4096, "CHUNK": 1024}
+    constants = {(i,): constants[n] for i, n in enumerate(kernel.arg_names) if n in constants}
+    types = types | {kernel.arg_names[i]: "constexpr" for (i,) in constants}
+    pointers = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if types[n].startswith("*")}
+    source = ASTSource(kernel, signature=types, constexprs=constants, attrs=pointers)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 8})
+    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [tool, "-res-usage", tmp_path / "kernel.cubin"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    ((registers, stack),) = usage_of(text).values()
+    assert registers <= most
+    assert stack == 0
+
+
+# -- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_on_a_gpu(dtype):
+    scores = [torch.randn(n, device="cuda").mul(4).to(dtype) for n in (100_001, 0, 3_000_000, 64)]
+    for k in (0, 1, 10_000, 1_500_000, 3_100_064, 3_100_065):
+        expected = reference.binarize(torch.cat(scores).cpu(), k).split([s.numel() for s in scores])
+        for number in (k, torch.tensor(k, device="cuda")):
+            for found, part in zip(binarize(scores, number, words=True), expected, strict=True):
+                assert torch.equal(found.mask.cpu(), part)
+                words, counts = reference.mask_words(part)
+                assert torch.equal(found.words.cpu(), words)
+                assert torch.equal(found.counts.cpu(), counts)
+    rows = scores[2].view(3000, 1000)
+    for length in (4, 8, 50, 1000, 3000):
+        part = rows.reshape(-1, length)
+        assert torch.equal(binarize(part, length // 4, dim=1).cpu(), reference.binarize_rows(part.cpu(), length // 4))
+
+
+@needs_gpu
+def test_captured_in_a_graph():
+    scores, k = torch.randn(200_000, device="cuda"), torch.tensor(10, device="cuda")
+    binarize(scores, k)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mask = binarize(scores, k)
+    for number in (5, 70_000):
+        scores.normal_()
+        k.fill_(number)
+        graph.replay()
+        assert torch.equal(mask.cpu(), reference.binarize(scores.cpu(), number))
