@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import native, reference
+from . import cuda, native, reference
+from .binarize import BinaryMask
 
 FORMATS = {"dense": 0, "values": 1, "bitmap": 2, "hierarchical": 3, "delta8": 4, "block16": 5}
 """Format -> its code in a message."""
@@ -124,8 +125,9 @@ def pack(
     """The values at the positions of a mask, as a message for :func:`unpack`.
 
     Args:
-        values: a tensor of any shape and strides, float32, float16 or bfloat16, on the CPU; or a mapping from names to
-            tensors; or a model, of which the ``weight`` of each module that has a ``mask`` too is taken.
+        values: a tensor of any shape and strides, float32, float16 or bfloat16, on the CPU, or on a GPU where the CUDA
+            kernels are built; or a mapping from names to tensors; or a model, of which the ``weight`` of each module
+            that has a ``mask`` too is taken.
         mask: bool, of the shape of ``values``; a mapping or a model where that is one, in which tensors without a mask
             may be missing. None: that of the model, else everything is sent.
         format: how positions are written. ``values``: not at all, the receiver has the mask, which is verified by its
@@ -185,8 +187,9 @@ def unpack(
     Args:
         message: what :func:`pack` returned, or its bytes (uint8 arrays and tensors on the CPU too).
         mask: bool, of the tensor's shape, or a mapping or a model: needed by the format ``values``, else compared.
-        out: floating point, of the tensor's shape, on the CPU: written to, and returned. For a message with names a
-            mapping or a model that has these names; others are left alone. A model also lends its masks.
+        out: floating point, of the tensor's shape, where :func:`pack` takes tensors from: written to, and returned. For
+            a message with names a mapping or a model that has these names; others are left alone. A model also lends
+            its masks.
         mode: ``overwrite`` writes zeros outside of the mask, ``scatter`` writes at the positions of the mask only, and
             ``accumulate`` adds there ``alpha`` times the values to ``out``.
         alpha: factor of ``accumulate``.
@@ -258,8 +261,8 @@ def _by_name(argument: Any, what: str, masks: bool = False) -> dict[str, Tensor]
             raise TypeError(f"{what} has the name {name!r}; names are strings")
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{item} is a {type(tensor).__name__}; expected a tensor, a mapping of tensors or a model")
-        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
-            raise PackError(f"{item} is {tensor.layout} on {tensor.device}; expected torch.strided on cpu")
+        if not (tensor.device.type == "cpu" or cuda.available(tensor.device)) or tensor.layout != torch.strided:
+            raise PackError(f"{item} is {tensor.layout} on {tensor.device}; expected torch.strided on cpu or cuda")
         if masks and tensor.dtype != torch.bool:
             raise PackError(f"{item} is {tensor.dtype}; expected torch.bool")
     return dict(named)
@@ -365,7 +368,9 @@ def _write(entry: Entry, tensor: Tensor, bits: np.ndarray, out: np.ndarray, gene
         return
     if entry.format == "dense":
         values = torch.where(
-            torch.from_numpy(_mask_of(bits, entry.numel)).view(entry.shape), tensor, torch.zeros((), dtype=tensor.dtype)
+            torch.from_numpy(_mask_of(bits, entry.numel)).view(entry.shape),
+            tensor.cpu(),
+            torch.zeros((), dtype=tensor.dtype),
         ).reshape(-1)
     else:
         values = torch.empty(entry.num_values, dtype=tensor.dtype)
@@ -557,6 +562,7 @@ def _write_values(
 
 
 # -- C++, or numpy in its place: the same bytes ------------------------------------------------------------------------
+# Of what lies on a GPU only bits and the values at them travel.
 
 
 def bytes_of(tensor: Tensor) -> np.ndarray:
@@ -578,6 +584,9 @@ def _all_ones(n: int) -> np.ndarray:
 
 def mask_to_bits(mask: Tensor) -> tuple[np.ndarray, tuple[int, int, int, int]]:
     n = mask.numel()
+    if cuda.available(mask.device):
+        bits = BinaryMask.of(mask).words.cpu().numpy().view(np.uint64)
+        return bits, _summarize(bits, n)
     if not native.available():
         bits = reference.mask_to_bits(mask.reshape(-1).numpy())
         return bits, reference.summarize_bits(bits, n)
@@ -617,7 +626,11 @@ def _decode_positions(format: str, data: np.ndarray, n: int) -> np.ndarray | Non
 def gather_values(dense: Tensor, bits: np.ndarray, n: int, out: np.ndarray) -> None:
     """Values of a contiguous tensor at the bits, as bytes."""
     size = dense.dtype.itemsize
-    if not native.available():
+    if cuda.available(dense.device):
+        words, counts = _on_device(bits, n, dense.device)
+        values = torch.empty(out.size // size, dtype=dense.dtype, device=dense.device)
+        out[:] = bytes_of(cuda.gather_values(dense, words, counts, values).cpu())
+    elif not native.available():
         out[:] = _as_integers(dense)[reference.bits_to_mask(bits, n)].view(np.uint8)
     else:
         threads = torch.get_num_threads()
@@ -627,6 +640,12 @@ def gather_values(dense: Tensor, bits: np.ndarray, n: int, out: np.ndarray) -> N
 def scatter_values(source: np.ndarray, bits: np.ndarray, dense: Tensor, keep: bool) -> None:
     """Bytes of values to the bits of a contiguous tensor; zeros elsewhere unless that is to be kept."""
     n, size = dense.numel(), dense.dtype.itemsize
+    if cuda.available(dense.device):
+        words, counts = _on_device(bits, n, dense.device)
+        values = torch.empty(source.size // size, dtype=dense.dtype)
+        bytes_of(values)[:] = source
+        cuda.scatter_values(values.to(dense.device), words, counts, dense, keep=keep)
+        return
     if not native.available():
         flat = _as_integers(dense)
         if not keep:
@@ -636,6 +655,11 @@ def scatter_values(source: np.ndarray, bits: np.ndarray, dense: Tensor, keep: bo
         threads = torch.get_num_threads()
         native.lib.scatter_values(source.ctypes.data, size, bits.ctypes.data, n, dense.data_ptr(), keep, threads)
     torch.autograd.graph.increment_version(dense)
+
+
+def _on_device(bits: np.ndarray, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    words = torch.from_numpy(bits.view(np.int64)).to(device)
+    return words, cuda.count_words(words, n)
 
 
 def _crc32c(data: np.ndarray) -> int:

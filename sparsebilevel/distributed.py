@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .kernels import BinaryMask, cuda
 from .kernels.pack import bytes_of, gather_values, mask_to_bits, scatter_values
 from .nn import SparseMaskedModule, mask_of
 
@@ -23,7 +24,8 @@ class _Positions(NamedTuple):
     total: int  # elements of the bucket
     num_sent: int  # of them
     bits: np.ndarray
-    indices: Tensor | None  # those of the bits, int64 [num_sent], where the bucket is not on the CPU
+    support: BinaryMask | None  # the bits on a GPU, where its kernels are
+    indices: Tensor | None  # those of the bits, int64 [num_sent], where there are no kernels
 
     def hold_for(self, parameters: list[Tensor], masks: list[Tensor | None], total: int) -> bool:
         return (
@@ -124,11 +126,13 @@ class SparseAllReduce:
                 stride = parameter.stride() if gapless else gradient.stride()
                 start = gradient.storage_offset() - buffer.storage_offset()
                 wanted.as_strided(gradient.shape, stride, start).copy_(mask)
-        bits, (count, mask_hash, *_) = mask_to_bits(wanted.cpu())
+        has_kernels = cuda.available(buffer.device)
+        support = BinaryMask.of(wanted) if has_kernels else None
+        bits, (count, mask_hash, *_) = mask_to_bits(wanted if has_kernels else wanted.cpu())
         if any(mask is not None for mask in masks):
             self._compare(torch.tensor([mask_hash - (1 << 63), count], device=buffer.device), parameters)
-        indices = None if buffer.device.type == "cpu" else wanted.nonzero().view(-1)
-        return _Positions(parameters, masks, _versions(masks), wanted.numel(), count, bits, indices)
+        indices = None if has_kernels or buffer.device.type == "cpu" else wanted.nonzero().view(-1)
+        return _Positions(parameters, masks, _versions(masks), wanted.numel(), count, bits, support, indices)
 
     def _compare(self, mine: Tensor, parameters: list[Tensor]) -> None:
         ends = torch.cat([mine, ~mine])  # their maxima are the largest and, but for the bits, the smallest of all ranks
@@ -142,7 +146,9 @@ class SparseAllReduce:
 def _gather(buffer: Tensor, positions: _Positions) -> Tensor:
     if positions.indices is not None:
         return buffer.index_select(0, positions.indices)
-    values = torch.empty(positions.num_sent, dtype=buffer.dtype)
+    values = torch.empty(positions.num_sent, dtype=buffer.dtype, device=buffer.device)
+    if positions.support is not None:
+        return cuda.gather_values(buffer, positions.support.words, positions.support.counts, values)
     gather_values(buffer, positions.bits, positions.total, bytes_of(values))
     return values
 
@@ -150,5 +156,7 @@ def _gather(buffer: Tensor, positions: _Positions) -> Tensor:
 def _scatter(values: Tensor, positions: _Positions, buffer: Tensor) -> Tensor:
     if positions.indices is not None:
         return buffer.zero_().index_copy_(0, positions.indices, values)
+    if positions.support is not None:
+        return cuda.scatter_values(values, positions.support.words, positions.support.counts, buffer)
     scatter_values(bytes_of(values), positions.bits, buffer, keep=False)
     return buffer

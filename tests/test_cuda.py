@@ -13,10 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+import sparsebilevel as sb
+from sparsebilevel.distributed import SparseAllReduce
 from sparsebilevel.kernels import BinaryMask, binarize, cuda, reference
+from sparsebilevel.kernels.pack import pack, unpack
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -141,13 +147,33 @@ def test_several_blocks(kind, emulated):
 
 
 def test_a_sample_that_misleads_costs_time_only(emulated):
-    n = 40_000
-    scores = torch.zeros(n)
-    scores[20_000:20_100] = torch.arange(100).float() + 1  # a sample of some sees few of them
-    scores[30_000:30_050] = -torch.arange(50).float() - 1
-    for k in (1, 3, 60, 100, 101, n - 51, n - 50, n - 20, n - 1):
-        outs, _ = written([scores], k)
-        expect([scores], k, outs)
+    """All that is not zero hides from the sample, and is next to zero or far away."""
+    n, count = 40_000, 16_384
+    first = [i * (n // count) + min(i, n % count) for i in range(count + 1)]
+    drawn = [((i + 1) * 0x9E3779B97F4A7C15 % (1 << 64) >> 33) * (first[i + 1] - first[i]) >> 31 for i in range(count)]
+    hidden = torch.ones(n, dtype=torch.bool)
+    hidden[[begin + at for begin, at in zip(first, drawn, strict=False)]] = False
+    places = hidden.nonzero().view(-1)[::20]
+    for values in ([1e-45, 3e-45], [1.0, 2.0, math.inf], [-1e-45, -3e-45], [-1.0, -2.0, -math.inf]):
+        scores = torch.zeros(n)
+        scores[places] = torch.tensor(values)[torch.arange(len(places)) % len(values)]
+        for taken in (1, len(places) // 2, len(places) // 2 + 1, len(places) - 1, len(places), len(places) + 1):
+            k = taken if values[0] > 0 else n - taken
+            outs, _ = written([scores], k)
+            expect([scores], k, outs)
+
+
+def test_chunks_whose_keys_are_just_kept_or_not(emulated):
+    """128 keys of a chunk are kept; here some have as many inside of the window, and others a few more or less."""
+    chunks = torch.randn(60, 1024)
+    for i, inside in enumerate(range(122, 135)):
+        chunks[5 + i] = torch.randn(1024).sign() * 10
+        chunks[5 + i, torch.randperm(1024)[:inside]] = torch.randn(inside) * 1e-4
+    scores = chunks.view(-1)
+    k = int((scores > 0).sum())
+    for more in (-40, 0, 3):
+        outs, _ = written([scores], k + more)
+        expect([scores], k + more, outs)
 
 
 def test_many_tensors(emulated):
@@ -225,6 +251,67 @@ def test_gather_and_scatter(dtype, emulated):
                 )
                 found = cuda.accumulate_values(values, words, counts, dense.clone(), alpha)
                 assert torch.equal(found, torch.where(mask, exact.float().to(dtype), dense))
+
+
+FORMATS = ["values", "bitmap", "hierarchical", "delta8", "block16", "dense", "auto"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_messages_are_those_of_the_cpu(format, dtype, library, monkeypatch):
+    values, mask, before = torch.randn(70, 41).to(dtype).t(), torch.rand(41, 70) < 0.1, torch.randn(41, 70).to(dtype)
+
+    def all_of_it():
+        messages = [bytes(pack(values, mask, format)), bytes(pack({"a": values[0], "b": values}, format="dense"))]
+        generator = torch.Generator().manual_seed(0)
+        messages.append(bytes(pack(values, mask, format, dtype=torch.int8, block=100, generator=generator)))
+        nothing = torch.zeros_like(mask)
+        messages.append(bytes(pack(values, nothing, format)))
+        found = [unpack(messages[3], nothing, out=before.clone(), mode=mode) for mode in ("overwrite", "accumulate")]
+        found += [
+            unpack(message, mask, out=before.t().clone().t(), mode=mode)
+            for message in (messages[0], messages[2])
+            for mode in ("overwrite", "accumulate", "scatter")
+        ]
+        return messages, found
+
+    messages, found = all_of_it()
+    calls = []
+    monkeypatch.setattr(cuda, "DEVICES", {"cpu"})
+    monkeypatch.setattr(cuda, "load", lambda: (library, "emulated"))
+    for name in ("gather_values", "scatter_values"):
+        function = getattr(cuda, name)
+        monkeypatch.setattr(cuda, name, lambda *a, f=function, n=name, **k: [calls.append(n), f(*a, **k)][1])
+    there, found_there = all_of_it()
+    assert messages == there
+    for one, other in zip(found, found_there, strict=True):
+        assert torch.equal(one, other)
+    assert {"gather_values", "scatter_values"} <= set(calls)
+
+
+def test_hook_gathers_with_the_kernels(emulated, tmp_path, monkeypatch):
+    calls = []
+    gather = cuda.gather_values
+    monkeypatch.setattr(cuda, "gather_values", lambda *arguments: [calls.append(1), gather(*arguments)][1])
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Linear(30, 50), nn.ReLU(), nn.Linear(50, 7))
+        sb.sparsify(model, sparsity=0.8)
+        ddp = DistributedDataParallel(model)
+        hook = SparseAllReduce(ddp)
+        inputs = torch.randn(4, 30)
+        for _ in range(2):
+            ddp.zero_grad()
+            ddp(inputs).square().sum().backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        model.zero_grad()
+        model(inputs).square().sum().backward()
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            torch.testing.assert_close(gradient, parameter.grad)
+    finally:
+        dist.destroy_process_group()
+    assert calls
+    assert hook.bytes_sent < hook.dense_bytes
 
 
 def test_half_floats_round_to_even(emulated):
