@@ -1,0 +1,351 @@
+"""How workers talk to each other: in one process for simulation and tests, or in many over torch.distributed.
+
+An algorithm is written for all workers of a process at once, as ``{worker: value}``: `LocalCommunicator` holds all of
+them, `TorchCommunicator` one. So both run the same code, and give the same numbers. Messages are bytes (`.pack` makes
+them), each with a header and a checksum; a damaged one is sent again. Every wait has a limit.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Outgoing = Mapping[int, Mapping[int, bytes]]
+Incoming = dict[int, dict[int, bytes]]
+
+_HEADER = struct.Struct("<4sIQqI")  # magic, checksum of the payload, its length, notice, checksum of the header so far
+_MAGIC = b"SBGM"
+RETRIES = 3
+
+
+class CommunicationError(RuntimeError):
+    """A worker does not answer, or its messages keep arriving damaged."""
+
+
+class Communicator:
+    """Base class.
+
+    Attributes:
+        ranks: the workers in this process that are alive.
+        world_size: number of workers at the start.
+        lost: workers that do not answer any more, as far as the workers in this process know.
+        notice: a number that spreads with every message; all workers soon have the largest that any of them set.
+        sent: bytes sent by the workers of this process, headers and repetitions included, by kind.
+        resent: messages that arrived damaged and were sent again.
+        tamper: for tests; maps (sender, receiver, payload) to the payload that arrives.
+    """
+
+    ranks: tuple[int, ...]
+    world_size: int
+
+    def __init__(self) -> None:
+        self.lost: set[int] = set()
+        self.notice = 0
+        self.sent: Counter[str] = Counter()
+        self.resent = 0
+        self.tamper: Callable[[int, int, bytes], bytes] | None = None
+
+    def exchange(self, outgoing: Outgoing, kind: str) -> Incoming:
+        """Send ``outgoing[worker][neighbour]`` and receive what the neighbours send at the same time.
+
+        Every worker sends one message to each neighbour and gets one from it. Returns ``{worker: {neighbour: payload}}``
+        without those neighbours that were lost.
+
+        Raises:
+            CommunicationError: a neighbour does not answer in time, unless lost workers are to be dropped.
+        """
+        raise NotImplementedError
+
+    def gather(self, values: Mapping[int, bytes]) -> dict[int, bytes] | None:
+        """What every living worker hands in, at the process of worker 0; None elsewhere. Not counted as traffic."""
+        raise NotImplementedError
+
+    def barrier(self) -> None:
+        """Wait until every living worker is here."""
+
+    def close(self) -> None:
+        """End the connections."""
+
+
+class LocalCommunicator(Communicator):
+    """All workers in this process."""
+
+    def __init__(self, world_size: int) -> None:
+        super().__init__()
+        if world_size < 1:
+            raise ValueError(f"world_size={world_size} is not allowed; expected at least 1")
+        self.world_size = world_size
+        self.ranks = tuple(range(world_size))
+
+    def fail(self, rank: int) -> None:
+        """Simulate the loss of a worker: it sends nothing more."""
+        self.ranks = tuple(k for k in self.ranks if k != rank)
+        self.lost.add(rank)
+
+    def rejoin(self, rank: int) -> None:
+        """The worker is back."""
+        self.ranks = tuple(sorted({*self.ranks, rank}))
+        self.lost.discard(rank)
+
+    def exchange(self, outgoing: Outgoing, kind: str) -> Incoming:
+        incoming: Incoming = {k: {} for k in outgoing}
+        for k, messages in outgoing.items():
+            for j, payload in messages.items():
+                if j in incoming:
+                    incoming[j][k] = self._carry(k, j, payload, kind)
+        return incoming
+
+    def _carry(self, k: int, j: int, payload: bytes, kind: str) -> bytes:
+        for _ in range(RETRIES + 1):
+            self.sent[kind] += _HEADER.size + len(payload)
+            arrived = self.tamper(k, j, payload) if self.tamper else payload
+            if self.tamper is None or zlib.crc32(arrived) == zlib.crc32(payload):
+                return arrived
+            self.resent += 1
+        raise CommunicationError(f"worker {j}: the message of worker {k} arrived damaged {RETRIES + 1} times")
+
+    def gather(self, values: Mapping[int, bytes]) -> dict[int, bytes] | None:
+        return dict(values)
+
+
+class TorchCommunicator(Communicator):
+    """One worker in this process; the others in processes that torchrun, or anything that sets its variables, started.
+
+    Each edge is a gloo process group of its own: if a neighbour dies or hangs, that edge alone breaks. Messages lie in
+    host memory, packed, so that gloo carries them for workers on GPUs too, several of which may share one.
+
+    Args:
+        edges: all pairs of workers that will ever exchange messages; the same in every process.
+        timeout: seconds to wait for a neighbour.
+        on_failure: ``error`` raises where a neighbour does not answer; ``drop`` goes on without it.
+        store: where the workers find each other; None: that of torchrun (environment variables).
+        rank, world_size: of this process; None with ``store=None``.
+    """
+
+    def __init__(
+        self,
+        edges: Iterable[tuple[int, int]],
+        timeout: float = 60.0,
+        on_failure: str = "error",
+        store: dist.Store | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        if on_failure not in ("error", "drop"):
+            raise ValueError(f"on_failure={on_failure!r} is not known; allowed: error, drop")
+        if not timeout > 0:
+            raise ValueError(f"timeout={timeout!r} is not allowed; expected a number of seconds above 0")
+        self.timeout, self.on_failure = timeout, on_failure
+        if store is None:
+            store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))
+        if rank is None or world_size is None:
+            raise ValueError("rank and world_size must be given with a store")
+        self._store = dist.PrefixStore("sparsebilevel", store)
+        self.rank, self.world_size, self.ranks = rank, world_size, (rank,)
+        self._groups: dict[int, Any] = {}
+        self._signs = 0
+        wanted = {(min(e), max(e)) for e in edges} | {(0, k) for k in range(1, world_size)}  # a star to report on
+        for edge in sorted(wanted):  # the same order everywhere, so that nobody waits in a circle
+            if rank in edge:
+                self._connect(sum(edge) - rank)
+
+    def _connect(self, other: int, name: str = "edge") -> None:
+        low, high = sorted((self.rank, other))
+        store = dist.PrefixStore(f"{name}/{low}-{high}", self._store)
+        limit = timedelta(seconds=self.timeout)
+        try:
+            self._groups[other] = dist.ProcessGroupGloo(store, int(self.rank == high), 2, limit)
+        except RuntimeError as error:
+            raise CommunicationError(
+                f"worker {self.rank}: worker {other} did not connect within {self.timeout:g} s ({_first_line(error)})"
+            ) from None
+
+    def _fail(self, other: int, reason: str) -> None:
+        self.lost.add(other)
+        if self.on_failure == "error":
+            raise CommunicationError(
+                f"worker {self.rank}: worker {other} does not answer ({reason}; the limit is {self.timeout:g} s). "
+                "With on_failure='drop' the others would go on without it"
+            )
+        if other == 0:
+            raise CommunicationError(f"worker {self.rank}: worker 0, which keeps the log, does not answer ({reason})")
+
+    # -- one edge: every method returns whether it worked, and None or False means that the worker is lost
+
+    def _send(self, other: int, data: bytes) -> list[Any] | None:
+        buffer = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)
+        try:
+            # The tensor is kept beside the work, since it must live until that has ended.
+            return [self._groups[other].send([buffer], int(self.rank < other), 0), buffer]
+        except RuntimeError as error:
+            self._fail(other, _first_line(error))
+            return None
+
+    def _receive(self, other: int, size: int, deadline: float) -> bytes | None:
+        buffer = torch.zeros(max(size, 1), dtype=torch.uint8)
+        try:
+            work = self._groups[other].recv([buffer], int(self.rank < other), 0)
+            self._wait(work, deadline, other)
+        except RuntimeError as error:
+            self._fail(other, _first_line(error))
+            return None
+        return buffer.numpy().tobytes()[:size]
+
+    def _wait(self, work: Any, deadline: float, other: int | None = None) -> None:
+        if self.on_failure == "drop" and other is not None:
+            self._wait_for(work, other)
+            return
+        left = max(deadline - time.monotonic(), 0.001)
+        if not work.wait(timedelta(seconds=left)):
+            raise RuntimeError("timed out")
+
+    def _wait_for(self, work: Any, other: int) -> None:
+        """Tell a worker that hangs from one that only waits for it: the latter says so, in the store, now and then.
+
+        gloo breaks an edge whose wait ran out, so it waits in a thread, and with a limit for the worst case, in which
+        each worker waits for the next.
+        """
+        outcome: list[RuntimeError | None] = []
+
+        def wait() -> None:
+            try:
+                work.wait(timedelta(seconds=self.timeout * (self.world_size + 1)))
+                outcome.append(None)
+            except RuntimeError as error:
+                outcome.append(error)
+
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        sign, since = self._sign_of(other), time.monotonic()
+        while True:
+            thread.join(self.timeout / 4)
+            if not thread.is_alive():
+                if outcome[0] is not None:
+                    raise outcome[0]
+                return
+            self._signs += 1
+            self._store.set(f"waiting/{self.rank}", str(self._signs))
+            if (latest := self._sign_of(other)) != sign:
+                sign, since = latest, time.monotonic()
+            if time.monotonic() - since > self.timeout:
+                raise RuntimeError("timed out")
+
+    def _sign_of(self, other: int) -> bytes:
+        key = f"waiting/{other}"
+        return self._store.get(key) if self._store.check([key]) else b""
+
+    def exchange(self, outgoing: Outgoing, kind: str) -> Incoming:
+        messages = {j: m for j, m in outgoing[self.rank].items() if j not in self.lost}
+        received: dict[int, bytes] = {}
+        sending, expecting = set(messages), set(messages)
+        for _ in range(RETRIES + 1):
+            deadline = time.monotonic() + self.timeout
+            works: list[tuple[int, list[Any]]] = []
+            for j in sorted(sending):
+                works += self._post(j, messages[j], kind)
+            verdicts = {j: self._take(j, received, deadline) for j in sorted(expecting - self.lost)}
+            for j, is_good in verdicts.items():
+                if j not in self.lost and (sent := self._send(j, b"\1" if is_good else b"\0")):
+                    works.append((j, sent))
+            answers = {j: self._receive(j, 1, deadline) for j in sorted(sending - self.lost)}
+            for j, (work, _) in works:
+                if j not in self.lost:
+                    try:
+                        self._wait(work, deadline)
+                    except RuntimeError as error:
+                        self._fail(j, _first_line(error))
+            expecting = {j for j, is_good in verdicts.items() if not is_good} - self.lost
+            sending = {j for j, answer in answers.items() if answer == b"\0"} - self.lost
+            self.resent += len(sending)
+            if not sending and not expecting:
+                break
+        for j in sorted(expecting | sending):
+            self._fail(j, f"a message arrived damaged {RETRIES + 1} times")
+        return {self.rank: {j: received[j] for j in sorted(received) if j not in self.lost}}
+
+    def _post(self, j: int, payload: bytes, kind: str) -> list[tuple[int, list[Any]]]:
+        self.sent[kind] += _HEADER.size + len(payload)
+        head = _HEADER.pack(_MAGIC, zlib.crc32(payload), len(payload), self.notice, 0)[:-4]
+        head += struct.pack("<I", zlib.crc32(head))
+        arriving = self.tamper(self.rank, j, payload) if self.tamper else payload
+        works = []
+        for part in (head, arriving):
+            if (sent := self._send(j, part)) is None:
+                break
+            works.append((j, sent))
+        return works
+
+    def _take(self, j: int, received: dict[int, bytes], deadline: float) -> bool:
+        """Receive a message; False if its checksum is wrong."""
+        head = self._receive(j, _HEADER.size, deadline)
+        if head is None:
+            return False
+        magic, checksum, size, notice, head_checksum = _HEADER.unpack(head)
+        if magic != _MAGIC or zlib.crc32(head[:-4]) != head_checksum:
+            # Without a length the next message cannot be found.
+            self._fail(j, "the header of its message is damaged")
+            return False
+        payload = self._receive(j, size, deadline)
+        if payload is None or zlib.crc32(payload) != checksum:
+            return False
+        self.notice = max(self.notice, notice)
+        received[j] = payload
+        return True
+
+    def gather(self, values: Mapping[int, bytes]) -> dict[int, bytes] | None:
+        deadline = time.monotonic() + self.timeout
+        mine = values[self.rank]
+        if self.rank:
+            for part in (struct.pack("<Q", len(mine)), mine):
+                if sent := self._send(0, part):
+                    try:
+                        self._wait(sent[0], deadline)
+                    except RuntimeError as error:
+                        self._fail(0, _first_line(error))
+            return None
+        out = {0: mine}
+        for k in range(1, self.world_size):
+            if k not in self.lost and (size := self._receive(k, 8, deadline)) is not None:
+                value = self._receive(k, struct.unpack("<Q", size)[0], deadline)
+                if value is not None:
+                    out[k] = value
+        return out
+
+    def barrier(self) -> None:
+        self.gather({self.rank: b""})
+        for k in [k for k in self._groups if k not in self.lost] if self.rank == 0 else [0]:
+            if self.rank == 0:
+                if sent := self._send(k, b"\1"):
+                    self._wait(sent[0], time.monotonic() + self.timeout)
+            elif self.world_size > 1:
+                self._receive(k, 1, time.monotonic() + self.timeout)
+
+    def close(self) -> None:
+        self._groups.clear()
+
+
+def launched_world_size() -> int:
+    """Number of processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return (text.splitlines()[0] if text else type(error).__name__)[:160]
+
+
+def tensor_to_bytes(tensor: Tensor) -> bytes:
+    """The elements of a tensor on the CPU, for `Communicator.gather`."""
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()

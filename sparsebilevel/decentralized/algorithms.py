@@ -1,0 +1,507 @@
+"""Decentralized bi-level pruning (formulation of this library, see docs/decentralized.md), and what it is compared with.
+
+Worker k of K has a loss L_k, weights y_k and a relaxed mask x_k in [0, 1]; its network computes with x ⊙ y.
+
+    lower level   y*(x) = argmin_y  mean_k L_k(x ⊙ y) + ridge/2 |y|²
+    upper level   min over x in X   mean_k L_k(x ⊙ y*(x)) + strength R(x)
+
+A round takes some steps on y and one projected step on x. After a part of the rounds the workers agree on one binary
+mask with exactly the asked number of zeros, and train the weights under it. All algorithms here are settings of one
+class; `ALGORITHMS` lists them. With G = dL/d(x ⊙ y): dL/dy = x ⊙ G and dL/dx = y ⊙ G.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kernels import binarize
+from ..masks import check_sparsity
+from .estimators import ESTIMATORS, Estimator, Point, mix_seed
+from .gossip import Gossip, Values, consensus_error
+from .tasks import Problem
+from .tracking import TRACKING, TrackedStep
+
+HYPERGRADIENTS = ("direct", "implicit", "penalty")
+CONSTRAINTS = ("simplex", "box", "count")
+REGULARIZERS = ("none", "l1", "group")
+MASKS = ("learned", "dense", "magnitude-after", "magnitude-during")
+CLIPS = ("none", "update", "mask")
+
+
+@dataclasses.dataclass
+class Settings:
+    """What an algorithm is made of. The first block is what `ALGORITHMS` chooses."""
+
+    mask: str = "learned"
+    hypergradient: str = "direct"
+    inner_steps: int = 10
+    lower: str = "storm"
+    upper: str = "storm"
+    tracking: str = "atc"
+    clip: str = "none"
+    # the problem
+    sparsity: float = 0.8
+    constraint: str = "simplex"
+    regularizer: str = "none"
+    strength: float = 0.0
+    ridge: float = 1e-4
+    # the steps
+    lr: float = 0.1
+    mask_lr: float = 0.05
+    normalize: bool = True
+    batch_size: int = 32
+    rho: float = 0.1
+    period: int = 0
+    epsilon: float = 0.1
+    implicit_scale: float | None = None
+    clip_at: float = 0.4
+    # the run
+    search: float = 0.5
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raise ValueError, naming the setting, where a value is not allowed."""
+        check_sparsity(self.sparsity)
+        choices = {
+            "mask": MASKS,
+            "hypergradient": HYPERGRADIENTS,
+            "lower": ESTIMATORS,
+            "upper": ESTIMATORS,
+            "tracking": TRACKING,
+            "clip": CLIPS,
+            "constraint": CONSTRAINTS,
+            "regularizer": REGULARIZERS,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; allowed: {', '.join(allowed)}")
+        for name in ("inner_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed; expected at least 1")
+        for name in ("lr", "mask_lr", "epsilon"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; expected a number above 0")
+        for name in ("strength", "ridge"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; expected a number of at least 0")
+        if not 0 < self.search <= 1:
+            raise ValueError(f"search={self.search!r} is not allowed; expected a number in (0, 1]")
+        if self.hypergradient == "implicit" and self.implicit_scale is None and self.ridge == 0:
+            raise ValueError("hypergradient='implicit' needs ridge > 0, or an implicit_scale")
+
+
+_PENALTY = {"hypergradient": "penalty", "upper": "sgd", "lower": "sgd", "tracking": "none"}
+_ASCENT = {"hypergradient": "penalty", "inner_steps": 1, "lower": "storm", "upper": "storm", "tracking": "atc"}
+_PLAIN = {"lower": "sgd", "tracking": "none", "mask": "dense"}
+
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "bilevel": {},
+    "bilevel-implicit": {"hypergradient": "implicit"},
+    "bilevel-penalty": {"hypergradient": "penalty"},
+    "d-svrgda": {**_ASCENT, "mask": "dense"},
+    "d-svrgda-clip-update": {**_ASCENT, "clip": "update"},
+    "d-svrgda-clip-mask": {**_ASCENT, "clip": "mask"},
+    "d-f2bsa-1": {**_PENALTY, "inner_steps": 1},
+    "d-f2bsa-5": {**_PENALTY, "inner_steps": 5},
+    "d-f2bsa-10": {**_PENALTY, "inner_steps": 10},
+    "d-f2bsa-vr": {**_PENALTY, "inner_steps": 1, "upper": "storm"},
+    "d-sgd": _PLAIN,
+    "d-sgd-tracking": {**_PLAIN, "tracking": "atc"},
+    "magnitude-after": {**_PLAIN, "tracking": "atc", "mask": "magnitude-after"},
+    "magnitude-during": {**_PLAIN, "tracking": "atc", "mask": "magnitude-during"},
+}
+"""Name -> the settings that make it. All d-... with a penalty are reconstructions; docs/decentralized.md says of what."""
+
+DENSE_ALGORITHMS = tuple(name for name, choice in ALGORITHMS.items() if choice.get("mask") == "dense")
+
+
+# -- projections -------------------------------------------------------------------------------------------------------
+
+
+def project_box(x: Tensor) -> Tensor:
+    """Onto 0 <= x <= 1."""
+    return x.clamp(0, 1)
+
+
+def project_capped_simplex(x: Tensor, total: float) -> Tensor:
+    """Onto 0 <= x <= 1 with sum ``total``: ``clip(x - mu, 0, 1)``, mu by bisection in float64."""
+    if not 0 <= total <= x.numel():
+        raise ValueError(f"total={total!r} is not allowed; expected a number in [0, {x.numel()}]")
+    if total == x.numel():
+        return torch.ones_like(x)
+    wide = x.double()
+    low, high = (wide.min() - 1).item(), wide.max().item()  # the sums there are numel and 0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if (wide - middle).clamp(0, 1).sum().item() > total:
+            low = middle
+        else:
+            high = middle
+    return (wide - (low + high) / 2).clamp(0, 1).to(x.dtype)
+
+
+def project_count(x: Tensor, count: int) -> Tensor:
+    """Onto 0 <= x <= 1 with at most ``count`` entries that are not zero: the largest, ties to the smaller index."""
+    return x.clamp(0, 1) * binarize(x, count)
+
+
+class Decentralized:
+    """An algorithm on a problem. `round` goes one round on; `evaluate` says where it stands.
+
+    Args:
+        problem: the network, its loss and the data of each worker.
+        gossip: connects the workers of this process with the others.
+        settings: see `Settings`.
+        budget: sample gradients that a worker may compute on average; it fixes `rounds`.
+
+    Attributes:
+        rounds: number of rounds of the run.
+        search_rounds: those in which the mask is still open.
+        done: rounds so far.
+        x, y: mask ``[P]`` and weights ``[P]`` of each worker here, P all parameters, those with a mask first. With the
+            penalty form y is ``[2 P]``: the weights, and those of the lower level alone.
+    """
+
+    def __init__(self, problem: Problem, gossip: Gossip, settings: Settings, budget: float) -> None:
+        settings.validate()
+        self.problem, self.gossip, self.settings, self.budget = problem, gossip, settings, budget
+        s, self.size, self.maskable = settings, problem.size, problem.maskable
+        self.is_penalty = s.hypergradient == "penalty" and s.mask in ("learned", "dense")
+        self.kept = self.maskable - round(check_sparsity(s.sparsity) * self.maskable)
+        if s.mask == "dense":
+            self.kept = self.maskable
+        copies = 2 if self.is_penalty else 1
+        initial = problem.initial().repeat(copies)
+        self.x: Values = {k: torch.ones(self.size) for k in gossip.comm.ranks}
+        self.y: Values = {k: initial.clone() for k in gossip.comm.ranks}
+        self._masks: Values = {}
+        self.done = 0
+        self.evaluations = 0  # of all workers here
+        self.lower = {k: self._estimator(k, s.lower, self._lower_oracle(k), 0) for k in gossip.comm.ranks}
+        self.upper = {k: self._estimator(k, s.upper, self._upper_oracle(k), 1) for k in gossip.comm.ranks}
+        self.lower_step = TrackedStep(gossip, s.tracking, "weights")
+        self.upper_step = TrackedStep(gossip, s.tracking, "mask")
+        mean_size = problem.mean_size
+        first = gossip.comm.ranks[0]
+        cost = s.inner_steps * self.lower[first].cost(mean_size)
+        upper_cost = copies * self.upper[first].cost(mean_size) if s.mask == "learned" else 0.0
+        later_cost = cost * (copies if s.mask == "dense" else 1)  # under an agreed mask there is one level
+        mean_cost = s.search * (copies * cost + upper_cost) + (1 - s.search) * later_cost
+        self.rounds = max(2, int(budget / mean_cost))
+        self.search_rounds = max(1, int(s.search * self.rounds))
+        self._update_masks()
+
+    def _estimator(self, k: int, name: str, oracle: Any, level: int) -> Estimator:
+        s = self.settings
+        return Estimator(name, oracle, s.batch_size, mix_seed(s.seed, k, level), s.rho, s.period)
+
+    # -- the two levels
+
+    def _gradient(self, k: int, z: Tensor, indices: Tensor, key: int) -> Tensor:
+        self.evaluations += len(indices)
+        return self.problem.gradient(k, z, indices, key)
+
+    def _lower_oracle(self, k: int) -> Any:
+        return _Oracle(self.problem.sizes[k], lambda *call: self._lower_gradient(k, *call))
+
+    def _upper_oracle(self, k: int) -> Any:
+        return _Oracle(self.problem.sizes[k], lambda *call: self._upper_gradient(k, *call))
+
+    def _lower_gradient(self, k: int, point: Point, indices: Tensor, key: int) -> Tensor:
+        """Of the lower level at (x, y); with the penalty, of its y times epsilon and of its z."""
+        x, y = point
+        ridge, P = self.settings.ridge, self.size
+        first = x * self._gradient(k, x * y[:P], indices, key)
+        if not self.is_penalty:
+            return first + ridge * y
+        second = x * self._gradient(k, x * y[P:], indices, key)
+        # epsilon (L(x y) + (1/epsilon) (L(x y) + ridge/2 |y|^2)): of the size of the lower level's own gradient
+        return torch.cat([(1 + self.settings.epsilon) * first, second]) + ridge * y
+
+    def _upper_gradient(self, k: int, point: Point, indices: Tensor, key: int) -> Tensor:
+        """The hypergradient of L at (x, y), of the positions that have a mask."""
+        x, y = point
+        s, P, d = self.settings, self.size, self.maskable
+        g = self._gradient(k, x * y[:P], indices, key)[:d]
+        direct = y[:d] * g
+        if s.hypergradient == "implicit":
+            scale = 1 / s.ridge if s.implicit_scale is None else s.implicit_scale
+            return direct - scale * x[:d] * g * g
+        if self.is_penalty:
+            below = self._gradient(k, x * y[P:], indices, key)[:d]
+            return direct + (direct - y[P : P + d] * below) / s.epsilon
+        return direct
+
+    def _regularizer_gradient(self, x: Tensor) -> Tensor:
+        s = self.settings
+        if s.regularizer == "none" or s.strength == 0:
+            return torch.zeros_like(x)
+        if s.regularizer == "l1":
+            return torch.full_like(x, s.strength)
+        parts = [s.strength * _group_gradient(part) for part in self.problem.split_masked(x)]
+        return torch.cat([part.reshape(-1) for part in parts])
+
+    def regularizer(self, x: Tensor) -> float:
+        """``strength * R(x)`` of the positions that have a mask."""
+        s = self.settings
+        if s.regularizer == "none":
+            return 0.0
+        if s.regularizer == "l1":
+            return s.strength * x.sum().item()
+        return s.strength * sum(part.flatten(1).norm(dim=1).sum().item() for part in self.problem.split_masked(x))
+
+    # -- a round
+
+    def round(self) -> None:
+        """Steps on the weights, then one on the mask while that is open."""
+        self._notice_losses()
+        s = self.settings
+        for _ in range(s.inner_steps):
+            gradients = {k: self.lower[k]((self.x[k], self.y[k])) for k in self.y}
+            limit = (lambda step: step.clamp(-s.clip_at, s.clip_at)) if s.clip == "update" else None
+            self.y = self.lower_step(self.y, gradients, s.lr, self._lower_masks(), limit)
+        self.done += 1
+        if self.done <= self.search_rounds and s.mask == "learned":
+            self._mask_step()
+        elif self.done < self.search_rounds and s.mask == "magnitude-during":
+            for k, x in self.x.items():
+                x = torch.cat([binarize(self.y[k][: self.maskable].abs(), self._count()).float(), x[self.maskable :]])
+                self.x[k] = x
+            self._update_masks()
+        if self.done == self.search_rounds and s.mask != "dense":
+            self._agree()
+
+    def _notice_losses(self) -> None:
+        """Restart all trackers in the same round after a worker was lost: its part of their mean went with it."""
+        comm = self.gossip.comm
+        if len(comm.lost) > getattr(self, "_lost", 0):
+            # The number spreads with the messages, over one edge a mixing; by then everyone has heard of it.
+            comm.notice = max(comm.notice, self.done + comm.world_size)
+        self._lost = len(comm.lost)
+        for name in ("x", "y", "_masks"):
+            setattr(self, name, {k: v for k, v in getattr(self, name).items() if k in comm.ranks})
+        if comm.notice == self.done > 0:
+            self.lower_step.restart()
+            self.upper_step.restart()
+
+    def _count(self) -> int:
+        """Weights that the mask keeps now: from all to `kept` along a cubic, which prunes early when much is left."""
+        done = min(1.0, self.done / max(1, 0.8 * self.search_rounds))
+        return self.kept + round((self.maskable - self.kept) * (1 - done) ** 3)
+
+    def _mask_step(self) -> None:
+        s, d = self.settings, self.maskable
+        estimates = {k: self.upper[k]((self.x[k], self.y[k])) for k in self.x}
+        gradients = {k: v + self._regularizer_gradient(self.x[k][:d]) for k, v in estimates.items()}
+        limit = self._scaled if s.normalize else None
+        mixed = self.upper_step({k: x[:d] for k, x in self.x.items()}, gradients, s.mask_lr, None, limit)
+        for k, x in mixed.items():
+            if s.clip == "mask":
+                x = x.clamp(0, 1)
+                x = x * (x >= s.clip_at)
+            elif s.constraint == "box":
+                x = project_box(x)
+            elif s.constraint == "simplex":
+                x = project_capped_simplex(x, self._count())
+            else:
+                x = project_count(x, self._count())
+            self.x[k] = torch.cat([x, self.x[k][d:]])
+        self._update_masks()
+
+    def _scaled(self, step: Tensor) -> Tensor:
+        """A step of the mean size ``mask_lr``: hypergradients shrink by orders of magnitude during a run."""
+        size = step.abs().mean()
+        return step * (self.settings.mask_lr / size) if size > 0 else step
+
+    def _update_masks(self) -> None:
+        """Boolean supports; the object stays the same as long as the mask does, by which gossip knows it."""
+        for k, x in self.x.items():
+            mask = x > 0
+            mask = mask.repeat(2) if self.is_penalty else mask
+            if k not in self._masks or not torch.equal(mask, self._masks[k]):
+                self._masks[k] = mask
+
+    def _lower_masks(self) -> Values | None:
+        return None if self.settings.mask == "dense" else self._masks
+
+    # -- one mask for all
+
+    def _agree(self) -> None:
+        """Average the scores, let the first worker's largest be the mask, and fold x into the weights under it."""
+        d, comm = self.maskable, self.gossip.comm
+        scores = {k: self._scores(self.x[k][:d], self.y[k][:d]) for k in self.x}
+        left = self.gossip.topology.second_eigenvalue
+        mixings = math.ceil(math.log(1e-3) / math.log(max(left, 1e-3))) if comm.world_size > 1 else 0
+        for _ in range(mixings):
+            scores = self.gossip.mix(scores, "agreement")
+        masks = self._flood({k: binarize(score, self.kept) for k, score in scores.items()})
+        P = self.size
+        for k, mask in masks.items():
+            x = torch.cat([mask.float(), self.x[k][d:]])
+            self.x[k], self.y[k] = x, self.x[k] * self.y[k][:P]
+        self.is_penalty = False  # from here on the lower level is all there is
+        self._update_masks()
+        self.lower_step.restart()
+        for k in self.lower:
+            old = self.lower[k]
+            self.lower[k] = self._estimator(k, self.settings.lower, self._lower_oracle(k), 2)
+            self.lower[k].evaluations = old.evaluations
+
+    def _scores(self, x: Tensor, y: Tensor) -> Tensor:
+        """Importances: the mask, and among equals the magnitude; magnitude alone where the mask is not learned."""
+        magnitude = y.abs()
+        if self.settings.mask != "learned":
+            return magnitude * x if self.settings.mask == "magnitude-during" else magnitude
+        return x + 1e-4 * magnitude / magnitude.max().clamp_min(1e-30)
+
+    def _flood(self, masks: Mapping[int, Tensor]) -> Values:
+        """The mask of the first living worker, handed on from neighbour to neighbour, one bit a weight."""
+        comm, topology = self.gossip.comm, self.gossip.topology
+        best = {k: struct.pack("<q", k) + np.packbits(mask.numpy()).tobytes() for k, mask in masks.items()}
+        for _ in range(comm.world_size - 1):
+            neighbours = {k: topology.adjacency[k].nonzero().flatten().tolist() for k in best}
+            incoming = comm.exchange({k: dict.fromkeys(neighbours[k], best[k]) for k in best}, "agreement")
+            best = {k: min([best[k], *incoming[k].values()], key=lambda b: struct.unpack_from("<q", b)) for k in best}
+        bits = {k: np.unpackbits(np.frombuffer(b[8:], np.uint8), count=self.maskable) for k, b in best.items()}
+        return {k: torch.from_numpy(b).bool() for k, b in bits.items()}
+
+    # -- where it stands
+
+    def evaluate(self) -> dict[str, Any] | None:
+        """A row of figures, at the process of worker 0; None elsewhere.
+
+        ``upper_loss`` is that of the workers' own models on their own data; ``test_acc`` (and ``test_auc`` of two
+        classes) that of the mean of the workers, binarized to the asked sparsity; ``sparsity`` what that really has, of
+        the positions with a mask; ``mask_sparsity`` the zeros in the workers' relaxed masks; ``consensus_error`` that
+        of the effective weights; ``bytes`` what all workers have sent.
+        """
+        comm, P = self.gossip.comm, self.size
+        out = {}
+        for i, k in enumerate(comm.ranks):
+            sent = {**comm.sent, "evaluations": self.evaluations, "resent": comm.resent} if i == 0 else {}
+            loss = self.problem.local_loss(k, self.x[k] * self.y[k][:P])
+            numbers = torch.tensor([loss], dtype=torch.float64)
+            text = repr(sorted(sent.items())).encode()
+            state = torch.cat([self.x[k], self.y[k][:P]]).numpy().tobytes()
+            out[k] = struct.pack("<I", len(text)) + text + numbers.numpy().tobytes() + state
+        gathered = comm.gather(out)
+        return None if gathered is None else self._summarize(gathered)
+
+    def _summarize(self, gathered: Mapping[int, bytes]) -> dict[str, Any]:
+        import ast
+
+        P, d = self.size, self.maskable
+        xs, ys, losses, sent = {}, {}, [], dict[str, int]()
+        for k, data in gathered.items():
+            (length,) = struct.unpack_from("<I", data)
+            for name, count in ast.literal_eval(data[4 : 4 + length].decode()):
+                sent[name] = sent.get(name, 0) + count
+            losses.append(struct.unpack_from("<d", data, 4 + length)[0])
+            state = torch.frombuffer(bytearray(data[12 + length :]), dtype=torch.float32)
+            xs[k], ys[k] = state[:P], state[P:]
+        self.mean_x = torch.stack(list(xs.values())).mean(0)
+        self.mean_y = torch.stack(list(ys.values())).mean(0)
+        z = self.final_weights()
+        evaluations, resent = sent.pop("evaluations"), sent.pop("resent")
+        loss = sum(losses) / len(losses) + self.regularizer(self.mean_x[:d])
+        return {
+            "round": self.done,
+            "evaluations": evaluations / len(gathered),
+            "upper_loss": loss,
+            **self.problem.test(z),
+            "consensus_error": consensus_error({k: xs[k] * ys[k] for k in xs}),
+            "sparsity": 1 - torch.count_nonzero(self.final_mask()).item() / d if d else 0.0,
+            "mask_sparsity": sum((x[:d] == 0).float().mean().item() for x in xs.values()) / len(xs),
+            "mask_agreed": self.done >= self.search_rounds and self.settings.mask != "dense",
+            "bytes": sent,
+            "bytes_total": sum(sent.values()),
+            "resent": resent,
+            "workers": len(gathered),
+        }
+
+    def final_mask(self) -> Tensor:
+        """Bool ``[d]`` of the mean model of the last `evaluate`: what the asked sparsity leaves."""
+        d = self.maskable
+        return binarize(self._scores(self.mean_x[:d], self.mean_y[:d]), self.kept)
+
+    def final_weights(self) -> Tensor:
+        """Effective weights ``[P]`` of the mean model of the last `evaluate`, under `final_mask`."""
+        z = self.mean_x * self.mean_y
+        return torch.cat([z[: self.maskable] * self.final_mask(), z[self.maskable :]])
+
+    # -- checkpoints, one for each worker
+
+    def state_dict(self, k: int) -> dict[str, Any]:
+        """All that worker k needs to go on to the same numbers, the bytes sent among them."""
+        self.gossip.forget()
+        comm = self.gossip.comm
+        is_first = k == comm.ranks[0]
+        steps = {"lower_step": self.lower_step, "upper_step": self.upper_step}
+        return {
+            "model": {"x": self.x[k], "y": self.y[k]},
+            "round": self.done,
+            "rounds": self.rounds,
+            "clock": self.gossip.clock,
+            "notice": comm.notice,
+            "lower": self.lower[k].state_dict(),
+            "upper": self.upper[k].state_dict(),
+            "error": {kind: values[k] for kind, values in self.gossip.error.items() if k in values},
+            "sent": dict(comm.sent) if is_first else {},
+            "evaluations": self.evaluations if is_first else 0,
+            **{n: {p: v[k] for p, v in step.state_dict().items() if k in v} for n, step in steps.items()},
+        }
+
+    def load_state_dict(self, states: Mapping[int, dict[str, Any]]) -> None:
+        """Continue from the ``state_dict`` of each worker here.
+
+        Raises:
+            ValueError: they are of different rounds, or of another run.
+        """
+        rounds = {k: state["round"] for k, state in states.items()}
+        if len(set(rounds.values())) > 1:
+            raise ValueError(f"checkpoints are of different rounds: {rounds}; remove those that the others lack")
+        comm = self.gossip.comm
+        if next(iter(rounds.values())) >= self.search_rounds and self.settings.mask != "dense":
+            self.is_penalty = False
+            self.lower_step.restart()
+        for k, state in states.items():
+            if state["model"]["x"].shape != self.x[k].shape or state["rounds"] != self.rounds:
+                raise ValueError(f"checkpoint of worker {k} is of another run (other sizes or number of rounds)")
+            self.x[k], self.y[k] = state["model"]["x"], state["model"]["y"]
+            self.done, self.gossip.clock, comm.notice = state["round"], state["clock"], state["notice"]
+            self.lower[k].load_state_dict(state["lower"])
+            self.upper[k].load_state_dict(state["upper"])
+            for kind, value in state["error"].items():
+                self.gossip.error.setdefault(kind, {})[k] = value
+            for step, name in ((self.lower_step, "lower_step"), (self.upper_step, "upper_step")):
+                for part, value in state[name].items():
+                    getattr(step, part)[k] = value
+            for kind, count in state["sent"].items():
+                comm.sent[kind] += count
+            self.evaluations += state["evaluations"]
+        self.gossip.forget()
+        self._update_masks()
+
+
+@dataclasses.dataclass
+class _Oracle:
+    size: int
+    function: Any
+
+    def __call__(self, point: Point, indices: Tensor, key: int) -> Tensor:
+        return self.function(point, indices, key)
+
+
+def _group_gradient(x: Tensor) -> Tensor:
+    """Of the sum over rows of their Euclidean norms; zero where a row is zero."""
+    norms = x.flatten(1).norm(dim=1)
+    shape = (-1, *[1] * (x.dim() - 1))
+    return x / norms.clamp_min(1e-12).view(shape)

@@ -1,0 +1,175 @@
+"""Mixing: every worker replaces its vector by a weighted mean of those of its neighbours and its own.
+
+    v_k  <-  v_k + sum_j w_kj (v_j - v_k),    at the positions that both masks have
+
+The sum of differences is the usual weighted mean, and needs no weight for oneself: what a lost neighbour does not send
+counts for the worker itself, so that the matrix of those who are left is still symmetric and doubly stochastic. With
+masks, positions that only one side has are left alone, so that the mean over the workers stays what it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..comm import Communicator
+from ..kernels import pack, unpack
+from .graphs import Topology
+
+Values = dict[int, Tensor]
+
+_FORMAT_AT, _DENSE, _VALUES = 34, 0, 1  # byte of a message that holds the format of its tensor; two of its codes
+
+
+class Gossip:
+    """Mixes vectors over a graph.
+
+    Messages are packed: all values, or those at the positions of the sender's mask. The positions themselves travel
+    once, after the mask has changed; from then on the receiver has them, and gets values with the hash of the mask,
+    which `unpack` compares.
+
+    Args:
+        comm: connects the workers.
+        topology: neighbours and weights.
+        steps: mixings in a row for each call of `mix`.
+        chebyshev: accelerate them: with s the second eigenvalue, ``v_{t+1} = (1 + e) W v_t - e v_{t-1}``,
+            ``e = (1 - q) / (1 + q)``, ``q = sqrt(1 - s^2)``. It needs a graph that does not change.
+        dtype: of values in messages, float32, bfloat16 or int8. What rounding loses is added to the next message of the
+            same kind (error feedback), and the mean over the workers stays exact.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        topology: Topology,
+        steps: int = 1,
+        chebyshev: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if topology.size != comm.world_size:
+            raise ValueError(f"topology has {topology.size} workers, the communicator {comm.world_size}")
+        if steps < 1:
+            raise ValueError(f"steps={steps} is not allowed; expected at least 1")
+        if chebyshev and len(topology.matrices) > 1:
+            raise ValueError("chebyshev=True needs a graph that does not change")
+        if dtype not in (torch.float32, torch.bfloat16, torch.int8):
+            raise ValueError(f"dtype={dtype} is not allowed; expected float32, bfloat16 or int8")
+        self.comm, self.topology, self.steps, self.dtype = comm, topology, steps, dtype
+        q = math.sqrt(1 - topology.second_eigenvalue**2)
+        self.momentum = (1 - q) / (1 + q) if chebyshev else 0.0
+        self.clock = 0  # mixings done; a topology that changes goes by it
+        self.error: dict[str, Values] = {}  # what rounding has left, by kind and worker
+        self._told: dict[tuple[int, int], Tensor | None] = {}  # (sender, receiver) -> mask that the receiver has
+        self._known: dict[tuple[int, int], Tensor] = {}  # (receiver, sender) -> the sender's mask
+
+    def forget(self) -> None:
+        """Send positions anew. Done when a checkpoint is written or read, so that both go on with the same bytes."""
+        self._told.clear()
+        self._known.clear()
+
+    def mix(self, values: Mapping[int, Tensor], kind: str, masks: Mapping[int, Tensor] | None = None) -> Values:
+        """Mixed copies of ``values``.
+
+        Args:
+            values: ``{worker: tensor}`` of equal shapes, for all living workers of this process. float64 is sent as it
+                is, for tests.
+            kind: what it is, for the byte counters.
+            masks: bool, of the same shape: only there are values sent and mixed.
+        """
+        before = current = dict(values)
+        for _ in range(self.steps):
+            mixed = self._mix_once(current, kind, masks)
+            if self.momentum:
+                e = self.momentum
+                mixed = {k: (1 + e) * v - e * before[k] for k, v in mixed.items()}
+            before, current = current, mixed
+        return current
+
+    def _mix_once(self, values: Values, kind: str, masks: Mapping[int, Tensor] | None) -> Values:
+        outgoing: dict[int, dict[int, bytes]] = {}
+        own: Values = {}
+        for k, value in values.items():
+            own[k] = value if self.dtype == torch.float32 else self._round(k, value, kind)
+            mask = masks[k] if masks is not None else None
+            ready: dict[bool, bytes] = {}  # the same message for all who know the mask, and one for all who do not
+            outgoing[k] = {}
+            for j in self.topology.weights(k, self.clock):
+                is_known = mask is None or self._told.get((k, j)) is mask
+                if is_known not in ready:
+                    ready[is_known] = self._encode(own[k], mask, is_known)
+                outgoing[k][j] = ready[is_known]
+                if mask is not None:
+                    self._told[k, j] = mask
+        incoming = self.comm.exchange(outgoing, kind)
+        out: Values = {}
+        for k, value in values.items():
+            total = torch.zeros_like(value)
+            weights = self.topology.weights(k, self.clock)
+            for j in sorted(incoming.get(k, {})):
+                theirs = self._decode(k, j, incoming[k][j], value, masks is not None)
+                difference = theirs - own[k]
+                if masks is not None:
+                    difference *= self._known[k, j] & masks[k]
+                total.add_(difference, alpha=weights[j])
+            out[k] = value + total
+        self.clock += 1
+        return out
+
+    def _round(self, k: int, value: Tensor, kind: str) -> Tensor:
+        """What the receivers will read, and keep what it lacks for the next time."""
+        residuals = self.error.setdefault(kind, {})
+        wanted = value + residuals[k] if k in residuals else value
+        # Rounding of int8 is random in pack; half a step of error here would not be what the receiver sees. So values
+        # are brought onto the grid first, which packing then keeps.
+        if self.dtype == torch.bfloat16:
+            rounded = wanted.bfloat16().float()
+        else:
+            scale = wanted.abs().max().clamp_min(1e-30) / 127
+            rounded = torch.round(wanted / scale) * scale
+        residuals[k] = wanted - rounded
+        return rounded
+
+    def _encode(self, value: Tensor, mask: Tensor | None, is_known: bool) -> bytes:
+        if value.dtype == torch.float64:
+            return bytes(pack(value.contiguous().view(torch.float32), format="dense"))
+        value = value.contiguous().cpu()
+        dtype = None if self.dtype == torch.float32 else torch.bfloat16
+        if self.dtype == torch.int8:
+            return self._encode_int8(value, mask, is_known)
+        if mask is None:
+            return bytes(pack(value, format="dense", dtype=dtype))
+        if is_known:
+            return bytes(pack(value, mask.cpu(), "values", dtype=dtype))
+        message = pack(value, mask.cpu(), dtype=dtype)
+        if message.entries[0].format == "dense":  # which would not tell the mask
+            message = pack(value, mask.cpu(), "bitmap", dtype=dtype)
+        return bytes(message)
+
+    def _encode_int8(self, value: Tensor, mask: Tensor | None, is_known: bool) -> bytes:
+        format = "dense" if mask is None else "values" if is_known else "bitmap"
+        return bytes(pack(value, None if mask is None else mask.cpu(), format, dtype=torch.int8))
+
+    def _decode(self, k: int, j: int, data: bytes, like: Tensor, is_masked: bool) -> Tensor:
+        if like.dtype == torch.float64:
+            return unpack(data).view(torch.float64)
+        if not is_masked:
+            return unpack(data).to(like.device)
+        if data[_FORMAT_AT] == _VALUES:
+            value = unpack(data, self._known[k, j].cpu())
+        else:
+            value, mask = unpack(data, return_mask=True)
+            self._known[k, j] = mask.to(like.device)
+        return value.to(like.device)
+
+    def mean(self, values: Mapping[int, Tensor]) -> Tensor:
+        """Mean over the workers of one process; for tests and in-process reports."""
+        return torch.stack(list(values.values())).mean(0)
+
+
+def consensus_error(values: Mapping[int, Tensor]) -> float:
+    """Root of the mean squared distance of the workers' vectors from their mean."""
+    stacked = torch.stack([v.double() for v in values.values()])
+    return (stacked - stacked.mean(0)).square().sum(1).mean().sqrt().item()

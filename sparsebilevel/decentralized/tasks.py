@@ -1,0 +1,530 @@
+"""What the workers train: a module and a loss as a function of one flat vector, and the data each worker has.
+
+Masks apply to any named parameter, recurrent weights too: the module runs through `torch.func.functional_call` with
+z = x ⊙ y in the place of its parameters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import io
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..data.datasets import read_digits
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+TASKS = ("svm", "rnn", "resnet")
+TASK_DATA = {"svm": ("digits", "a9a", "covtype", "imdb"), "rnn": ("sent140",), "resnet": ("cifar10", "digits")}
+PARTITIONS = ("iid", "dirichlet", "label", "source")
+
+
+class Objective:
+    """The loss of a module as a function of a flat vector of all its parameters, those with a mask first.
+
+    Normalization layers use the statistics they have (evaluation mode): batch statistics would make the loss of one
+    sample depend on the others, and the two gradients of a variance-reduced estimate gradients of two functions. Dropout
+    is on, with masks that follow from the key of the evaluation.
+
+    Args:
+        module: its parameters are the initial weights.
+        loss: ``loss(output, target)``, the mean over a batch.
+        masked: names or glob patterns of the parameters that have a mask; None: all with two or more dimensions.
+    """
+
+    def __init__(self, module: nn.Module, loss: Loss, masked: Sequence[str] | None = None) -> None:
+        parameters = dict(module.named_parameters())
+        for pattern in masked or ():
+            if not fnmatch.filter(parameters, pattern):
+                raise ValueError(f"masked={pattern!r} fits no parameter; there are: {', '.join(parameters)}")
+        chosen = [
+            name
+            for name, p in parameters.items()
+            if (p.dim() > 1 if masked is None else any(fnmatch.fnmatchcase(name, pattern) for pattern in masked))
+        ]
+        self.names = chosen + [name for name in parameters if name not in chosen]
+        self.shapes = [parameters[name].shape for name in self.names]
+        self.sizes = [parameters[name].numel() for name in self.names]
+        self.masked_names = chosen
+        self.maskable, self.size = sum(self.sizes[: len(chosen)]), sum(self.sizes)
+        self.module, self.loss = module, loss
+        module.train()
+        for child in module.modules():
+            if isinstance(child, (nn.modules.batchnorm._NormBase,)):
+                child.eval()
+        self.is_random = any(
+            isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 or getattr(m, "dropout", 0) not in (0, 0.0, None)
+            for m in module.modules()
+        )
+
+    def flat(self) -> Tensor:
+        """The module's parameters as one vector ``[P]``, float32."""
+        parameters = dict(self.module.named_parameters())
+        return torch.cat([parameters[name].detach().reshape(-1) for name in self.names]).float()
+
+    def split(self, z: Tensor) -> dict[str, Tensor]:
+        """The parameters that a vector ``[P]`` stands for, as views."""
+        parts = torch.split(z, self.sizes)
+        return {n: part.view(shape) for n, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+
+    def output(self, z: Tensor, inputs: Tensor) -> Tensor:
+        """The module's output with the parameters ``z``."""
+        return functional_call(self.module, self.split(z), (inputs,))
+
+    def gradient(self, z: Tensor, inputs: Tensor, targets: Tensor, key: int) -> Tensor:
+        """Of the mean loss, ``[P]``."""
+        z = z.detach().requires_grad_()
+        with self._randomness(key):
+            loss = self.loss(self.output(z, inputs), targets)
+        (gradient,) = torch.autograd.grad(loss, z)
+        return gradient
+
+    @contextlib.contextmanager
+    def _randomness(self, key: int) -> Iterator[None]:
+        if not self.is_random:
+            yield
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(key)
+            yield
+
+    @torch.no_grad()
+    def outputs(self, z: Tensor, inputs: Tensor, batch_size: int = 1024) -> Tensor:
+        """Outputs for many samples, without dropout."""
+        was_training = [m for m in self.module.modules() if m.training]
+        self.module.eval()
+        out = torch.cat([self.output(z, part) for part in inputs.split(batch_size)])
+        for m in was_training:
+            m.training = True
+        return out
+
+
+@dataclass
+class Samples:
+    """``inputs [n, ...]`` (uint8 inputs become float32 in batches) and ``targets`` int64 ``[n]``."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+class Problem:
+    """An objective and the samples of each worker.
+
+    Args:
+        objective: the network and its loss.
+        train: all training samples.
+        parts: for each worker, the positions of its samples in ``train``.
+        test: for the figures.
+        eval_samples: at most so many of a worker's samples tell its loss in a report.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        train: Samples,
+        parts: Sequence[Tensor],
+        test: Samples,
+        eval_samples: int = 4096,
+        prepare: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        for k, part in enumerate(parts):
+            if len(part) == 0:
+                raise ValueError(f"worker {k} has no samples; use fewer workers or another partition")
+        self.objective, self.train, self.parts, self.test_set = objective, train, list(parts), test
+        self.sizes = [len(part) for part in parts]
+        self.mean_size = sum(self.sizes) / len(self.sizes)
+        self.size, self.maskable = objective.size, objective.maskable
+        self.eval_samples = eval_samples
+        self.prepare = prepare or (lambda inputs: inputs.float() if inputs.dtype == torch.uint8 else inputs)
+
+    def initial(self) -> Tensor:
+        """Initial weights ``[P]``."""
+        return self.objective.flat()
+
+    def gradient(self, k: int, z: Tensor, indices: Tensor, key: int) -> Tensor:
+        """Of worker k's mean loss over its samples ``indices``."""
+        chosen = self.parts[k][indices]
+        return self.objective.gradient(z, self.prepare(self.train.inputs[chosen]), self.train.targets[chosen], key)
+
+    @torch.no_grad()
+    def local_loss(self, k: int, z: Tensor) -> float:
+        """Mean loss over (the first of) worker k's samples."""
+        chosen = self.parts[k][: self.eval_samples]
+        total = 0.0
+        for part in chosen.split(1024):
+            output = self.objective.outputs(z, self.prepare(self.train.inputs[part]))
+            total += self.objective.loss(output, self.train.targets[part]).item() * len(part)
+        return total / len(chosen)
+
+    @torch.no_grad()
+    def test(self, z: Tensor) -> dict[str, float]:
+        """``test_loss``, ``test_acc``, and ``test_auc`` with two classes."""
+        parts = zip(self.test_set.inputs.split(1024), self.test_set.targets.split(1024), strict=True)
+        output = torch.cat([self.objective.outputs(z, self.prepare(inputs)) for inputs, _ in parts])
+        targets = self.test_set.targets
+        out = {
+            "test_loss": self.objective.loss(output, targets).item(),
+            "test_acc": (output.argmax(1) == targets).float().mean().item(),
+        }
+        if output.shape[1] == 2:
+            out["test_auc"] = area_under_curve(output[:, 1] - output[:, 0], targets == 1)
+        return out
+
+    def split_masked(self, x: Tensor) -> list[Tensor]:
+        """A vector ``[maskable]`` in the shapes of the parameters that have a mask."""
+        count = len(self.objective.masked_names)
+        parts = torch.split(x, self.objective.sizes[:count])
+        return [part.view(shape) for part, shape in zip(parts, self.objective.shapes[:count], strict=True)]
+
+
+def area_under_curve(scores: Tensor, positive: Tensor) -> float:
+    """Chance that a positive sample scores above a negative one, ties counting half; NaN with one class only."""
+    values, inverse, counts = torch.unique(scores.double(), return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2)[inverse]  # mean rank of equal scores
+    p = int(positive.sum())
+    n = len(scores) - p
+    return ((ranks[positive].sum().item() - p * (p + 1) / 2) / (p * n)) if p and n else math.nan
+
+
+# -- partitions --------------------------------------------------------------------------------------------------------
+
+
+def partition(
+    targets: Tensor,
+    workers: int,
+    how: str = "iid",
+    *,
+    alpha: float = 0.5,
+    sources: Tensor | None = None,
+    seed: int = 0,
+) -> list[Tensor]:
+    """Positions of each worker's samples; together all of them, each once, and none empty.
+
+    Args:
+        targets: int64 ``[n]``, classes.
+        workers: number of workers, at most n.
+        how: ``iid``: at random, sizes equal to within one; ``dirichlet``: each class is shared out in proportions drawn
+            from Dirichlet(alpha); ``label``: sorted by class and cut in equal pieces; ``source``: whole sources, the
+            largest first, each to the worker that has least.
+        alpha: of ``dirichlet``; the smaller, the more unequal.
+        sources: int64 ``[n]``, for ``source``.
+        seed: of the draws.
+    """
+    n = len(targets)
+    if how not in PARTITIONS:
+        raise ValueError(f"partition={how!r} is not known; allowed: {', '.join(PARTITIONS)}")
+    if not 1 <= workers <= n:
+        raise ValueError(f"workers={workers} is not allowed; expected 1 to {n}, the number of samples")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(n, generator=generator)
+    if how == "iid":
+        return [part.sort().values for part in order.tensor_split(workers)]
+    if how == "label":
+        by_class = order[torch.argsort(targets[order], stable=True)]
+        return [part.sort().values for part in by_class.tensor_split(workers)]
+    if how == "source":
+        return _by_source(sources, n, workers)
+    if not alpha > 0:
+        raise ValueError(f"alpha={alpha!r} is not allowed; expected a number above 0")
+    random = np.random.default_rng(seed)
+    for _ in range(100):
+        parts: list[list[Tensor]] = [[] for _ in range(workers)]
+        for label in targets.unique().tolist():
+            members = order[targets[order] == label]
+            ends = np.round(np.cumsum(random.dirichlet([alpha] * workers)) * len(members)).astype(int)[:-1]
+            for part, piece in zip(parts, members.tensor_split(ends.tolist()), strict=True):
+                part.append(piece)
+        whole = [torch.cat(part).sort().values for part in parts]
+        if min(map(len, whole)) >= min(10, n // workers):
+            return whole
+    raise ValueError(f"partition='dirichlet': with {alpha=} no draw of 100 gave each of {workers} workers 10 samples")
+
+
+def _by_source(sources: Tensor | None, n: int, workers: int) -> list[Tensor]:
+    if sources is None:
+        raise ValueError("partition='source': this data set does not say where its samples come from")
+    names, counts = sources.unique(return_counts=True)
+    if len(names) < workers:
+        raise ValueError(f"partition='source': {len(names)} sources are not enough for {workers} workers")
+    share, load = {}, [0] * workers
+    for i in torch.argsort(counts, descending=True, stable=True).tolist():
+        worker = load.index(min(load))
+        share[int(names[i])] = worker
+        load[worker] += int(counts[i])
+    owner = torch.tensor([share[int(source)] for source in sources])
+    return [(owner == k).nonzero().flatten() for k in range(workers)]
+
+
+# -- networks ----------------------------------------------------------------------------------------------------------
+
+
+class LinearSVM(nn.Module):
+    """Two linear layers without a nonlinearity: features -> hidden -> classes. Input ``[N, features]``."""
+
+    def __init__(self, features: int, classes: int = 2, hidden: int = 20) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(features, hidden)
+        self.fc2 = nn.Linear(hidden, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x.flatten(1)))
+
+
+def hinge(output: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared multi-class hinge loss (squared, since variance reduction wants a smooth function)."""
+    return F.multi_margin_loss(output, targets, p=2)
+
+
+class TextRNN(nn.Module):
+    """Fixed word vectors, a recurrent network with tanh, and a linear layer on its last state.
+
+    Args:
+        vectors: float32 ``[words, dims]``; word 0 stands before the beginning of short texts.
+        hidden: size of the state.
+        layers: recurrent layers.
+
+    Input int64 ``[N, T]``, word numbers; output ``[N, classes]``.
+    """
+
+    def __init__(self, vectors: Tensor, hidden: int = 128, layers: int = 2, classes: int = 2) -> None:
+        super().__init__()
+        self.register_buffer("vectors", vectors)
+        self.hidden, self.layers = hidden, layers
+        size = vectors.shape[1]
+        bound = hidden**-0.5
+        for layer in range(layers):
+            for name, shape in (("ih", (hidden, size)), ("hh", (hidden, hidden)), ("b", (2, hidden))):
+                parameter = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+                self.register_parameter(f"{name}{layer}", parameter)
+            size = hidden
+        self.fc = nn.Linear(hidden, classes)
+
+    def forward(self, words: Tensor) -> Tensor:
+        x = self.vectors[words]  # type: ignore[index]
+        weights: list[Tensor] = []
+        for layer in range(self.layers):
+            biases = getattr(self, f"b{layer}")
+            weights += [getattr(self, f"ih{layer}"), getattr(self, f"hh{layer}"), biases[0], biases[1]]
+        start = x.new_zeros(self.layers, len(x), self.hidden)
+        output, _ = torch.rnn_tanh(x, start, weights, True, self.layers, 0.0, False, False, True)
+        return self.fc(output[:, -1])
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def make_problem(
+    task: str = "svm",
+    data: str = "digits",
+    data_path: str = ".",
+    workers: int = 8,
+    *,
+    how: str = "dirichlet",
+    alpha: float = 0.5,
+    hidden: int | None = None,
+    init_from: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Problem:
+    """A task of this library, shared out.
+
+    Args:
+        task: ``svm`` (mask on the first matrix only), ``rnn`` (on recurrent, input and output weights) or ``resnet``
+            (on convolutions and the linear layer; start it from a trained network).
+        data: ``digits`` (embedded), ``a9a``, ``covtype``, ``imdb``, ``sent140``, ``cifar10``.
+        data_path: where the files lie.
+        workers: number of workers.
+        how, alpha: see `partition`.
+        hidden: size of the hidden layer; default 20 and 128.
+        init_from: checkpoint of this library to start from (``resnet``).
+        limit: use only so many training samples, a random choice.
+        seed: of initial weights, splits and partition.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task={task!r} is not known; allowed: {', '.join(TASKS)}")
+    if data not in TASK_DATA[task]:
+        raise ValueError(f"data={data!r} does not go with task={task!r}; allowed: {', '.join(TASK_DATA[task])}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} is not allowed; expected at least 1")
+    path = Path(data_path)
+    sources = None
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if task == "svm":
+            train, test, sources = _READERS[data](path, seed)
+            classes = int(max(train.targets.max(), test.targets.max())) + 1
+            module: nn.Module = LinearSVM(train.inputs[0].numel(), classes, hidden or 20)
+            objective = Objective(module, hinge, ["fc1.weight"])
+        elif task == "rnn":
+            vectors, train, test = _read_sent140(path, seed)
+            objective = Objective(TextRNN(vectors, hidden or 128), F.cross_entropy, ["ih*", "hh*", "fc.weight"])
+        else:
+            objective, train, test = _resnet(data, path, init_from)
+    if limit is not None and limit < len(train):
+        chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:limit].sort().values
+        train = Samples(train.inputs[chosen], train.targets[chosen])
+        sources = None if sources is None else sources[chosen]
+    parts = partition(train.targets, workers, how, alpha=alpha, sources=sources, seed=seed)
+    prepare = None
+    if task == "resnet" and data == "cifar10":
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in _CIFAR10)
+
+        def prepare(images: Tensor) -> Tensor:
+            return (images.float() / 255 - mean) / std
+
+    return Problem(objective, train, parts, test, prepare=prepare)
+
+
+Read = tuple[Samples, Samples, Tensor | None]
+_CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+
+
+def _resnet(data: str, path: Path, init_from: str | None) -> tuple[Objective, Samples, Samples]:
+    from ..data.datasets import IMAGE_SETS
+    from ..models import create_model
+
+    splits = [Samples(*split) for split in IMAGE_SETS[data].read(path)]
+    name = "resnet18_cifar" if data == "cifar10" else "resnet20"
+    if data == "digits":
+        splits = [Samples(s.inputs.float() / 16, s.targets) for s in splits]
+    state: dict[str, Any] = {}
+    if init_from is not None:
+        import json
+
+        from ..training.checkpoint import initial_weights, load_dense
+
+        state = initial_weights(init_from)
+        config = Path(init_from).with_name("config.json")
+        if config.is_file():
+            name = json.loads(config.read_text())["arch"]
+    model = create_model(name, 10, splits[0].inputs.shape[1])
+    if state:
+        load_dense(model, state, str(init_from))
+    masked = [f"{n}.weight" for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    return Objective(model, F.cross_entropy, masked), splits[0], splits[1]
+
+
+def _digits(path: Path, seed: int) -> Read:
+    train, test = (Samples(s.images.flatten(1).float() / 16, s.labels) for s in read_digits(path))
+    return train, test, None
+
+
+def _find(path: Path, name: str, source: str) -> Path:
+    if not (path / name).is_file():
+        raise FileNotFoundError(f"{path / name} does not exist; get it from {source}, or leave out --data")
+    return path / name
+
+
+def _a9a(path: Path, seed: int) -> Read:
+    source = "https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/binary.html"
+    train, test = (_read_libsvm(_find(path, name, source), 123) for name in ("a9a", "a9a.t"))
+    return train, test, None
+
+
+def _read_libsvm(path: Path, features: int) -> Samples:
+    lines = path.read_text().splitlines()
+    inputs, targets = torch.zeros(len(lines), features, dtype=torch.uint8), torch.zeros(len(lines), dtype=torch.int64)
+    rows, columns = [], []
+    try:
+        for i, line in enumerate(lines):
+            label, *entries = line.split()
+            targets[i] = int(label) > 0
+            rows += [i] * len(entries)
+            columns += [int(entry.partition(":")[0]) - 1 for entry in entries]
+        inputs[rows, columns] = 1
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{path} is damaged (line {i + 1}: {error})") from None
+    return Samples(inputs, targets)
+
+
+def _covtype(path: Path, seed: int) -> Read:
+    """Class 2 against the rest, a fifth for the test; sources are the four wilderness areas."""
+    folder = path / "covtype"
+    files = sorted(folder.glob("covtype*.npz"))
+    if not files:
+        raise FileNotFoundError(
+            f"{folder}/covtype*.npz does not exist: arrays num [n, 10], wilderness [n], soil [n], label [n] of "
+            "https://archive.ics.uci.edu/dataset/31/covertype"
+        )
+    with np.load(files[0]) as arrays:
+        numbers, wilderness, soil, label = (torch.from_numpy(arrays[n].astype(np.int64))
+                                            for n in ("num", "wilderness", "soil", "label"))  # fmt: skip
+    numbers = numbers.float()
+    numbers = (numbers - numbers.mean(0)) / numbers.std(0)
+    one_hot = [F.one_hot(column - column.min()).float() for column in (wilderness, soil)]
+    inputs, targets = torch.cat([numbers, *one_hot], 1), (label == 2).long()
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+    test, train = order[: len(order) // 5], order[len(order) // 5 :]
+    return Samples(inputs[train], targets[train]), Samples(inputs[test], targets[test]), wilderness[train]
+
+
+_WORD = re.compile(r"[a-z']+")
+
+
+def _imdb(path: Path, seed: int, words: int = 2000) -> Read:
+    """Whether a review has each of the most frequent words of the training reviews. Sources are films, where known."""
+    source = "https://ai.stanford.edu/~amaas/data/sentiment/"
+    texts, labels = [], []
+    for part in ("train", "test"):
+        rows = _find(path, f"imdb/imdb_{part}.tsv", source).read_text(encoding="utf-8").splitlines()
+        fields = [row.split("\t", 3) for row in rows]
+        labels.append(torch.tensor([int(f[0]) for f in fields]).clamp_min(0))
+        texts.append([set(_WORD.findall(f[3].lower())) for f in fields])
+    counts = Counter(word for text in texts[0] for word in sorted(text))
+    number = {word: i for i, (word, _) in enumerate(counts.most_common(words))}
+    out = []
+    for part, targets in zip(texts, labels, strict=True):
+        inputs = torch.zeros(len(part), words, dtype=torch.uint8)
+        pairs = [(i, number[word]) for i, text in enumerate(part) for word in text if word in number]
+        rows_, columns = zip(*pairs, strict=True)
+        inputs[list(rows_), list(columns)] = 1
+        out.append(Samples(inputs, targets))
+    return out[0], out[1], None
+
+
+_READERS: dict[str, Callable[[Path, int], Read]] = {
+    "digits": _digits,
+    "a9a": _a9a,
+    "covtype": _covtype,
+    "imdb": _imdb,
+}
+
+
+def _read_sent140(path: Path, seed: int, length: int = 24) -> tuple[Tensor, Samples, Samples]:
+    """Tweets as the last ``length`` known words; a fifth for the test. Word vectors from ``glove*.npz``."""
+    files = sorted((path / "glove").glob("*.npz"))
+    if not files:
+        raise FileNotFoundError(f"{path}/glove/*.npz does not exist: word vectors (arrays of words and of vectors)")
+    with np.load(files[0]) as arrays:
+        named = {name: arrays[name] for name in arrays.files}
+    vectors = next(a for a in named.values() if a.ndim == 2 and a.dtype.kind == "f").astype(np.float32)
+    words = next(a for a in named.values() if a.ndim == 1 and a.dtype.kind in "US")
+    number = {str(w): i + 1 for i, w in enumerate(words)}
+    rows, targets = [], []
+    for label, name in enumerate(("negative", "positive")):
+        file = _find(path, f"sent140/{name}.txt", "http://help.sentiment140.com/for-students")
+        for text in io.StringIO(file.read_text(encoding="utf-8", errors="replace")):
+            known = [number[w] for w in _WORD.findall(text.lower()) if w in number][-length:]
+            rows.append([0] * (length - len(known)) + known)
+            targets.append(label)
+    inputs, labels = torch.tensor(rows), torch.tensor(targets)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    test, train = order[: len(order) // 5], order[len(order) // 5 :]
+    table = torch.cat([torch.zeros(1, vectors.shape[1]), torch.from_numpy(vectors)])
+    return table, Samples(inputs[train], labels[train]), Samples(inputs[test], labels[test])

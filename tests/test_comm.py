@@ -1,0 +1,151 @@
+"""Workers in processes of their own: the same numbers as in one process, and no wait without a limit."""
+
+import os
+import signal
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from sparsebilevel.comm import CommunicationError, LocalCommunicator, TorchCommunicator
+from sparsebilevel.decentralized.gossip import Gossip
+from sparsebilevel.decentralized.graphs import make_topology
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo"
+)
+
+
+def vector(rank):
+    return torch.randn(50, generator=torch.Generator().manual_seed(rank))
+
+
+def connect(rank, folder, size, **options):
+    torch.set_num_threads(1)
+    topology = make_topology("ring", size)
+    store = dist.FileStore(f"{folder}/store", size)
+    store.set_timeout(timedelta(seconds=20))
+    comm = TorchCommunicator(topology.edges(), store=store, rank=rank, world_size=size, **options)
+    return comm, Gossip(comm, topology)
+
+
+def mix(rank, folder, size):
+    comm, gossip = connect(rank, folder, size, timeout=20)
+    values = {rank: vector(rank)}
+    masks = {rank: torch.arange(50) % 2 == rank % 2}
+    for _ in range(3):
+        values = gossip.mix(values, "dense")
+    for _ in range(3):
+        values = gossip.mix(values, "masked", masks)
+    gathered = comm.gather({rank: bytes([rank])})
+    assert gathered == ({k: bytes([k]) for k in range(size)} if rank == 0 else None)
+    comm.barrier()
+    torch.save((values[rank], dict(comm.sent)), f"{folder}/{rank}.pt")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, pytest.param(8, marks=pytest.mark.slow)])
+def test_processes_give_the_numbers_of_one_process(size, tmp_path):
+    torch.multiprocessing.spawn(mix, (str(tmp_path), size), nprocs=size)
+    gossip = Gossip(LocalCommunicator(size), make_topology("ring", size))
+    values = {k: vector(k) for k in range(size)}
+    masks = {k: torch.arange(50) % 2 == k % 2 for k in range(size)}
+    for _ in range(3):
+        values = gossip.mix(values, "dense")
+    for _ in range(3):
+        values = gossip.mix(values, "masked", masks)
+    total = dict.fromkeys(gossip.comm.sent, 0)
+    for k in range(size):
+        value, sent = torch.load(tmp_path / f"{k}.pt")
+        assert torch.equal(value, values[k])
+        for kind, count in sent.items():
+            total[kind] += count
+    assert total == dict(gossip.comm.sent)
+
+
+def repeat(rank, folder, size):
+    comm, gossip = connect(rank, folder, size, timeout=20)
+    damaged = []
+
+    def tamper(sender, receiver, payload):
+        if (sender, receiver) == (0, 1) and len(damaged) < 2:
+            damaged.append(1)
+            return payload[:-1] + bytes([payload[-1] ^ 1])
+        return payload
+
+    comm.tamper = tamper
+    values = gossip.mix({rank: vector(rank)}, "x")
+    torch.save((values[rank], comm.resent), f"{folder}/{rank}.pt")
+    comm.barrier()
+
+
+def test_a_damaged_message_is_sent_again(tmp_path):
+    torch.multiprocessing.spawn(repeat, (str(tmp_path), 3), nprocs=3)
+    expected = Gossip(LocalCommunicator(3), make_topology("ring", 3)).mix({k: vector(k) for k in range(3)}, "x")
+    for k in range(3):
+        value, resent = torch.load(tmp_path / f"{k}.pt")
+        assert torch.equal(value, expected[k])
+        assert resent == (2 if k == 0 else 0)
+
+
+def lose_one(rank, folder, size, how, on_failure):
+    comm, gossip = connect(rank, folder, size, timeout=3, on_failure=on_failure)
+    values = {rank: vector(rank)}
+    try:
+        for step in range(40):
+            if rank == 2 and step == 3:
+                if how == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(8)
+                return
+            values = gossip.mix(values, "x")
+        result = values[rank], sorted(comm.lost), ""
+    except CommunicationError as error:
+        result = None, sorted(comm.lost), str(error)
+    torch.save(result, f"{folder}/{rank}.pt")
+    if on_failure == "drop":
+        time.sleep(1)  # the others may still be reading
+
+
+def run_processes(work, size, *args):
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=work, args=(k, *args)) for k in range(size)]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + 90
+    for process in processes:
+        process.join(max(0.1, deadline - time.monotonic()))
+    hanging = [process for process in processes if process.is_alive()]
+    for process in hanging:
+        process.kill()
+    assert not hanging
+
+
+@pytest.mark.parametrize("how", ["kill", "hang"])
+@pytest.mark.parametrize("on_failure", ["error", "drop"])
+def test_a_worker_that_stops_answering(how, on_failure, tmp_path):
+    run_processes(lose_one, 4, str(tmp_path), 4, how, on_failure)
+    results = {k: torch.load(tmp_path / f"{k}.pt") for k in (0, 1, 3)}
+    if on_failure == "error":
+        for k in (1, 3):
+            value, lost, message = results[k]
+            assert value is None
+            assert f"worker {k}: worker " in message
+            assert "does not answer" in message
+            assert 2 in lost or k == 3
+    else:
+        mean = sum(results[k][0] for k in results) / 3
+        for value, lost, message in results.values():
+            assert not message
+            assert torch.allclose(value, mean, atol=1e-3)
+        assert results[1][1] == results[3][1] == [2]
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="on_failure='retry'"):
+        TorchCommunicator([], on_failure="retry")
+    with pytest.raises(ValueError, match="timeout=0"):
+        TorchCommunicator([], timeout=0)
+    with pytest.raises(ValueError, match="world_size=0"):
+        LocalCommunicator(0)

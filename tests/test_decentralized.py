@@ -1,0 +1,337 @@
+"""Graphs, mixing, estimators and tracking, and the algorithms, in one process."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from sparsebilevel.comm import CommunicationError, LocalCommunicator
+from sparsebilevel.decentralized.estimators import ESTIMATORS, Estimator
+from sparsebilevel.decentralized.gossip import Gossip, consensus_error
+from sparsebilevel.decentralized.graphs import (
+    GRAPHS,
+    Topology,
+    check_mixing_matrix,
+    make_graph,
+    make_topology,
+    mixing_matrix,
+    second_eigenvalue,
+    spectral_gap,
+)
+from sparsebilevel.decentralized.tracking import TrackedStep
+
+# -- graphs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 8, 9, 12, 16])
+@pytest.mark.parametrize("name", [n for n in GRAPHS if n not in ("file", "one-peer")])
+def test_every_graph_gives_a_mixing_matrix(name, size):
+    topology = make_topology(name, size)
+    (matrix,) = topology.matrices
+    assert torch.equal(matrix, matrix.T)
+    assert_close(matrix.sum(1), torch.ones(size, dtype=torch.float64))
+    assert second_eigenvalue(matrix) < 1
+    assert topology.gap == pytest.approx(spectral_gap(matrix))
+
+
+def test_known_spectral_gaps():
+    assert spectral_gap(mixing_matrix(make_graph("ring", 8))) == pytest.approx(0.195262, abs=1e-6)
+    assert spectral_gap(mixing_matrix(make_graph("ring", 16))) == pytest.approx(1 - 0.949253, abs=1e-6)
+    assert spectral_gap(mixing_matrix(make_graph("complete", 5))) == pytest.approx(1)
+    assert make_topology("ring", 1).gap == make_topology("ring", 2).gap == 1
+    lazy = mixing_matrix(make_graph("ring", 8), "lazy")
+    assert torch.linalg.eigvalsh(lazy).min() >= 0
+
+
+def test_one_peer_reaches_the_mean_after_a_turn():
+    topology = make_topology("one-peer", 8)
+    assert len(topology.matrices) == 3
+    assert topology.gap == 1
+    assert all(len(topology.weights(k, t)) == 1 for k in range(8) for t in range(3))
+    values = {k: torch.tensor([float(k)], dtype=torch.float64) for k in range(8)}
+    gossip = Gossip(LocalCommunicator(8), topology, steps=3)
+    assert consensus_error(gossip.mix(values, "x")) < 1e-12
+
+
+def test_graph_from_file(tmp_path):
+    path = tmp_path / "edges.json"
+    path.write_text(json.dumps([[0, 1], [1, 2]]))
+    assert torch.equal(make_graph("file", 3, path=str(path)), make_graph("path", 3))
+    with pytest.raises(ValueError, match="not connected"):
+        make_graph("file", 4, path=str(path))
+    with pytest.raises(ValueError, match="outside 0..1"):
+        make_graph("file", 2, path=str(path))
+    path.write_text("{}3")
+    with pytest.raises(ValueError, match="no list of edges"):
+        make_graph("file", 2, path=str(path))
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: make_graph("rings", 3), "graph='rings' is not known"),
+        (lambda: make_graph("ring", 0), "size=0"),
+        (lambda: make_graph("one-peer", 6), "power of two"),
+        (lambda: make_graph("erdos-renyi", 4, probability=0), "probability=0"),
+        (lambda: mixing_matrix(make_graph("ring", 3), "max"), "weights='max'"),
+        (lambda: check_mixing_matrix(torch.tensor([[0.5, 0.5], [0.4, 0.6]])), "not symmetric"),
+        (lambda: check_mixing_matrix(torch.eye(2) * 0.9), "row 0 sums to 0.89999"),
+        (lambda: check_mixing_matrix(torch.tensor([[1.5, -0.5], [-0.5, 1.5]])), "not negative"),
+        (lambda: check_mixing_matrix(torch.ones(2, 3)), r"\[K, K\]"),
+        (lambda: make_topology("path", 3, matrix=torch.full((3, 3), 1 / 3)), r"\[0, 2\] is not an edge"),
+        (lambda: Topology(torch.eye(3)), "not connected"),
+    ],
+)
+def test_bad_graphs_are_refused(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()
+
+
+# -- mixing ------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(size=st.integers(1, 9), numel=st.integers(0, 40), masked=st.booleans(), seed=st.integers(0, 99))
+def test_mixing_keeps_the_mean_and_brings_workers_together(size, numel, masked, seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = {k: torch.randn(numel, generator=generator) for k in range(size)}
+    masks = {k: torch.rand(numel, generator=generator) < 0.6 for k in range(size)} if masked else None
+    gossip = Gossip(LocalCommunicator(size), make_topology("ring", size))
+    once = gossip.mix(values, "x", masks)
+    twice = gossip.mix(once, "x", masks)  # positions are known by now
+    assert_close(gossip.mean(twice), gossip.mean(values))
+    assert consensus_error(twice) <= consensus_error(values) + 1e-6
+    for k in range(size if masked else 0):
+        assert torch.equal(twice[k][~masks[k]], values[k][~masks[k]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_mixing_is_multiplication_by_the_matrix(dtype):
+    topology = make_topology("erdos-renyi", 6, seed=1)
+    values = torch.randn(6, 10, dtype=dtype)
+    mixed = Gossip(LocalCommunicator(6), topology).mix(dict(enumerate(values)), "x")
+    assert_close(torch.stack([mixed[k] for k in range(6)]), topology.matrices[0].to(dtype) @ values)
+
+
+def test_chebyshev_mixes_faster_and_keeps_the_mean():
+    values = {k: torch.randn(5, dtype=torch.float64) for k in range(16)}
+    errors = {}
+    for chebyshev in (False, True):
+        gossip = Gossip(LocalCommunicator(16), make_topology("ring", 16), steps=20, chebyshev=chebyshev)
+        mixed = gossip.mix(values, "x")
+        assert_close(gossip.mean(mixed), gossip.mean(values))
+        errors[chebyshev] = consensus_error(mixed)
+    assert errors[True] < errors[False] / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_compressed_mixing_keeps_the_mean_and_costs_less(dtype):
+    values = {k: torch.randn(2000) for k in range(4)}
+    exact, small = (Gossip(LocalCommunicator(4), make_topology("ring", 4), dtype=d) for d in (torch.float32, dtype))
+    start, mixed = dict(values), values
+    for _ in range(20):
+        values, mixed = exact.mix(values, "x"), small.mix(mixed, "x")
+    assert_close(small.mean(mixed), exact.mean(start), atol=1e-5, rtol=0)
+    assert consensus_error(mixed) < 0.02 * consensus_error(start)
+    assert small.comm.sent["x"] < exact.comm.sent["x"] * dtype.itemsize / 4 + 20 * 8 * 100
+
+
+def test_messages_under_a_known_mask_are_small():
+    size, numel = 4, 10_000
+    mask = torch.zeros(numel, dtype=torch.bool)
+    mask[torch.randperm(numel)[: numel // 10]] = True
+    masks = {k: mask.clone() for k in range(size)}
+    gossip = Gossip(LocalCommunicator(size), make_topology("ring", size))
+    values = {k: torch.randn(numel) for k in range(size)}
+    bytes_of = []
+    for use in (None, masks, masks, masks):
+        before = gossip.comm.sent["x"]
+        gossip.mix(values, "x", use)
+        bytes_of.append(gossip.comm.sent["x"] - before)
+    dense, first, second, third = bytes_of
+    assert dense > 8 * second
+    assert first > second == third
+
+
+def test_a_lost_neighbour_is_weighted_out():
+    comm = LocalCommunicator(4)
+    gossip = Gossip(comm, make_topology("ring", 4))
+    values = {k: torch.tensor([float(k)], dtype=torch.float64) for k in range(4)}
+    comm.fail(2)
+    values = {k: values[k] for k in comm.ranks}
+    for _ in range(60):
+        values = gossip.mix(values, "x")
+    assert_close(torch.cat(list(values.values())), torch.full((3,), 4 / 3, dtype=torch.float64))
+
+
+def test_damaged_messages_are_sent_again():
+    comm = LocalCommunicator(3)
+    gossip = Gossip(comm, make_topology("ring", 3))
+    values = {k: torch.randn(4) for k in range(3)}
+    right = gossip.mix(values, "x")
+    hits = []
+
+    def tamper(sender, receiver, payload):
+        if (sender, receiver) == (1, 2) and not hits:
+            hits.append(1)
+            return payload[:-1] + bytes([payload[-1] ^ 1])
+        return payload
+
+    comm.tamper = tamper
+    again = gossip.mix(values, "x")
+    assert hits
+    assert comm.resent == 1
+    assert all(torch.equal(right[k], again[k]) for k in range(3))
+    comm.tamper = lambda sender, receiver, payload: b"x" * len(payload)
+    with pytest.raises(CommunicationError, match="damaged 4 times"):
+        gossip.mix(values, "x")
+
+
+# -- estimators --------------------------------------------------------------------------------------------------------
+
+
+class Quadratic:
+    """Mean over samples of |A_i p - b_i|^2 / 2."""
+
+    def __init__(self, samples=12, dims=4, seed=0, shift=0.0):
+        generator = torch.Generator().manual_seed(seed)
+        self.size = samples
+        self.a = torch.randn(samples, dims, dims, generator=generator, dtype=torch.float64) / 2
+        self.b = torch.randn(samples, dims, generator=generator, dtype=torch.float64) + shift
+        self.keys = []
+
+    def __call__(self, point, indices, key):
+        self.keys.append((tuple(indices.tolist()), key))
+        (p,) = point
+        a, b = self.a[indices], self.b[indices]
+        return torch.einsum("nij,ni->j", a, a @ p - b) / len(indices)
+
+    def hessian(self):
+        return torch.einsum("nij,nik->jk", self.a, self.a) / self.size
+
+    def constant(self):
+        return torch.einsum("nij,ni->j", self.a, self.b) / self.size
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_both_gradients_of_a_difference_see_the_same_samples_and_key(name):
+    oracle = Quadratic()
+    estimator = Estimator(name, oracle, 3, period=4)
+    for t in range(9):
+        oracle.keys.clear()
+        estimator((torch.full((4,), 0.1 * t, dtype=torch.float64),))
+        assert len(set(oracle.keys)) == 1
+    assert estimator.evaluations > 0
+
+
+@pytest.mark.parametrize("name", ["svrg", "spider", "storm", "finite"])
+def test_variance_reduction_converges_where_sgd_does_not(name):
+    oracle = Quadratic(samples=20)
+    solution = torch.linalg.solve(oracle.hessian(), oracle.constant())
+    distance = {}
+    for which in ("sgd", name):
+        estimator, p = Estimator(which, oracle, 4, rho=0.1), torch.zeros(4, dtype=torch.float64)
+        for _ in range(3000):
+            p = p - 0.1 * estimator((p,))
+        distance[which] = (p - solution).norm().item()
+    # storm keeps some noise at a constant rho; the others converge.
+    assert distance[name] < (0.9 * distance["sgd"] if name == "storm" else 1e-6)
+
+
+def test_estimators_with_all_samples_give_the_gradient():
+    oracle = Quadratic()
+    p = (torch.ones(4, dtype=torch.float64),)
+    full = oracle(p, torch.arange(12), 0)
+    for name in ("svrg", "spider", "finite"):
+        assert_close(Estimator(name, oracle, 12)(p), full)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_estimators_resume_to_the_same_numbers(name):
+    def run(estimator, steps, p):
+        for _ in range(steps):
+            p = p - 0.05 * estimator((p,))
+        return p
+
+    whole = Estimator(name, Quadratic(), 3, period=3)
+    start = torch.ones(4, dtype=torch.float64)
+    end = run(whole, 11, start)
+    first = Estimator(name, Quadratic(), 3, period=3)
+    middle = run(first, 5, start)
+    second = Estimator(name, Quadratic(), 3, period=3)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(run(second, 6, middle), end)
+    assert second.evaluations == whole.evaluations
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [({"name": "adam"}, "estimator='adam'"), ({"batch_size": 0}, "batch_size=0"), ({"rho": 2}, "rho=2")],
+)
+def test_bad_estimators_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        Estimator(**{"name": "sgd", "oracle": Quadratic(), "batch_size": 2, **options})
+
+
+# -- tracking ----------------------------------------------------------------------------------------------------------
+
+
+def run_quadratics(tracking, lr, steps=3000, workers=8, graph="ring"):
+    """Distance of the workers from the common solution, and from each other."""
+    oracles = [Quadratic(seed=k, shift=2.0 * k) for k in range(workers)]
+    hessian = sum(o.hessian() for o in oracles)
+    solution = torch.linalg.solve(hessian, sum(o.constant() for o in oracles))
+    step = TrackedStep(Gossip(LocalCommunicator(workers), make_topology(graph, workers)), tracking, "x")
+    values = {k: torch.zeros(4, dtype=torch.float64) for k in range(workers)}
+    for _ in range(steps):
+        gradients = {k: oracles[k]((v,), torch.arange(12), 0) for k, v in values.items()}
+        values = step(values, gradients, lr)
+        if tracking != "none":
+            gap = step.gossip.mean(step.tracker) - step.gossip.mean(gradients)
+            assert gap.abs().max() < 1e-12 * max(1.0, max(g.abs().max().item() for g in gradients.values()))
+    error = max((v - solution).norm().item() for v in values.values())
+    return error, consensus_error(values)
+
+
+@pytest.mark.parametrize("tracking", ["atc", "cta"])
+def test_tracking_converges_exactly(tracking):
+    error, consensus = run_quadratics(tracking, 0.05)
+    assert error < 1e-9
+    assert consensus < 1e-9
+
+
+def test_without_tracking_there_is_a_plateau_proportional_to_the_step():
+    errors = [run_quadratics("none", lr) for lr in (0.02, 0.01, 0.005)]
+    for before, after in zip(errors, errors[1:], strict=False):
+        assert after[0] > 1e-3
+        assert before[0] / after[0] == pytest.approx(2, rel=0.25)
+        assert before[1] / after[1] == pytest.approx(2, rel=0.25)
+
+
+def test_complete_graph_is_synchronous_averaging():
+    oracles = [Quadratic(seed=k) for k in range(4)]
+    topology = Topology(torch.full((4, 4), 0.25, dtype=torch.float64))
+    step = TrackedStep(Gossip(LocalCommunicator(4), topology), "none", "x")
+    values = {k: torch.zeros(4, dtype=torch.float64) for k in range(4)}
+    central = torch.zeros(4, dtype=torch.float64)
+    for _ in range(20):
+        values = step(values, {k: oracles[k]((v,), torch.arange(12), 0) for k, v in values.items()}, 0.05)
+        central = central - 0.05 * sum(o((central,), torch.arange(12), 0) for o in oracles) / 4
+    for v in values.values():
+        assert_close(v, central, rtol=1e-12, atol=1e-12)
+
+
+def test_one_worker_takes_plain_steps_bit_for_bit():
+    oracle, p = Quadratic(), torch.zeros(4, dtype=torch.float64)
+    step = TrackedStep(Gossip(LocalCommunicator(1), make_topology("ring", 1)), "atc", "x")
+    values = {0: p}
+    for t in range(30):
+        indices = torch.tensor([t % 12])
+        values = step(values, {0: oracle((values[0],), indices, 0)}, 0.05)
+        p = p - 0.05 * oracle((p,), indices, 0)
+    assert torch.equal(values[0], p)
+    assert math.isfinite(p.sum())
