@@ -301,3 +301,31 @@ def _flops(groups: list[Group], styles: dict[str, Style]) -> Figure | None:
     axis.set_xlabel(f"{unit} of one forward pass of one sample")
     _legend(figure, axis)
     return figure
+
+
+# -- workers on a graph ------------------------------------------------------------------------------------------------
+
+
+def decentralized_curves(results: dict[str, list[dict[str, Any]]]) -> bytes:
+    """PNG of the figures of `sparsebilevel decentralized` against sample gradients, which cost all algorithms alike."""
+    score = "test_auc" if all("test_auc" in rows[-1] for rows in results.values() if rows) else "test_acc"
+    fields = (
+        ("upper_loss", "upper loss", False),
+        (score, "test AUC" if score == "test_auc" else "test accuracy", False),
+        ("consensus_error", "consensus error", True),
+        ("mask_sparsity", "zeros in the masks", False),
+        ("bytes_total", "bytes sent", True),
+    )
+    figure, axes = _figure(height=11.0, rows=len(fields))
+    for axis, (field, title, is_logarithmic) in zip(axes, fields, strict=True):
+        for i, (name, rows) in enumerate(results.items()):
+            points = [(row["evaluations"], row[field]) for row in rows if row[field] > 0 or not is_logarithmic]
+            if points:
+                lap, place = divmod(i, len(_COLOURS))
+                axis.plot(*zip(*points, strict=True), color=_COLOURS[place], linestyle=_STROKES[lap], label=name)
+        axis.set_ylabel(title)
+        if is_logarithmic and axis.lines:
+            axis.set_yscale("log")
+    axes[-1].set_xlabel("gradients of single samples, per worker")
+    _legend(figure, axes[0])
+    return _png(figure)

@@ -59,8 +59,8 @@ class Communicator:
     def exchange(self, outgoing: Outgoing, kind: str) -> Incoming:
         """Send ``outgoing[worker][neighbour]`` and receive what the neighbours send at the same time.
 
-        Every worker sends one message to each neighbour and gets one from it. Returns ``{worker: {neighbour: payload}}``
-        without those neighbours that were lost.
+        Every worker sends one message to each neighbour and gets one from it. Returns
+        ``{worker: {neighbour: payload}}`` without those neighbours that were lost.
 
         Raises:
             CommunicationError: a neighbour does not answer in time, unless lost workers are to be dropped.

@@ -136,7 +136,7 @@ def test_a_worker_that_stops_answering(how, on_failure, tmp_path):
             assert 2 in lost or k == 3
     else:
         mean = sum(results[k][0] for k in results) / 3
-        for value, lost, message in results.values():
+        for value, _, message in results.values():
             assert not message
             assert torch.allclose(value, mean, atol=1e-3)
         assert results[1][1] == results[3][1] == [2]

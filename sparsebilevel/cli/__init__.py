@@ -16,7 +16,7 @@ ALIASES = {"arch": ("--model",), "batch_size": ("-b",), "weight_decay": ("--wd",
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command. Exit codes: 0 done, 1 the run failed, 2 bad input, 130 and 143 stopped by a signal."""
-    parser = make_parser()
+    parser = make_parser(argv)
     args = parser.parse_args(argv)
     if not hasattr(args, "command"):
         parser.print_help()
@@ -33,16 +33,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _explain(error: Exception) -> int:
     """Print an expected error as one line and return its exit code; anything else is a bug, and raised again."""
+    from ..comm import CommunicationError
     from ..training.loop import Interrupted, TrainingError
 
     text = " ".join(str(error).split())
     if isinstance(error, Interrupted):
         print(text, file=sys.stderr)
         return error.exit_code
-    if not isinstance(error, (ValueError, OSError, ImportError, TrainingError)):
+    if not isinstance(error, (ValueError, OSError, ImportError, TrainingError, CommunicationError)):
         raise error
     print(f"error: {text}", file=sys.stderr)
-    return 1 if isinstance(error, TrainingError) else 2
+    return 1 if isinstance(error, (TrainingError, CommunicationError)) else 2
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,8 +52,8 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """All commands and their flags."""
+def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """All commands and their flags; those of ``decentralized`` only if ``argv`` (default: the process's) names it."""
     from .. import __version__
 
     parser = _Parser(prog="sparsebilevel", description="Train neural networks whose sparsity mask is learned.")
@@ -102,6 +103,13 @@ def make_parser() -> argparse.ArgumentParser:
     bench.add_argument("--num-classes", type=int, default=10, help="size of the output")
     bench.add_argument("--device", default="auto", help="cpu, cuda or auto")
     bench.add_argument("--threads", type=int, help="CPU threads")
+
+    help = "Workers on a graph learn one sparse model (torchrun ... --no-python sparsebilevel decentralized ...)"
+    decentralized = command("decentralized", run_decentralized, help)
+    if "decentralized" in (sys.argv[1:] if argv is None else argv):  # its choices are torch's side of the package
+        from .decentralized import add_flags
+
+        add_flags(decentralized)
 
     command("config", run_config, "Show what was built, what is installed, and what each part needs.")
     command("presets", run_presets, "List the recipes that --preset takes.")
@@ -219,6 +227,12 @@ def run_bench(args: argparse.Namespace) -> None:
     from .bench import bench
 
     bench(**{k: v for k, v in vars(args).items() if k not in ("command", "traceback")})
+
+
+def run_decentralized(args: argparse.Namespace) -> None:
+    from .decentralized import decentralized
+
+    decentralized(args)
 
 
 def run_config(args: argparse.Namespace) -> None:

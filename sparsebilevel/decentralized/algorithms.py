@@ -1,4 +1,4 @@
-"""Decentralized bi-level pruning (formulation of this library, see docs/decentralized.md), and what it is compared with.
+"""Decentralized bi-level pruning (formulation of this library, see docs/decentralized.md), and its rivals.
 
 Worker k of K has a loss L_k, weights y_k and a relaxed mask x_k in [0, 1]; its network computes with x ⊙ y.
 
@@ -118,7 +118,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "magnitude-after": {**_PLAIN, "tracking": "atc", "mask": "magnitude-after"},
     "magnitude-during": {**_PLAIN, "tracking": "atc", "mask": "magnitude-during"},
 }
-"""Name -> the settings that make it. All d-... with a penalty are reconstructions; docs/decentralized.md says of what."""
+"""Name -> the settings that make it. All d-svrgda and d-f2bsa are reconstructions, see docs/decentralized.md."""
 
 DENSE_ALGORITHMS = tuple(name for name, choice in ALGORITHMS.items() if choice.get("mask") == "dense")
 

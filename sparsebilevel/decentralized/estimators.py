@@ -1,12 +1,13 @@
 """Estimators of a worker's local gradient from few samples.
 
-An *oracle* gives the mean gradient over samples ``indices`` at a point, a tuple of tensors (the weights; or the mask and
-the weights; ...). All random numbers of one evaluation, dropout masks among them, follow from ``key``: an estimator that
-subtracts two gradients evaluates both on the same samples with the same key. Notation: v the estimate, B the batch.
+An *oracle* gives the mean gradient over samples ``indices`` at a point, a tuple of tensors (the weights; or the mask
+and the weights; ...). All random numbers of one evaluation, dropout masks among them, follow from ``key``: an estimator
+that subtracts two gradients evaluates both on the same samples with the same key. v is the estimate, B the batch, and '
+marks what is of the step before.
 
     sgd       v = g(p; B)
     svrg      v = g(p; B) - g(s; B) + g(s; all),                   snapshot s = p every `period` steps
-    spider    v = g(p; B) - g(p'; B) + v',                         v = g(p; all) every `period` steps; ' is the step before
+    spider    v = g(p; B) - g(p'; B) + v',                         v = g(p; all) every `period` steps
     storm     v = g(p; B) + (1 - rho) (v' - g(p'; B))              rho = 1 is sgd, rho = 0 spider without restarts
     finite    v = g(p; B) - g(p'; B) + (1 - rho) v' + rho (g(p'; B) - h_B + mean h),  then h_B = g(p; B)
 
@@ -113,12 +114,14 @@ class Estimator:
         if self.count % self.period == 0:
             return self._keep(point, self._full(point, key))
         assert self._last is not None
+        assert self._value is not None
         return self._gradient(point, indices, key) - self._gradient(self._last, indices, key) + self._value
 
     def _spider(self, point: Point, indices: Tensor, key: int) -> Tensor:
         if self.count % self.period == 0:
             return self._keep(point, self._full(point, key))
         assert self._last is not None
+        assert self._value is not None
         step = self._gradient(point, indices, key) - self._gradient(self._last, indices, key)
         return self._keep(point, step + self._value)
 
@@ -130,7 +133,7 @@ class Estimator:
 
     def _finite(self, point: Point, indices: Tensor, key: int) -> Tensor:
         now = self._gradient(point, indices, key)
-        if self._last is None or self._value is None:
+        if self._last is None or self._value is None or self._mean is None:
             self._mean, value = torch.zeros_like(now), now
         else:
             before = self._gradient(self._last, indices, key)

@@ -36,8 +36,8 @@ class Objective:
     """The loss of a module as a function of a flat vector of all its parameters, those with a mask first.
 
     Normalization layers use the statistics they have (evaluation mode): batch statistics would make the loss of one
-    sample depend on the others, and the two gradients of a variance-reduced estimate gradients of two functions. Dropout
-    is on, with masks that follow from the key of the evaluation.
+    sample depend on the others, and the two gradients of a variance-reduced estimate gradients of two functions.
+    Dropout is on, with masks that follow from the key of the evaluation.
 
     Args:
         module: its parameters are the initial weights.
@@ -480,7 +480,8 @@ _WORD = re.compile(r"[a-z']+")
 def _imdb(path: Path, seed: int, words: int = 2000) -> Read:
     """Whether a review has each of the most frequent words of the training reviews. Sources are films, where known."""
     source = "https://ai.stanford.edu/~amaas/data/sentiment/"
-    texts, labels = [], []
+    texts: list[list[set[str]]] = []
+    labels: list[Tensor] = []
     for part in ("train", "test"):
         rows = _find(path, f"imdb/imdb_{part}.tsv", source).read_text(encoding="utf-8").splitlines()
         fields = [row.split("\t", 3) for row in rows]
@@ -489,9 +490,9 @@ def _imdb(path: Path, seed: int, words: int = 2000) -> Read:
     counts = Counter(word for text in texts[0] for word in sorted(text))
     number = {word: i for i, (word, _) in enumerate(counts.most_common(words))}
     out = []
-    for part, targets in zip(texts, labels, strict=True):
-        inputs = torch.zeros(len(part), words, dtype=torch.uint8)
-        pairs = [(i, number[word]) for i, text in enumerate(part) for word in text if word in number]
+    for reviews, targets in zip(texts, labels, strict=True):
+        inputs = torch.zeros(len(reviews), words, dtype=torch.uint8)
+        pairs = [(i, number[word]) for i, text in enumerate(reviews) for word in text if word in number]
         rows_, columns = zip(*pairs, strict=True)
         inputs[list(rows_), list(columns)] = 1
         out.append(Samples(inputs, targets))

@@ -1,0 +1,273 @@
+"""``sparsebilevel decentralized``: workers on a graph train one sparse model, in this process or under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..comm import Communicator, LocalCommunicator, TorchCommunicator, launched_world_size
+from ..decentralized.algorithms import ALGORITHMS, Decentralized, Settings
+from ..decentralized.gossip import Gossip
+from ..decentralized.graphs import Topology, make_topology
+from ..decentralized.tasks import Problem, make_problem
+from ..training.checkpoint import load_checkpoint, save_checkpoint, write_text
+from .tables import text_table
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+# Where and how to run, not what: free to differ when a run is resumed.
+_RUN_FLAGS = ("output_dir", "resume", "overwrite", "timeout", "on_failure", "quiet", "max_rounds", "data_path")
+
+
+def decentralized(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Run the algorithm and its baselines; rows of figures by name (empty but in the process of worker 0)."""
+    world = launched_world_size()
+    workers = args.workers if args.workers is not None else world if world > 1 else 8
+    if world > 1 and workers != world:
+        raise ValueError(f"workers={workers} is not allowed: {world} processes were started, one for each worker")
+    names = list(dict.fromkeys([args.algorithm, *args.baselines]))
+    for name in names:
+        if name not in ALGORITHMS:
+            raise ValueError(f"algorithm={name!r} is not known; allowed: {', '.join(ALGORITHMS)}")
+    for flag in ("epochs", "evaluations"):
+        if not getattr(args, flag) > 0:
+            raise ValueError(f"{flag}={getattr(args, flag)} is not allowed; expected at least 1")
+    torch.set_num_threads(1)  # small products, and sums that do not depend on how the workers are spread
+    topology = make_topology(
+        args.graph, workers, args.weights, probability=args.probability, seed=args.seed, path=args.graph_file
+    )
+    problem = make_problem(
+        args.task, args.data, args.data_path, workers, how=args.partition, alpha=args.alpha, hidden=args.hidden,
+        init_from=args.init_from, limit=args.limit, seed=args.seed,
+    )  # fmt: skip
+    comm: Communicator = LocalCommunicator(workers)
+    if world > 1:
+        comm = TorchCommunicator(topology.edges(), args.timeout, args.on_failure)
+    is_main = 0 in comm.ranks
+    folder = Path(args.output_dir)
+    if is_main:
+        _open_folder(folder, args, workers)
+        if not args.quiet:
+            print(f"{args.task} on {args.data}: {workers} workers, {args.partition}, samples {problem.sizes}")
+            print(f"graph {args.graph}: spectral gap {topology.gap:.6f}; {problem.maskable:,} weights have a mask")
+    comm.barrier()
+    results = {}
+    try:
+        for name in names:
+            results[name] = run_algorithm(name, problem, topology, comm, args, folder / name)
+        comm.barrier()
+    finally:
+        comm.close()
+    if is_main:
+        if not args.quiet:
+            print(_table(results))
+        _draw(results, folder)
+        if not args.quiet:
+            print(f"run folder: {folder}")
+    return results if is_main else {}
+
+
+def _open_folder(folder: Path, args: argparse.Namespace, workers: int) -> None:
+    config = {k: v for k, v in vars(args).items() if k not in ("command", "traceback")} | {"workers": workers}
+    config = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
+    written = folder / "config.json"
+    if args.resume and written.exists():
+        before = json.loads(written.read_text())
+        odd = [k for k, v in config.items() if k not in _RUN_FLAGS and before.get(k) != v]
+        if odd:
+            raise ValueError(f"resume: the run in {folder} has another configuration ({', '.join(odd)})")
+    elif folder.exists() and any(folder.iterdir()) and not args.overwrite:
+        raise ValueError(f"output_dir={str(folder)!r} is not empty; give --resume, --overwrite or another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(written, json.dumps(config, indent=2) + "\n")
+
+
+def make_settings(name: str, args: argparse.Namespace) -> Settings:
+    """Those of the algorithm, with what the command line changes."""
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    given = {k: v for k, v in vars(args).items() if k in fields and v is not None}
+    chosen = ALGORITHMS[name] if name != args.algorithm else {**ALGORITHMS[name], **given}
+    return Settings(**{**given, **chosen})
+
+
+def run_algorithm(
+    name: str, problem: Problem, topology: Topology, comm: Communicator, args: argparse.Namespace, folder: Path
+) -> list[dict[str, Any]]:
+    """Run, or continue, one algorithm; its rows of figures."""
+    comm.sent.clear()
+    comm.notice = comm.resent = 0
+    gossip = Gossip(comm, topology, args.mixings, args.chebyshev, _DTYPES[args.message_dtype])
+    budget = args.evaluations if args.evaluations != float("inf") else args.epochs * problem.mean_size
+    run = Decentralized(problem, gossip, make_settings(name, args), budget)
+    is_main = 0 in comm.ranks
+    rows: list[dict[str, Any]] = []
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "log.jsonl"
+    start = _latest_round(folder, comm.world_size) if args.resume else 0
+    if start:
+        run.load_state_dict({k: load_checkpoint(folder / f"worker{k}-{start}.pth") for k in comm.ranks})
+    if is_main:
+        kept = [json.loads(line) for line in log.read_text().splitlines()] if start and log.exists() else []
+        rows = [row for row in kept if row["round"] <= start]
+        write_text(log, "".join(json.dumps(row) + "\n" for row in rows))
+    every = max(1, run.rounds // args.reports)
+    last = min(run.rounds, args.max_rounds or run.rounds)
+
+    def report() -> None:
+        row = run.evaluate()
+        if row is not None:
+            rows.append(row)
+            with log.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            if not args.quiet:
+                print(_line(name, run.rounds, row), flush=True)
+
+    if run.done == 0:
+        report()
+    while run.done < last:
+        run.round()
+        if run.done % every == 0 or run.done == run.rounds:
+            report()
+        if args.checkpoint_freq and (run.done % args.checkpoint_freq == 0 or run.done == last):
+            for k in comm.ranks:
+                save_checkpoint(folder / f"worker{k}-{run.done}.pth", run.state_dict(k))
+                _remove_old(folder, k)
+    if is_main and rows and run.done == run.rounds:
+        state = {"mask": run.final_mask(), "weights": run.final_weights()}
+        named = {n: t.clone() for n, t in problem.objective.split(state["weights"]).items()}
+        save_checkpoint(folder / "model.pth", {"model": named, "flat_mask": state["mask"]})
+    return rows
+
+
+def _rounds_of(folder: Path, k: int) -> list[int]:
+    found = (re.fullmatch(rf"worker{k}-(\d+)\.pth", path.name) for path in folder.glob(f"worker{k}-*.pth"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _latest_round(folder: Path, workers: int) -> int:
+    """The last round of which every worker has a checkpoint; 0 if there is none."""
+    common = set.intersection(*(set(_rounds_of(folder, k)) for k in range(workers)))
+    return max(common, default=0)
+
+
+def _remove_old(folder: Path, k: int) -> None:
+    """Keep two: when a run is cut short, some workers may have written the last one and others not."""
+    for number in _rounds_of(folder, k)[:-2]:
+        (folder / f"worker{k}-{number}.pth").unlink(missing_ok=True)
+
+
+def _line(name: str, rounds: int, row: dict[str, Any]) -> str:
+    auc = f"  AUC {row['test_auc']:.4f}" if "test_auc" in row else ""
+    return (
+        f"{name:20} round {row['round']:4}/{rounds}  upper loss {row['upper_loss']:.4f}  accuracy "
+        f"{100 * row['test_acc']:.2f} %{auc}  consensus {row['consensus_error']:.1e}  sparsity {row['sparsity']:.4f}  "
+        f"sent {_megabytes(row['bytes_total'])}"
+    )
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:.2f} MB"
+
+
+def _table(results: dict[str, list[dict[str, Any]]]) -> str:
+    header = (
+        "algorithm",
+        "upper loss",
+        "accuracy %",
+        "AUC",
+        "consensus",
+        "sparsity",
+        "evaluations",
+        "sent",
+        "most of it",
+    )
+    table = []
+    for name, rows in results.items():
+        row = rows[-1]
+        most = max(row["bytes"], key=row["bytes"].get) if row["bytes"] else "-"
+        table.append(
+            (
+                name,
+                f"{row['upper_loss']:.4f}",
+                f"{100 * row['test_acc']:.2f}",
+                f"{row['test_auc']:.4f}" if "test_auc" in row else "-",
+                f"{row['consensus_error']:.1e}",
+                f"{row['sparsity']:.4f}",
+                f"{row['evaluations']:.0f}",
+                _megabytes(row["bytes_total"]),
+                most,
+            )
+        )
+    return text_table(table, header)
+
+
+def _draw(results: dict[str, list[dict[str, Any]]], folder: Path) -> None:
+    try:
+        from .._plots import decentralized_curves
+    except ImportError:  # the figures are in the log; pictures need matplotlib
+        return
+    (folder / "curves.png").write_bytes(decentralized_curves(results))
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of the command."""
+    from ..decentralized import algorithms as a
+    from ..decentralized.graphs import GRAPHS, WEIGHTS
+    from ..decentralized.tasks import PARTITIONS, TASKS
+
+    add = parser.add_argument
+    add("--workers", type=int, help="number of workers [8, or the processes that torchrun started]")
+    add("--graph", choices=GRAPHS, default="ring", help="who talks to whom [%(default)s]")
+    add("--graph-file", metavar="FILE", help="JSON list of edges, for --graph file")
+    add("--probability", type=float, default=0.5, help="of an edge of erdos-renyi [%(default)s]")
+    add("--weights", choices=WEIGHTS, default="metropolis", help="mixing weights [%(default)s]")
+    add("--mixings", type=int, default=1, help="mixings in a row [%(default)s]")
+    add("--chebyshev", action="store_true", help="accelerate several mixings")
+    add("--message-dtype", choices=tuple(_DTYPES), default="float32", help="of values in messages [%(default)s]")
+    group = parser.add_argument_group("task")
+    group.add_argument("--task", choices=TASKS, default="svm", help="network and loss [%(default)s]")
+    group.add_argument("--data", default="digits", help="digits (embedded), a9a, covtype, imdb, sent140, cifar10")
+    group.add_argument("--data-path", default=".data", help="where its files lie [%(default)s]")
+    group.add_argument("--partition", choices=PARTITIONS, default="dirichlet", help="of the samples [%(default)s]")
+    group.add_argument("--alpha", type=float, default=0.5, help="of dirichlet [%(default)s]")
+    group.add_argument("--hidden", type=int, help="size of the hidden layer [svm: 20, rnn: 128]")
+    group.add_argument("--init-from", metavar="FILE", help="checkpoint of a trained network (resnet)")
+    group.add_argument("--limit", type=int, help="use only so many training samples")
+    group = parser.add_argument_group("algorithm (what is not given is the algorithm's own)")
+    group.add_argument("--algorithm", default="bilevel", help=f"{', '.join(ALGORITHMS)} [%(default)s]")
+    group.add_argument("--baselines", nargs="*", default=["d-sgd", "magnitude-after"], help="to compare it with")
+    group.add_argument("--epochs", type=float, default=10.0, help="sample gradients: epochs of the mean worker")
+    group.add_argument("--evaluations", type=float, default=float("inf"), help="sample gradients of a worker, instead")
+    group.add_argument("--sparsity", type=float, help=f"fraction of zeros [{Settings.sparsity}]")
+    group.add_argument("--hypergradient", choices=a.HYPERGRADIENTS)
+    group.add_argument("--constraint", choices=a.CONSTRAINTS)
+    group.add_argument("--regularizer", choices=a.REGULARIZERS)
+    group.add_argument("--strength", type=float, help="of the regularizer")
+    group.add_argument("--tracking", choices=("none", "cta", "atc"))
+    group.add_argument("--lower", choices=a.ESTIMATORS, help="estimator of the weights' gradient")
+    group.add_argument("--upper", choices=a.ESTIMATORS, help="estimator of the hypergradient")
+    group.add_argument("--inner-steps", type=int, help="steps on the weights in a round")
+    group.add_argument("--batch-size", "-b", type=int, help=f"[{Settings.batch_size}]")
+    group.add_argument("--lr", type=float, help=f"of the weights [{Settings.lr}]")
+    group.add_argument("--mask-lr", type=float, help=f"of the mask [{Settings.mask_lr}]")
+    group.add_argument("--ridge", type=float, help=f"on the weights [{Settings.ridge}]")
+    group.add_argument("--rho", type=float, help=f"of storm and finite [{Settings.rho}]")
+    group.add_argument("--epsilon", type=float, help=f"of the penalty [{Settings.epsilon}]")
+    group.add_argument("--clip-at", type=float, help=f"threshold of clipping [{Settings.clip_at}]")
+    group.add_argument("--search", type=float, help=f"part of the rounds before the mask is fixed [{Settings.search}]")
+    group.add_argument("--seed", type=int, default=0)
+    group = parser.add_argument_group("run")
+    group.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for a neighbour [%(default)s]")
+    group.add_argument("--on-failure", choices=("error", "drop"), default="error", help="if one does not answer")
+    group.add_argument("--output-dir", default="runs/decentralized", help="[%(default)s]")
+    group.add_argument("--resume", action="store_true", help="continue from the last checkpoint of all workers")
+    group.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    group.add_argument("--checkpoint-freq", type=int, default=20, help="rounds between checkpoints; 0: none")
+    group.add_argument("--max-rounds", type=int, help="stop after so many rounds, as if interrupted")
+    group.add_argument("--reports", type=int, default=10, help="reports in a run [%(default)s]")
+    group.add_argument("--quiet", action="store_true")

@@ -1,0 +1,424 @@
+"""The algorithms of decentralized pruning, their tasks, and the command `sparsebilevel decentralized`."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+
+from sparsebilevel.cli import main
+from sparsebilevel.comm import LocalCommunicator
+from sparsebilevel.decentralized import (
+    ALGORITHMS,
+    Decentralized,
+    Gossip,
+    Objective,
+    Problem,
+    Samples,
+    Settings,
+    make_problem,
+    make_topology,
+    partition,
+)
+from sparsebilevel.decentralized.algorithms import project_box, project_capped_simplex, project_count
+from sparsebilevel.decentralized.estimators import mix_seed
+from sparsebilevel.decentralized.tasks import TextRNN, area_under_curve, hinge
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)  # the command sets it
+
+
+def make_run(name="bilevel", workers=4, budget=600, problem=None, graph="ring", **changes):
+    problem = problem or make_problem(workers=workers, hidden=4, seed=1)
+    gossip = Gossip(LocalCommunicator(workers), make_topology(graph, workers))
+    options = {"batch_size": 8, "inner_steps": 3, **ALGORITHMS[name], **changes}
+    return Decentralized(problem, gossip, Settings(**options), budget)
+
+
+# -- projections -------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(values=st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=30), part=st.floats(0, 1))
+def test_the_capped_simplex_is_met_and_no_point_of_it_is_nearer(values, part):
+    x = torch.tensor(values)
+    total = part * len(values)
+    p = project_capped_simplex(x, total)
+    assert p.min() >= 0
+    assert p.max() <= 1
+    assert p.sum().item() == pytest.approx(total, abs=1e-4)
+    # A projection p of x has (x - p) . (q - p) <= 0 for every q of the set; a vertex of it is the hardest q.
+    q = torch.zeros_like(x)
+    order = torch.argsort(x - p, descending=True)
+    whole = int(total)
+    q[order[:whole]] = 1
+    if whole < len(values):
+        q[order[whole]] = total - whole
+    assert ((x - p) @ (q - p)).item() <= 1e-3
+
+
+def test_box_and_count_projections():
+    x = torch.tensor([2.0, -1.0, 0.5, 0.4, 0.5])
+    assert project_box(x).tolist() == pytest.approx([1, 0, 0.5, 0.4, 0.5])
+    assert project_count(x, 2).tolist() == [1, 0, 0.5, 0, 0]
+    with pytest.raises(ValueError, match="total=9"):
+        project_capped_simplex(x, 9)
+
+
+# -- algorithms --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sparsity", [0.2, 0.8])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_learns_and_prunes_to_the_asked_rate(name, sparsity):
+    run = make_run(name, budget=1500, sparsity=sparsity)
+    before = run.evaluate()
+    for _ in range(run.rounds):
+        run.round()
+    row = run.evaluate()
+    assert row["upper_loss"] < 0.8 * before["upper_loss"]
+    assert row["test_acc"] > 0.5
+    dense = ALGORITHMS[name].get("mask") == "dense"
+    assert row["sparsity"] == pytest.approx(0 if dense else round(sparsity * 256) / 256)
+    assert 0.7 * run.budget <= row["evaluations"] <= 1.3 * run.budget
+    if not dense:
+        masks = [x[:256] for x in run.x.values()]
+        assert all(torch.equal(mask, masks[0]) for mask in masks)
+        assert set(masks[0].unique().tolist()) <= {0.0, 1.0}
+        assert row["bytes"]["agreement"] > 0
+
+
+@pytest.mark.parametrize("constraint", ["simplex", "box", "count"])
+@pytest.mark.parametrize("regularizer", ["none", "l1", "group"])
+def test_constraints_and_regularizers(constraint, regularizer):
+    run = make_run(constraint=constraint, regularizer=regularizer, strength=1e-3, sparsity=0.5)
+    for _ in range(run.search_rounds - 1):
+        run.round()
+        for x in run.x.values():
+            assert 0 <= x.min() <= x.max() <= 1
+            if constraint == "simplex":
+                assert x[:256].sum().item() == pytest.approx(run._count(), abs=0.01)
+            if constraint == "count":
+                assert torch.count_nonzero(x[:256]) <= run._count()
+    assert (run.regularizer(run.x[0][:256]) > 0) == (regularizer != "none")
+
+
+def test_the_gradient_of_the_group_regularizer():
+    run = make_run(regularizer="group", strength=0.3)
+    x = torch.rand(256, requires_grad=True)
+    value = sum(0.3 * part.flatten(1).norm(dim=1).sum() for part in run.problem.split_masked(x))
+    (expected,) = torch.autograd.grad(value, x)
+    assert_close(run._regularizer_gradient(x.detach()), expected)
+    assert run.regularizer(x.detach()) == pytest.approx(value.item())
+
+
+def regression(dims=5, samples=40, seed=3):
+    """A linear model with one output and a squared loss: its lower level has a closed form."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(samples, dims, generator=generator)
+    targets = inputs @ torch.randn(dims, generator=generator) + 0.5 * torch.randn(samples, generator=generator)
+    objective = Objective(nn.Linear(dims, 1, bias=False), lambda out, y: (out[:, 0] - y).square().mean() / 2)
+    data = Samples(inputs, targets)
+    return Problem(objective, data, [torch.arange(samples)], data), inputs.double(), targets.double()
+
+
+def test_the_penalty_has_a_bias_linear_in_epsilon():
+    problem, a, b = regression()
+    ridge, x = 0.1, torch.tensor([0.3, 0.9, 0.5, 1.0, 0.7], dtype=torch.float64)
+
+    def lower(x, scale):
+        ax = a * x
+        hessian = scale * ax.T @ ax / len(a) + ridge * torch.eye(5, dtype=torch.float64)
+        return torch.linalg.solve(hessian, scale * ax.T @ b / len(a))
+
+    at = x.clone().requires_grad_()
+    (true,) = torch.autograd.grad(((a * at) @ lower(at, 1.0) - b).square().mean() / 2, at)
+    errors = []
+    for epsilon in (0.4, 0.2, 0.1, 0.05):
+        run = make_run("bilevel-penalty", workers=1, problem=problem, ridge=ridge, epsilon=epsilon)
+        y = torch.cat([lower(x, 1 + epsilon), lower(x, 1.0)]).float()
+        everything = torch.arange(len(a))
+        assert run._lower_gradient(0, (x.float(), y), everything, 0).abs().max() < 1e-5
+        gradient = run._upper_gradient(0, (x.float(), y), everything, 0)
+        errors.append((gradient.double() - true).norm().item())
+    for before, after in zip(errors, errors[1:], strict=False):
+        assert before / after == pytest.approx(2, rel=0.3)
+
+
+def test_the_implicit_form_doubles_the_direct_one_at_the_lower_solution():
+    problem, a, b = regression()
+    ridge = 0.1
+    x = torch.tensor([0.3, 0.9, 0.5, 1.0, 0.7], dtype=torch.float64)
+    ax = a * x
+    y = torch.linalg.solve(ax.T @ ax / len(a) + ridge * torch.eye(5, dtype=torch.float64), ax.T @ b / len(a)).float()
+    gradients = {}
+    for form in ("direct", "implicit"):
+        run = make_run(workers=1, problem=problem, ridge=ridge, hypergradient=form)
+        gradients[form] = run._upper_gradient(0, (x.float(), y), torch.arange(len(a)), 0)
+    assert_close(gradients["implicit"], 2 * gradients["direct"], rtol=1e-3, atol=1e-5)
+
+
+def test_one_worker_is_the_centralized_algorithm_bit_for_bit():
+    problem = make_problem(workers=1, hidden=4, seed=1)
+    run = make_run(workers=1, problem=problem, lower="sgd", upper="sgd", sparsity=0.5)
+    s, d, x, y = run.settings, run.maskable, torch.ones(run.size), problem.initial()
+    counts = [0, 0]
+
+    def batch(level):
+        generator = torch.Generator().manual_seed(mix_seed(mix_seed(s.seed, 0, level), counts[level]))
+        counts[level] += 1
+        chosen = torch.randint(problem.sizes[0], (s.batch_size,), generator=generator)
+        return problem.train.inputs[problem.parts[0][chosen]], problem.train.targets[problem.parts[0][chosen]]
+
+    def gradient(level):
+        inputs, targets = batch(level)
+        z = (x * y).requires_grad_()
+        loss = hinge(
+            torch.func.functional_call(problem.objective.module, problem.objective.split(z), (inputs,)), targets
+        )
+        return torch.autograd.grad(loss, z)[0]
+
+    for t in range(run.search_rounds - 1):
+        run.round()
+        for _ in range(s.inner_steps):
+            y = y - s.lr * (x * gradient(0) + s.ridge * y) * (x > 0)
+        step = s.mask_lr * (y[:d] * gradient(1)[:d])
+        step = step * (s.mask_lr / step.abs().mean())
+        x = torch.cat([project_capped_simplex(x[:d] - step, run._count()), x[d:]])
+        assert torch.equal(run.x[0], x), t
+        assert torch.equal(run.y[0], y), t
+
+
+def test_runs_resume_bit_for_bit_and_with_the_same_bytes():
+    for stop in (2, 9):  # before and after the workers have agreed
+        whole, first, second = (make_run("bilevel-penalty", budget=2000, lower="finite") for _ in range(3))
+        assert whole.search_rounds < 9 < whole.rounds
+        for t in range(whole.rounds):
+            whole.round()
+            if t + 1 == stop:
+                [whole.state_dict(k) for k in range(4)]
+        for _ in range(stop):
+            first.round()
+        states = {k: first.state_dict(k) for k in range(4)}
+        second.load_state_dict(states)
+        while second.done < second.rounds:
+            second.round()
+        assert all(torch.equal(whole.y[k], second.y[k]) and torch.equal(whole.x[k], second.x[k]) for k in range(4))
+        assert whole.evaluate() == second.evaluate()
+    states[1]["round"] += 1
+    with pytest.raises(ValueError, match="different rounds"):
+        make_run("bilevel-penalty", budget=2000, lower="finite").load_state_dict(states)
+
+
+def test_training_goes_on_without_a_lost_worker_and_trackers_start_again():
+    run = make_run("d-sgd-tracking", workers=4, budget=1500, graph="complete")
+    for _ in range(5):
+        run.round()
+    run.gossip.comm.fail(2)
+    for _ in range(6):
+        run.round()
+    row = run.evaluate()
+    assert row["workers"] == 3
+    step = run.lower_step
+    assert_close(run.gossip.mean(step.tracker), run.gossip.mean(step.gradient), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"sparsity": 1.0}, "sparsity=1.0"),
+        ({"mask": "soft"}, "mask='soft'"),
+        ({"inner_steps": 0}, "inner_steps=0"),
+        ({"lr": 0}, "lr=0"),
+        ({"ridge": -1}, "ridge=-1"),
+        ({"search": 0}, "search=0"),
+        ({"hypergradient": "implicit", "ridge": 0}, "needs ridge > 0"),
+    ],
+)
+def test_bad_settings_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        Settings(**options).validate()
+
+
+# -- tasks -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["iid", "dirichlet", "label", "source"])
+def test_partitions_give_every_sample_once(how):
+    targets = torch.arange(400) % 4
+    parts = partition(targets, 5, how, sources=torch.arange(400) % 7, seed=2)
+    assert torch.cat(parts).sort().values.tolist() == list(range(400))
+    assert min(map(len, parts)) > 0
+    classes = [len(targets[part].unique()) for part in parts]
+    if how == "label":
+        assert max(classes) <= 2
+    if how == "iid":
+        assert {len(part) for part in parts} == {80}
+        assert min(classes) == 4
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: partition(torch.zeros(3), 4), "workers=4"),
+        (lambda: partition(torch.zeros(3), 2, "size"), "partition='size'"),
+        (lambda: partition(torch.zeros(3), 2, "source"), "does not say"),
+        (lambda: partition(torch.zeros(9), 2, "source", sources=torch.zeros(9)), "1 sources are not enough"),
+        (lambda: partition(torch.zeros(9), 2, "dirichlet", alpha=0), "alpha=0"),
+        (lambda: make_problem("cnn"), "task='cnn'"),
+        (lambda: make_problem("svm", "cifar10"), "data='cifar10' does not go with task='svm'"),
+        (lambda: Objective(nn.Linear(2, 2), hinge, ["fc.*"]), r"masked='fc.\*' fits no parameter"),
+    ],
+)
+def test_bad_tasks_are_refused(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()
+
+
+def test_missing_files_are_named(tmp_path):
+    for task, data in (("svm", "a9a"), ("svm", "covtype"), ("svm", "imdb"), ("rnn", "sent140")):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
+            make_problem(task, data, str(tmp_path))
+
+
+def test_libsvm_files_are_read(tmp_path):
+    lines = [f"{'+1' if i % 2 else '-1'} {i % 5 + 1}:1 123:1" for i in range(60)]
+    for name in ("a9a", "a9a.t"):
+        (tmp_path / name).write_text("\n".join(lines))
+    problem = make_problem("svm", "a9a", str(tmp_path), workers=3, how="iid")
+    assert problem.train.inputs.sum().item() == 120
+    assert problem.train.targets.tolist() == [0, 1] * 30
+    assert problem.maskable == 123 * 20
+    (tmp_path / "a9a").write_text("+1 three:1")
+    with pytest.raises(ValueError, match="damaged"):
+        make_problem("svm", "a9a", str(tmp_path), workers=1)
+
+
+def test_area_under_curve():
+    assert area_under_curve(torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([False, False, True, True])) == 0.75
+    assert area_under_curve(torch.zeros(4), torch.tensor([True, False, True, False])) == 0.5
+
+
+def test_masks_reach_recurrent_weights():
+    objective = Objective(TextRNN(torch.randn(9, 3), hidden=4), nn.functional.cross_entropy, ["ih*", "hh*"])
+    words = torch.randint(9, (6, 5))
+    z = objective.flat()
+    gradient = objective.gradient(z, words, torch.randint(2, (6,)), 0)
+    assert all(part.abs().sum() > 0 for part in objective.split(gradient).values())
+    assert_close(objective.outputs(z, words), objective.module(words).detach())
+    reference = nn.RNN(3, 4, 2, batch_first=True)
+    own = objective.split(z)
+    with torch.no_grad():
+        for layer in range(2):
+            getattr(reference, f"weight_ih_l{layer}").copy_(own[f"ih{layer}"])
+            getattr(reference, f"weight_hh_l{layer}").copy_(own[f"hh{layer}"])
+            getattr(reference, f"bias_ih_l{layer}").copy_(own[f"b{layer}"][0])
+            getattr(reference, f"bias_hh_l{layer}").copy_(own[f"b{layer}"][1])
+        states, _ = reference(objective.module.vectors[words])
+        assert_close(objective.outputs(z, words), objective.module.fc(states[:, -1]))
+
+
+def test_dropout_masks_follow_from_the_key_and_norms_keep_their_statistics():
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2))
+    objective = Objective(net, nn.functional.cross_entropy)
+    x, y, z = torch.randn(5, 6), torch.randint(2, (5,)), objective.flat()
+    before = net[1].running_mean.clone()
+    random = torch.random.get_rng_state()
+    one, same, other = (objective.gradient(z, x, y, key) for key in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert torch.equal(net[1].running_mean, before)
+    assert torch.equal(torch.random.get_rng_state(), random)
+
+
+def test_resnet_on_images():
+    problem = make_problem("resnet", "digits", workers=2, limit=60)
+    run = make_run(workers=2, problem=problem, budget=20, batch_size=2, inner_steps=1)
+    run.round()
+    assert run.maskable == sum(m.weight.numel() for m in problem.objective.module.modules()
+                               if isinstance(m, (nn.Conv2d, nn.Linear)))  # fmt: skip
+    assert all(torch.isfinite(y).all() for y in run.y.values())
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+FLAGS = ["--epochs", "1", "--batch-size", "8", "--hidden", "4", "--reports", "3", "--seed", "3", "--inner-steps", "4"]
+
+
+def command(folder, *flags):
+    return ["decentralized", *FLAGS, "--output-dir", str(folder), "--quiet", *flags]
+
+
+def rows(folder, name="bilevel"):
+    return [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_command_writes_figures_pictures_and_the_network(tmp_path, capsys):
+    main([f for f in command(tmp_path, "--workers", "4", "--sparsity", "0.75") if f != "--quiet"])
+    out = capsys.readouterr().out
+    assert "spectral gap 0.333333" in out
+    for name in ("bilevel", "d-sgd", "magnitude-after"):
+        assert name in out
+        assert rows(tmp_path, name)[-1]["bytes_total"] > 0
+    assert rows(tmp_path)[-1]["sparsity"] == 0.75
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    saved = torch.load(tmp_path / "bilevel" / "model.pth")
+    assert torch.count_nonzero(saved["model"]["fc1.weight"]) <= saved["flat_mask"].sum() == 64
+
+
+def test_the_command_resumes_to_the_same_numbers(tmp_path):
+    flags = ["--workers", "3", "--baselines", "--checkpoint-freq", "4"]
+    main(command(tmp_path / "whole", *flags))
+    main(command(tmp_path / "cut", *flags, "--max-rounds", "6"))
+    main(command(tmp_path / "cut", *flags, "--resume"))
+    # The interrupted run wrote one checkpoint more, after which positions are sent anew.
+    ignored = ("bytes", "bytes_total")
+    whole, cut = ([{k: v for k, v in row.items() if k not in ignored} for row in rows(tmp_path / n)]
+                  for n in ("whole", "cut"))  # fmt: skip
+    assert whole == cut
+    models = [torch.load(tmp_path / n / "bilevel" / "model.pth") for n in ("whole", "cut")]
+    assert all(torch.equal(models[0]["model"][n], models[1]["model"][n]) for n in models[0]["model"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (["--algorithm", "sgd"], "algorithm='sgd' is not known"),
+        (["--data", "mnist"], "does not go with"),
+        (["--workers", "0", "--graph", "star", "--epochs", "0"], "epochs=0"),
+        (["--graph", "one-peer", "--workers", "3"], "power of two"),
+    ],
+)
+def test_bad_flags_end_in_one_line(flags, match, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(command(tmp_path / "new", *flags))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert match in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_torchrun_gives_the_numbers_of_one_process(size, tmp_path):
+    flags = ["--baselines", "d-sgd-tracking"]
+    main(command(tmp_path / "one", *flags, "--workers", str(size)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    done = subprocess.run(
+        [*launch, "-m", "sparsebilevel", *command(tmp_path / "many", *flags)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("bilevel", "d-sgd-tracking"):
+        assert rows(tmp_path / "one", name) == rows(tmp_path / "many", name)
