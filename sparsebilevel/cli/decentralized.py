@@ -129,6 +129,8 @@ def run_algorithm(
 
     if run.done == 0:
         report()
+    elif run.done == run.rounds:  # nothing is left to do, but the network is asked for
+        run.evaluate()
     while run.done < last:
         run.round()
         if run.done % every == 0 or run.done == run.rounds:

@@ -347,13 +347,14 @@ class Decentralized:
         for k, mask in masks.items():
             x = torch.cat([mask.float(), self.x[k][d:]])
             self.x[k], self.y[k] = x, self.x[k] * self.y[k][:P]
-        self.is_penalty = False  # from here on the lower level is all there is
+        self._settle()
         self._update_masks()
+
+    def _settle(self) -> None:
+        """From the agreement on the lower level is all there is, and a new problem to estimators and trackers."""
+        self.is_penalty = False
         self.lower_step.restart()
-        for k in self.lower:
-            old = self.lower[k]
-            self.lower[k] = self._estimator(k, self.settings.lower, self._lower_oracle(k), 2)
-            self.lower[k].evaluations = old.evaluations
+        self.lower = {k: self._estimator(k, self.settings.lower, self._lower_oracle(k), 2) for k in self.lower}
 
     def _scores(self, x: Tensor, y: Tensor) -> Tensor:
         """Importances: the mask, and among equals the magnitude; magnitude alone where the mask is not learned."""
@@ -378,10 +379,11 @@ class Decentralized:
     def evaluate(self) -> dict[str, Any] | None:
         """A row of figures, at the process of worker 0; None elsewhere.
 
-        ``upper_loss`` is that of the workers' own models on their own data; ``test_acc`` (and ``test_auc`` of two
-        classes) that of the mean of the workers, binarized to the asked sparsity; ``sparsity`` what that really has, of
-        the positions with a mask; ``mask_sparsity`` the zeros in the workers' relaxed masks; ``consensus_error`` that
-        of the effective weights; ``bytes`` what all workers have sent.
+        ``upper_loss`` and ``test_acc`` (and ``test_auc`` of two classes) are those of the mean of the workers,
+        binarized to the asked sparsity, the former as a mean over the workers' data; ``local_loss`` is that of each
+        worker's own model on its own data; ``sparsity`` is what the mean model really has, of the positions with a
+        mask; ``mask_sparsity`` the zeros in the workers' relaxed masks; ``consensus_error`` that of the effective
+        weights; ``bytes`` what all workers have sent.
         """
         comm, P = self.gossip.comm, self.size
         out = {}
@@ -411,11 +413,14 @@ class Decentralized:
         self.mean_y = torch.stack(list(ys.values())).mean(0)
         z = self.final_weights()
         evaluations, resent = sent.pop("evaluations"), sent.pop("resent")
-        loss = sum(losses) / len(losses) + self.regularizer(self.mean_x[:d])
+        # F at one model for all: workers that drift apart have lower losses, each on its own data.
+        common = [self.problem.local_loss(k, z) for k in gathered]
+        loss = sum(common) / len(common) + self.regularizer(self.mean_x[:d])
         return {
             "round": self.done,
             "evaluations": evaluations / len(gathered),
             "upper_loss": loss,
+            "local_loss": sum(losses) / len(losses),
             **self.problem.test(z),
             "consensus_error": consensus_error({k: xs[k] * ys[k] for k in xs}),
             "sparsity": 1 - torch.count_nonzero(self.final_mask()).item() / d if d else 0.0,
@@ -470,8 +475,7 @@ class Decentralized:
             raise ValueError(f"checkpoints are of different rounds: {rounds}; remove those that the others lack")
         comm = self.gossip.comm
         if next(iter(rounds.values())) >= self.search_rounds and self.settings.mask != "dense":
-            self.is_penalty = False
-            self.lower_step.restart()
+            self._settle()
         for k, state in states.items():
             if state["model"]["x"].shape != self.x[k].shape or state["rounds"] != self.rounds:
                 raise ValueError(f"checkpoint of worker {k} is of another run (other sizes or number of rounds)")

@@ -1,0 +1,182 @@
+"""Compare decentralized algorithms at equal numbers of sample gradients; writes a JSON file, a table and pictures.
+
+    python benchmarks/compare_decentralized.py run --data a9a --seeds 0 --sparsities 0.2 0.8 --epochs 10
+    python benchmarks/compare_decentralized.py bytes
+    python benchmarks/compare_decentralized.py table
+
+`run` adds to, or replaces rows of, benchmarks/results/decentralized.json, so that data sets and seeds can be run one by
+one. Learning rates are the same for all algorithms. `table` prints Markdown and draws the curves of the first seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsebilevel._plots import decentralized_curves
+from sparsebilevel.comm import LocalCommunicator
+from sparsebilevel.decentralized import ALGORITHMS, Decentralized, Gossip, Settings, make_problem, make_topology
+from sparsebilevel.decentralized.algorithms import DENSE_ALGORITHMS
+
+RESULTS = Path(__file__).parent / "results"
+FILE = RESULTS / "decentralized.json"
+TASK = {"digits": "svm", "a9a": "svm", "covtype": "svm", "imdb": "svm", "sent140": "rnn"}
+LEARNING_RATE = {"svm": 0.1, "rnn": 0.05}
+
+
+def run(args: argparse.Namespace) -> None:
+    task = TASK[args.data]
+    for seed in args.seeds:
+        problem = make_problem(
+            task, args.data, args.data_path, args.workers, hidden=args.hidden, limit=args.limit, seed=seed
+        )
+        for sparsity in args.sparsities:
+            for name in args.algorithms:
+                if name in DENSE_ALGORITHMS and sparsity != args.sparsities[0]:
+                    continue  # the same run
+                began = time.perf_counter()
+                rows = train(problem, name, sparsity, args, LEARNING_RATE[task], seed)
+                entry = {
+                    "task": task,
+                    "data": args.data,
+                    "algorithm": name,
+                    "sparsity": None if name in DENSE_ALGORITHMS else sparsity,
+                    "seed": seed,
+                    "workers": args.workers,
+                    "graph": args.graph,
+                    "epochs": args.epochs,
+                    "hidden": args.hidden,
+                    "limit": args.limit,
+                    "samples": problem.sizes,
+                    "seconds": round(time.perf_counter() - began, 1),
+                    "rows": rows,
+                }
+                save(entry)
+                last = rows[-1]
+                print(
+                    f"{args.data:8} {sparsity:.0%} seed {seed} {name:22} loss {last['upper_loss']:.4f} "
+                    f"acc {last['test_acc']:.4f} {last['bytes_total'] / 1e6:7.1f} MB {entry['seconds']} s",
+                    flush=True,
+                )
+
+
+def train(
+    problem: Any, name: str, sparsity: float, args: argparse.Namespace, lr: float, seed: int
+) -> list[dict[str, Any]]:
+    gossip = Gossip(LocalCommunicator(args.workers), make_topology(args.graph, args.workers))
+    settings = Settings(**{"sparsity": sparsity, "lr": lr, "seed": seed, **ALGORITHMS[name]})
+    training = Decentralized(problem, gossip, settings, args.epochs * problem.mean_size)
+    rows = []
+    every = max(1, training.rounds // 8)
+    while training.done < training.rounds:
+        training.round()
+        if training.done % every == 0 or training.done == training.rounds:
+            rows.append(training.evaluate())
+    return rows
+
+
+KEY = ("data", "algorithm", "sparsity", "seed")
+
+
+def read() -> list[dict[str, Any]]:
+    return json.loads(FILE.read_text())["runs"] if FILE.exists() else []
+
+
+def save(entry: dict[str, Any]) -> None:
+    runs = [e for e in read() if any(e[k] != entry[k] for k in KEY)] + [entry]
+    lines = ",\n".join(json.dumps(e) for e in runs)
+    FILE.write_text(f'{{"torch": "{torch.__version__}", "runs": [\n{lines}\n]}}\n')
+
+
+def table(args: argparse.Namespace) -> None:
+    runs = read()
+    print("| data | pruned | algorithm | upper loss | accuracy % | AUC | consensus error | MB sent |")
+    print("|---|---|---|---|---|---|---|---|")
+    for data in dict.fromkeys(e["data"] for e in runs):
+        mine = [e for e in runs if e["data"] == data]
+        for sparsity in sorted({e["sparsity"] or 0 for e in mine}):
+            lines = []
+            for name in ALGORITHMS:
+                chosen = [e for e in mine if e["algorithm"] == name and (e["sparsity"] or 0) == sparsity]
+                if chosen:
+                    lasts = [e["rows"][-1] for e in chosen]
+                    loss = statistics.fmean(row["upper_loss"] for row in lasts)
+                    lines.append((loss, line(data, sparsity, name, lasts)))
+            print("\n".join(text for _, text in sorted(lines)))
+        for sparsity in sorted({e["sparsity"] or 0 for e in mine} - {0}):
+            seed = mine[0]["seed"]
+            curves = {
+                e["algorithm"]: e["rows"] for e in mine if e["seed"] == seed and e["sparsity"] in (None, sparsity)
+            }
+            path = RESULTS / f"decentralized_{data}_{round(100 * sparsity)}.png"
+            path.write_bytes(decentralized_curves(curves))
+
+
+def line(data: str, sparsity: float, name: str, rows: list[dict[str, Any]]) -> str:
+    def mean(field: str, scale: float = 1.0, digits: int = 4) -> str:
+        values = [scale * row[field] for row in rows]
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+    auc = mean("test_auc") if "test_auc" in rows[0] else "-"
+    consensus = statistics.fmean(row["consensus_error"] for row in rows)
+    sent = statistics.fmean(row["bytes_total"] for row in rows) / 1e6
+    pruned = f"{sparsity:.0%}" if sparsity else "dense"
+    return (
+        f"| {data} | {pruned} | {name} | {mean('upper_loss')} | {mean('test_acc', 100, 2)} | {auc} | {consensus:.1e} | "
+        f"{sent:.1f} |"
+    )
+
+
+def count_bytes(args: argparse.Namespace) -> None:
+    """Bytes of a whole run at 90 % over the number of inner steps, beside the dense run of as many steps."""
+    problem = make_problem("svm", args.data, args.data_path, args.workers, hidden=100, limit=args.limit)
+    out = []
+    for inner in (1, 10, 50):
+        for name in ("bilevel", "d-sgd-tracking", "d-sgd"):
+            gossip = Gossip(LocalCommunicator(args.workers), make_topology(args.graph, args.workers))
+            settings = Settings(**{"sparsity": 0.9, "lower": "sgd", **ALGORITHMS[name], "inner_steps": inner})
+            training = Decentralized(problem, gossip, settings, budget=1e9)
+            training.rounds = args.steps // inner
+            training.search_rounds = max(1, training.rounds // 2)
+            last, per_step = 0, 0
+            while training.done < training.rounds:
+                last = gossip.comm.sent["weights"]
+                training.round()
+                per_step = (gossip.comm.sent["weights"] - last) // (inner * args.workers)
+            sent = dict(gossip.comm.sent)
+            out.append({"algorithm": name, "inner_steps": inner, "rounds": training.rounds, "bytes": sent,
+                        "total": sum(sent.values()), "weights_of_a_worker_in_a_step_at_the_end": per_step})  # fmt: skip
+            print(out[-1], flush=True)
+    (RESULTS / "decentralized_bytes.json").write_text(
+        json.dumps({"data": args.data, "maskable": problem.maskable, "runs": out}, indent=1) + "\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("action", choices=("run", "table", "bytes"))
+    parser.add_argument("--data", choices=tuple(TASK), default="a9a")
+    parser.add_argument("--data-path", default=".data")
+    parser.add_argument("--algorithms", nargs="+", choices=tuple(ALGORITHMS), default=list(ALGORITHMS))
+    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.2, 0.8])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--epochs", type=float, default=10.0, help="sample gradients, in epochs of the mean worker")
+    parser.add_argument("--limit", type=int, help="training samples")
+    parser.add_argument("--hidden", type=int)
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--graph", default="ring")
+    parser.add_argument("--steps", type=int, default=200, help="steps on the weights (bytes)")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    {"run": run, "table": table, "bytes": count_bytes}[args.action](args)
+
+
+if __name__ == "__main__":
+    main()
