@@ -328,7 +328,10 @@ class TorchCommunicator(Communicator):
         for k in [k for k in self._groups if k not in self.lost] if self.rank == 0 else [0]:
             if self.rank == 0:
                 if sent := self._send(k, b"\1"):
-                    self._wait(sent[0], time.monotonic() + self.timeout)
+                    try:
+                        self._wait(sent[0], time.monotonic() + self.timeout)
+                    except RuntimeError as error:
+                        self._fail(k, _first_line(error))
             elif self.world_size > 1:
                 self._receive(k, 1, time.monotonic() + self.timeout)
 

@@ -1,8 +1,11 @@
 """The algorithms of decentralized pruning, their tasks, and the command `sparsebilevel decentralized`."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -423,3 +426,40 @@ def test_torchrun_gives_the_numbers_of_one_process(size, tmp_path):
     assert done.returncode == 0, done.stderr
     for name in ("bilevel", "d-sgd-tracking"):
         assert rows(tmp_path / "one", name) == rows(tmp_path / "many", name)
+
+
+@pytest.mark.parametrize("on_failure", ["error", "drop"])
+@pytest.mark.parametrize("size", [4, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_worker_is_killed_in_the_middle_of_a_run(on_failure, size, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = ["--baselines", "--on-failure", on_failure, "--timeout", "10", "--epochs", "8", "--reports", "40"]
+    run = [sys.executable, "-m", "sparsebilevel", *command(tmp_path / "run", *flags)]
+    common = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(run, cwd=tmp_path, env={**common, "RANK": str(k)}, stderr=subprocess.PIPE, text=True)
+        for k in range(size)
+    ]
+    try:
+        log, deadline = tmp_path / "run" / "bilevel" / "log.jsonl", time.monotonic() + 100
+        while not (log.exists() and log.read_text().count("\n") >= 3):
+            assert time.monotonic() < deadline
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.02)
+        processes[2].kill()
+        outcomes = [process.communicate(timeout=100)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    codes = [process.returncode for k, process in enumerate(processes) if k != 2]
+    if on_failure == "error":
+        assert codes == [1] * (size - 1)
+        assert "worker 1: worker 2 does not answer" in outcomes[1]
+    else:
+        assert codes == [0] * (size - 1), outcomes
+        last = rows(tmp_path / "run")[-1]
+        assert last["workers"] == size - 1
+        assert last["sparsity"] == pytest.approx(0.8, abs=0.01)
+        assert last["mask_agreed"]
+        assert last["consensus_error"] < rows(tmp_path / "run")[1]["consensus_error"]
