@@ -74,6 +74,14 @@ class Communicator:
     def barrier(self) -> None:
         """Wait until every living worker is here."""
 
+    def welcome(self, round: int, clock: int) -> set[int]:
+        """Lost workers that are back from this round on; called at the start of every round.
+
+        Args:
+            round, clock: where this process stands, for those who come back.
+        """
+        return set()
+
     def close(self) -> None:
         """End the connections."""
 
@@ -129,6 +137,7 @@ class TorchCommunicator(Communicator):
         edges: all pairs of workers that will ever exchange messages; the same in every process.
         timeout: seconds to wait for a neighbour.
         on_failure: ``error`` raises where a neighbour does not answer; ``drop`` goes on without it.
+        rejoin: this worker was lost, and comes back: call `return_to` before the first round.
         store: where the workers find each other; None: that of torchrun (environment variables).
         rank, world_size: of this process; None with ``store=None``.
     """
@@ -138,6 +147,7 @@ class TorchCommunicator(Communicator):
         edges: Iterable[tuple[int, int]],
         timeout: float = 60.0,
         on_failure: str = "error",
+        rejoin: bool = False,
         store: dist.Store | None = None,
         rank: int | None = None,
         world_size: int | None = None,
@@ -157,9 +167,11 @@ class TorchCommunicator(Communicator):
         self._groups: dict[int, Any] = {}
         self._signs = 0
         wanted = {(min(e), max(e)) for e in edges} | {(0, k) for k in range(1, world_size)}  # a star to report on
-        for edge in sorted(wanted):  # the same order everywhere, so that nobody waits in a circle
-            if rank in edge:
-                self._connect(sum(edge) - rank)
+        # The same order everywhere, so that nobody waits in a circle.
+        self._others = [sum(edge) - rank for edge in sorted(wanted) if rank in edge]
+        self._returns: dict[int, tuple[int, str]] = {}  # lost worker -> (round in which it is back, its key)
+        for other in self._others if not rejoin else ():
+            self._connect(other)
 
     def _connect(self, other: int, name: str = "edge") -> None:
         low, high = sorted((self.rank, other))
@@ -334,6 +346,60 @@ class TorchCommunicator(Communicator):
                         self._fail(k, _first_line(error))
             elif self.world_size > 1:
                 self._receive(k, 1, time.monotonic() + self.timeout)
+
+    # -- a lost worker comes back. It asks in the store; those who share an edge with it answer with their round and
+    # wait until it has named one that all of them have yet to begin, in which both sides connect anew.
+
+    def welcome(self, round: int, clock: int) -> set[int]:
+        back = set()
+        for j in sorted(self.lost & set(self._others)):
+            if j not in self._returns:
+                tries = self._store.add(f"returns/{j}", 0)
+                key = f"return/{j}/{tries}"
+                if not tries or self._store.check([f"{key}/seen/{self.rank}"]):
+                    continue
+                self._store.set(f"{key}/seen/{self.rank}", str(round))
+                try:
+                    self._store.wait([f"{key}/start"], timedelta(seconds=2 * self.timeout))
+                except (RuntimeError, dist.DistError):
+                    continue  # it was lost again
+                self._returns[j] = int(self._store.get(f"{key}/start")), key
+            start, key = self._returns[j]
+            if round == start:
+                self._store.set(f"{key}/clock", f"{clock} {self.notice}")
+                self._connect(j, key)
+                self.lost.discard(j)
+                del self._returns[j]
+                back.add(j)
+        return back
+
+    def return_to(self, rounds: int) -> tuple[int, int]:
+        """(round, clock) in which this worker is back; neighbours that do not answer in time count as lost.
+
+        Raises:
+            CommunicationError: worker 0 does not answer, or fewer than ``rounds`` rounds would not hold the start.
+        """
+        key = f"return/{self.rank}/{self._store.add(f'returns/{self.rank}', 1)}"
+        seen: dict[int, int] = {}
+        deadline = time.monotonic() + self.timeout
+        while len(seen) < len(self._others) and time.monotonic() < deadline:
+            for j in self._others:
+                if j not in seen and self._store.check([f"{key}/seen/{j}"]):
+                    seen[j] = int(self._store.get(f"{key}/seen/{j}"))
+            time.sleep(0.005)
+        self.lost = set(self._others) - set(seen)
+        if self._others[0] == 0 and 0 not in seen:
+            raise CommunicationError(f"worker {self.rank}: worker 0 does not answer within {self.timeout:g} s")
+        start = max(seen.values()) + 1
+        self._store.set(f"{key}/start", str(start))
+        if start >= rounds:
+            raise CommunicationError(f"worker {self.rank}: the run is over before it could be joined again")
+        self._store.wait([f"{key}/clock"], timedelta(seconds=self.timeout))
+        clock, self.notice = map(int, self._store.get(f"{key}/clock").split())
+        for j in self._others:
+            if j in seen:
+                self._connect(j, key)
+        return start, clock
 
     def close(self) -> None:
         self._groups.clear()

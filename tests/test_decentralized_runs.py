@@ -428,13 +428,15 @@ def test_torchrun_gives_the_numbers_of_one_process(size, tmp_path):
         assert rows(tmp_path / "one", name) == rows(tmp_path / "many", name)
 
 
-@pytest.mark.parametrize("on_failure", ["error", "drop"])
+@pytest.mark.parametrize("on_failure", ["error", "drop", "rejoin"])
 @pytest.mark.parametrize("size", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_worker_is_killed_in_the_middle_of_a_run(on_failure, size, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    flags = ["--baselines", "--on-failure", on_failure, "--timeout", "10", "--epochs", "8", "--reports", "40"]
+    rejoins = on_failure == "rejoin"
+    flags = ["--baselines", "--on-failure", "drop" if rejoins else on_failure, "--timeout", "10", "--reports", "40"]
+    flags += ["--epochs", "60", "--search", "0.1", "--checkpoint-freq", "5"] if rejoins else ["--epochs", "8"]
     run = [sys.executable, "-m", "sparsebilevel", *command(tmp_path / "run", *flags)]
     common = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
@@ -443,15 +445,28 @@ def test_a_worker_is_killed_in_the_middle_of_a_run(on_failure, size, tmp_path):
     ]
     try:
         log, deadline = tmp_path / "run" / "bilevel" / "log.jsonl", time.monotonic() + 100
-        while not (log.exists() and log.read_text().count("\n") >= 3):
+        while not (log.exists() and log.read_text().count("\n") >= (8 if rejoins else 3)):
             assert time.monotonic() < deadline
             assert all(process.poll() is None for process in processes)
             time.sleep(0.02)
         processes[2].kill()
+        if rejoins:
+            processes[2].wait()
+            again = {**common, "RANK": "2"}
+            processes[2] = subprocess.Popen(
+                [*run, "--rejoin"], cwd=tmp_path, env=again, stderr=subprocess.PIPE, text=True
+            )
         outcomes = [process.communicate(timeout=100)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
+    if rejoins:
+        assert [process.returncode for process in processes] == [0] * size, outcomes
+        workers = [row["workers"] for row in rows(tmp_path / "run")]
+        assert workers[0] == workers[-1] == size
+        assert size - 1 in workers
+        assert rows(tmp_path / "run")[-1]["consensus_error"] < 0.1
+        return
     codes = [process.returncode for k, process in enumerate(processes) if k != 2]
     if on_failure == "error":
         assert codes == [1] * (size - 1)

@@ -21,7 +21,17 @@ from .tables import text_table
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 # Where and how to run, not what: free to differ when a run is resumed.
-_RUN_FLAGS = ("output_dir", "resume", "overwrite", "timeout", "on_failure", "quiet", "max_rounds", "data_path")
+_RUN_FLAGS = (
+    "output_dir",
+    "resume",
+    "overwrite",
+    "rejoin",
+    "timeout",
+    "on_failure",
+    "quiet",
+    "max_rounds",
+    "data_path",
+)
 
 
 def decentralized(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
@@ -47,7 +57,9 @@ def decentralized(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     )  # fmt: skip
     comm: Communicator = LocalCommunicator(workers)
     if world > 1:
-        comm = TorchCommunicator(topology.edges(), args.timeout, args.on_failure)
+        comm = TorchCommunicator(topology.edges(), args.timeout, args.on_failure, args.rejoin)
+    elif args.rejoin:
+        raise ValueError("rejoin needs the other workers; it is for one of several processes")
     is_main = 0 in comm.ranks
     folder = Path(args.output_dir)
     if is_main:
@@ -55,7 +67,10 @@ def decentralized(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
         if not args.quiet:
             print(f"{args.task} on {args.data}: {workers} workers, {args.partition}, samples {problem.sizes}")
             print(f"graph {args.graph}: spectral gap {topology.gap:.6f}; {problem.maskable:,} weights have a mask")
-    comm.barrier()
+    if args.rejoin and (is_main or len(names) > 1):
+        raise ValueError("rejoin works for workers other than 0, and with one algorithm (--baselines without names)")
+    if not args.rejoin:
+        comm.barrier()
     results = {}
     try:
         for name in names:
@@ -109,6 +124,12 @@ def run_algorithm(
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.jsonl"
     start = _latest_round(folder, comm.world_size) if args.resume else 0
+    if args.rejoin:
+        (k,) = comm.ranks
+        numbers = _rounds_of(folder, k)
+        if not numbers:
+            raise ValueError(f"rejoin: {folder} has no checkpoint of worker {k}")
+        run.rejoin(load_checkpoint(folder / f"worker{k}-{numbers[-1]}.pth"))
     if start:
         run.load_state_dict({k: load_checkpoint(folder / f"worker{k}-{start}.pth") for k in comm.ranks})
     if is_main:
@@ -129,7 +150,7 @@ def run_algorithm(
 
     if run.done == 0:
         report()
-    elif run.done == run.rounds:  # nothing is left to do, but the network is asked for
+    elif not args.rejoin and run.done == run.rounds:  # nothing is left to do, but the network is asked for
         run.evaluate()
     while run.done < last:
         run.round()
@@ -266,6 +287,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for a neighbour [%(default)s]")
     group.add_argument("--on-failure", choices=("error", "drop"), default="error", help="if one does not answer")
+    group.add_argument("--rejoin", action="store_true", help="this worker was lost: join the others again")
     group.add_argument("--output-dir", default="runs/decentralized", help="[%(default)s]")
     group.add_argument("--resume", action="store_true", help="continue from the last checkpoint of all workers")
     group.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")

@@ -185,6 +185,7 @@ class Decentralized:
         self._masks: Values = {}
         self.done = 0
         self.evaluations = 0  # of all workers here
+        self._lost = 0
         self.lower = {k: self._estimator(k, s.lower, self._lower_oracle(k), 0) for k in gossip.comm.ranks}
         self.upper = {k: self._estimator(k, s.upper, self._upper_oracle(k), 1) for k in gossip.comm.ranks}
         self.lower_step = TrackedStep(gossip, s.tracking, "weights")
@@ -282,10 +283,13 @@ class Decentralized:
     def _notice_losses(self) -> None:
         """Restart all trackers in the same round after a worker was lost: its part of their mean went with it."""
         comm = self.gossip.comm
-        if len(comm.lost) > getattr(self, "_lost", 0):
+        if comm.welcome(self.done, self.gossip.clock):
+            self.gossip.forget()  # those who are back do not know what others do
+            comm.notice = max(comm.notice, self.done + comm.world_size)
+        if len(comm.lost) > self._lost:
             # The number spreads with the messages, over one edge a mixing; by then everyone has heard of it.
             comm.notice = max(comm.notice, self.done + comm.world_size)
-        self._lost = len(comm.lost)
+        self._lost = len(comm.lost)  # of which the others know, or hear
         for name in ("x", "y", "_masks"):
             setattr(self, name, {k: v for k, v in getattr(self, name).items() if k in comm.ranks})
         if comm.notice == self.done > 0:
@@ -463,6 +467,25 @@ class Decentralized:
             "evaluations": self.evaluations if is_first else 0,
             **{n: {p: v[k] for p, v in step.state_dict().items() if k in v} for n, step in steps.items()},
         }
+
+    def rejoin(self, state: dict[str, Any]) -> None:
+        """Come back to the running others with the last checkpoint of this process's worker.
+
+        Raises:
+            ValueError: they have agreed on a mask in the meantime.
+        """
+        comm = self.gossip.comm
+        self.load_state_dict({comm.ranks[0]: state})
+        round, clock = comm.return_to(self.rounds)  # type: ignore[attr-defined]
+        if state["round"] < self.search_rounds <= round and self.settings.mask != "dense":
+            raise ValueError(
+                f"checkpoint of worker {comm.ranks[0]} is of round {state['round']}, before the workers agreed on a "
+                "mask; it cannot join them any more"
+            )
+        self.done, self.gossip.clock, self._lost = round, clock, len(comm.lost)
+        comm.notice = max(comm.notice, round + comm.world_size)
+        self.lower_step.restart()
+        self.upper_step.restart()
 
     def load_state_dict(self, states: Mapping[int, dict[str, Any]]) -> None:
         """Continue from the ``state_dict`` of each worker here.
