@@ -4,7 +4,7 @@
     python benchmarks/compare_decentralized.py bytes
     python benchmarks/compare_decentralized.py table
 
-`run` adds to, or replaces rows of, benchmarks/results/decentralized.json, so that data sets and seeds can be run one by
+`run` adds to, or replaces runs of, benchmarks/results/decentralized_a9a.json and so on, so that seeds can be run one by
 one. Learning rates are the same for all algorithms. `table` prints Markdown and draws the curves of the first seed.
 """
 
@@ -25,7 +25,6 @@ from sparsebilevel.decentralized import ALGORITHMS, Decentralized, Gossip, Setti
 from sparsebilevel.decentralized.algorithms import DENSE_ALGORITHMS
 
 RESULTS = Path(__file__).parent / "results"
-FILE = RESULTS / "decentralized.json"
 TASK = {"digits": "svm", "a9a": "svm", "covtype": "svm", "imdb": "svm", "sent140": "rnn"}
 LEARNING_RATE = {"svm": 0.1, "rnn": 0.05}
 
@@ -84,22 +83,23 @@ def train(
 KEY = ("data", "algorithm", "sparsity", "seed")
 
 
-def read() -> list[dict[str, Any]]:
-    return json.loads(FILE.read_text())["runs"] if FILE.exists() else []
+def read(data: str) -> list[dict[str, Any]]:
+    path = RESULTS / f"decentralized_{data}.json"
+    return json.loads(path.read_text())["runs"] if path.exists() else []
 
 
 def save(entry: dict[str, Any]) -> None:
-    runs = [e for e in read() if any(e[k] != entry[k] for k in KEY)] + [entry]
+    runs = [e for e in read(entry["data"]) if any(e[k] != entry[k] for k in KEY)] + [entry]
     lines = ",\n".join(json.dumps(e) for e in runs)
-    FILE.write_text(f'{{"torch": "{torch.__version__}", "runs": [\n{lines}\n]}}\n')
+    path = RESULTS / f"decentralized_{entry['data']}.json"
+    path.write_text(f'{{"torch": "{torch.__version__}", "runs": [\n{lines}\n]}}\n')
 
 
 def table(args: argparse.Namespace) -> None:
-    runs = read()
     print("| data | pruned | algorithm | upper loss | accuracy % | AUC | consensus error | MB sent |")
     print("|---|---|---|---|---|---|---|---|")
-    for data in dict.fromkeys(e["data"] for e in runs):
-        mine = [e for e in runs if e["data"] == data]
+    for data in TASK:
+        mine = read(data)
         for sparsity in sorted({e["sparsity"] or 0 for e in mine}):
             lines = []
             for name in ALGORITHMS:
