@@ -166,10 +166,11 @@ class TorchCommunicator(Communicator):
         self.rank, self.world_size, self.ranks = rank, world_size, (rank,)
         self._groups: dict[int, Any] = {}
         self._signs = 0
+        self._answered: dict[int, str] = {}
         wanted = {(min(e), max(e)) for e in edges} | {(0, k) for k in range(1, world_size)}  # a star to report on
         # The same order everywhere, so that nobody waits in a circle.
         self._others = [sum(edge) - rank for edge in sorted(wanted) if rank in edge]
-        self._returns: dict[int, tuple[int, str]] = {}  # lost worker -> (round in which it is back, its key)
+        self._returns: dict[int, tuple[int, str]] = {}  # lost worker -> (round where we stop for it, its key)
         for other in self._others if not rejoin else ():
             self._connect(other)
 
@@ -347,50 +348,53 @@ class TorchCommunicator(Communicator):
             elif self.world_size > 1:
                 self._receive(k, 1, time.monotonic() + self.timeout)
 
-    # -- a lost worker comes back. It asks in the store; those who share an edge with it answer with their round and
-    # wait until it has named one that all of them have yet to begin, in which both sides connect anew.
+    # -- a lost worker comes back. It asks in the store; those who share an edge with it promise to stop at a later round
+    # unless they have heard when it starts, and it starts in the last of these rounds. The promises are so far ahead that
+    # everyone has made one before the first stops: two workers are never further apart than the graph is wide.
 
     def welcome(self, round: int, clock: int) -> set[int]:
         back = set()
         for j in sorted(self.lost & set(self._others)):
             if j not in self._returns:
-                tries = self._store.add(f"returns/{j}", 0)
-                key = f"return/{j}/{tries}"
-                if not tries or self._store.check([f"{key}/seen/{self.rank}"]):
+                key = f"return/{j}/{self._store.add(f'returns/{j}', 0)}"
+                if key.endswith("/0") or key == self._answered.get(j):
                     continue
-                self._store.set(f"{key}/seen/{self.rank}", str(round))
-                try:
-                    self._store.wait([f"{key}/start"], timedelta(seconds=2 * self.timeout))
-                except (RuntimeError, dist.DistError):
-                    continue  # it was lost again
-                self._returns[j] = int(self._store.get(f"{key}/start")), key
-            start, key = self._returns[j]
-            if round == start:
-                self._store.set(f"{key}/clock", f"{clock} {self.notice}")
-                self._connect(j, key)
-                self.lost.discard(j)
+                self._answered[j] = key
+                self._returns[j] = round + self.world_size + 5, key
+                self._store.set(f"{key}/promise/{self.rank}", str(self._returns[j][0]))
+            promise, key = self._returns[j]
+            if round < promise and not self._store.check([f"{key}/start"]):
+                continue
+            try:
+                self._store.wait([f"{key}/start"], timedelta(seconds=2 * self.timeout))
+                if round == int(self._store.get(f"{key}/start")):
+                    self._store.set(f"{key}/clock", f"{clock} {self.notice}")
+                    self._connect(j, key)
+                    back.add(j)
+                    self.lost.discard(j)
+                    del self._returns[j]
+            except RuntimeError:  # it was lost again
                 del self._returns[j]
-                back.add(j)
         return back
 
     def return_to(self, rounds: int) -> tuple[int, int]:
         """(round, clock) in which this worker is back; neighbours that do not answer in time count as lost.
 
         Raises:
-            CommunicationError: worker 0 does not answer, or fewer than ``rounds`` rounds would not hold the start.
+            CommunicationError: worker 0 does not answer, or the run of ``rounds`` rounds is over by then.
         """
         key = f"return/{self.rank}/{self._store.add(f'returns/{self.rank}', 1)}"
         seen: dict[int, int] = {}
         deadline = time.monotonic() + self.timeout
         while len(seen) < len(self._others) and time.monotonic() < deadline:
             for j in self._others:
-                if j not in seen and self._store.check([f"{key}/seen/{j}"]):
-                    seen[j] = int(self._store.get(f"{key}/seen/{j}"))
+                if j not in seen and self._store.check([f"{key}/promise/{j}"]):
+                    seen[j] = int(self._store.get(f"{key}/promise/{j}"))
             time.sleep(0.005)
         self.lost = set(self._others) - set(seen)
         if self._others[0] == 0 and 0 not in seen:
             raise CommunicationError(f"worker {self.rank}: worker 0 does not answer within {self.timeout:g} s")
-        start = max(seen.values()) + 1
+        start = max(seen.values())
         self._store.set(f"{key}/start", str(start))
         if start >= rounds:
             raise CommunicationError(f"worker {self.rank}: the run is over before it could be joined again")

@@ -436,7 +436,7 @@ def test_a_worker_is_killed_in_the_middle_of_a_run(on_failure, size, tmp_path):
         port = probe.getsockname()[1]
     rejoins = on_failure == "rejoin"
     flags = ["--baselines", "--on-failure", "drop" if rejoins else on_failure, "--timeout", "10", "--reports", "40"]
-    flags += ["--epochs", "60", "--search", "0.1", "--checkpoint-freq", "5"] if rejoins else ["--epochs", "8"]
+    flags += ["--epochs", "150", "--search", "0.05", "--checkpoint-freq", "20"] if rejoins else ["--epochs", "8"]
     run = [sys.executable, "-m", "sparsebilevel", *command(tmp_path / "run", *flags)]
     common = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [

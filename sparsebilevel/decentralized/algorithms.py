@@ -342,10 +342,14 @@ class Decentralized:
         """Average the scores, let the first worker's largest be the mask, and fold x into the weights under it."""
         d, comm = self.maskable, self.gossip.comm
         scores = {k: self._scores(self.x[k][:d], self.y[k][:d]) for k in self.x}
-        left = self.gossip.topology.second_eigenvalue
-        mixings = math.ceil(math.log(1e-3) / math.log(max(left, 1e-3))) if comm.world_size > 1 else 0
-        for _ in range(mixings):
-            scores = self.gossip.mix(scores, "agreement")
+        if comm.world_size > 1:
+            topology = self.gossip.topology
+            fast = Gossip(comm, topology, chebyshev=len(topology.matrices) == 1)
+            left = math.sqrt(fast.momentum) or topology.second_eigenvalue  # of a disagreement, after one mixing
+            fast.steps = math.ceil(math.log(1e-3) / math.log(max(left, 1e-3)))
+            fast.clock = self.gossip.clock
+            scores = fast.mix(scores, "agreement")
+            self.gossip.clock = fast.clock
         masks = self._flood({k: binarize(score, self.kept) for k, score in scores.items()})
         P = self.size
         for k, mask in masks.items():
