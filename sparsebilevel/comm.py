@@ -348,9 +348,9 @@ class TorchCommunicator(Communicator):
             elif self.world_size > 1:
                 self._receive(k, 1, time.monotonic() + self.timeout)
 
-    # -- a lost worker comes back. It asks in the store; those who share an edge with it promise to stop at a later round
-    # unless they have heard when it starts, and it starts in the last of these rounds. The promises are so far ahead that
-    # everyone has made one before the first stops: two workers are never further apart than the graph is wide.
+    # -- a lost worker comes back. It asks in the store; those who share an edge with it promise to stop at a later
+    # round unless they have heard when it starts, and it starts in the last of these rounds. The promises are so far
+    # ahead that all have made one before the first stops: two workers are never further apart than the graph is wide.
 
     def welcome(self, round: int, clock: int) -> set[int]:
         back = set()

@@ -3,7 +3,7 @@
     combine-then-adapt   X <- mix(X) - lr u,      u <- mix(u) + v_new - v_old
     adapt-then-combine   X <- mix(X - lr u),      u <- mix(u + v_new - v_old)
 
-u starts as v; then the mean of u over the workers is that of v at every step. Without tracking u is v, and workers
+u and v start from zero; then the mean of u over the workers is that of v at every step. Without tracking u is v, and workers
 whose data differ settle at a distance from the solution, and from each other, that is proportional to the step.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .gossip import Gossip, Values
@@ -38,7 +39,7 @@ class TrackedStep:
         self.gradient: Values = {}
 
     def restart(self) -> None:
-        """Let u be v at the next step: what a lost worker took along must not be followed any longer."""
+        """Start again from zero at the next step: what a lost worker took along must not be followed any longer."""
         self.tracker, self.gradient = {}, {}
 
     def __call__(
@@ -73,16 +74,16 @@ class TrackedStep:
     def _track(self, gradients: Mapping[int, Tensor], masks: Mapping[int, Tensor] | None) -> Values:
         if self.tracking == "none":
             return dict(gradients)
-        if not self.tracker:
-            self.tracker = dict(gradients)
+        if not self.tracker:  # workers that start later than others still send as many messages
+            self.tracker = {k: torch.zeros_like(g) for k, g in gradients.items()}
+            self.gradient = self.tracker
+        change = {k: g - self.gradient[k] for k, g in gradients.items()}
+        if self.tracking == "cta":
+            mixed = self.gossip.mix(self.tracker, "trackers", masks)
+            self.tracker = {k: u + change[k] for k, u in mixed.items()}
         else:
-            change = {k: g - self.gradient[k] for k, g in gradients.items()}
-            if self.tracking == "cta":
-                mixed = self.gossip.mix(self.tracker, "trackers", masks)
-                self.tracker = {k: u + change[k] for k, u in mixed.items()}
-            else:
-                moved = {k: self.tracker[k] + change[k] for k in gradients}
-                self.tracker = self.gossip.mix(moved, "trackers", masks)
+            moved = {k: self.tracker[k] + change[k] for k in gradients}
+            self.tracker = self.gossip.mix(moved, "trackers", masks)
         self.gradient = dict(gradients)
         return self.tracker
 
