@@ -3,8 +3,8 @@
     combine-then-adapt   X <- mix(X) - lr u,      u <- mix(u) + v_new - v_old
     adapt-then-combine   X <- mix(X - lr u),      u <- mix(u + v_new - v_old)
 
-u and v start from zero; then the mean of u over the workers is that of v at every step. Without tracking u is v, and workers
-whose data differ settle at a distance from the solution, and from each other, that is proportional to the step.
+u and v start from zero; then the mean of u over the workers is that of v at every step. Without tracking u is v, and
+workers whose data differ settle at a distance from the solution, and from each other, that is proportional to the step.
 """
 
 from __future__ import annotations
