@@ -122,7 +122,7 @@ def run_processes(work, size, *args):
     assert not hanging
 
 
-@pytest.mark.parametrize("how", ["kill", "hang"])
+@pytest.mark.parametrize("how", ["kill", pytest.param("hang", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("on_failure", ["error", "drop"])
 def test_a_worker_that_stops_answering(how, on_failure, tmp_path):
     run_processes(lose_one, 4, str(tmp_path), 4, how, on_failure)
