@@ -483,8 +483,8 @@ def _imdb(path: Path, seed: int, words: int = 2000) -> Read:
     texts: list[list[set[str]]] = []
     labels: list[Tensor] = []
     for part in ("train", "test"):
-        rows = _find(path, f"imdb/imdb_{part}.tsv", source).read_text(encoding="utf-8").splitlines()
-        fields = [row.split("\t", 3) for row in rows]
+        rows = _find(path, f"imdb/imdb_{part}.tsv", source).read_text(encoding="utf-8").split("\n")
+        fields = [row.split("\t", 3) for row in rows if row]
         labels.append(torch.tensor([int(f[0]) for f in fields]).clamp_min(0))
         texts.append([set(_WORD.findall(f[3].lower())) for f in fields])
     counts = Counter(word for text in texts[0] for word in sorted(text))
