@@ -4,6 +4,7 @@ One operation has one stem: ``binarize`` lives in ``kernels/binarize.py``, ``csr
 ``tests/test_binarize.py``. This package imports nothing else of ``sparsebilevel``.
 """
 
+from .apply_mask import apply_mask
 from .batch_norm import batch_norm
 from .binarize import BinaryMask, binarize, named
 from .dispatch import BACKENDS, PASSES, Backend, choose_backend, describe
@@ -12,6 +13,7 @@ from .masked_conv2d import masked_conv2d
 from .masked_linear import masked_linear
 from .pack import PackError, pack, unpack
 from .plans import release_memory
+from .split_gradient import split_gradient
 
 __all__ = [
     "BACKENDS",
@@ -19,6 +21,7 @@ __all__ = [
     "Backend",
     "BinaryMask",
     "PackError",
+    "apply_mask",
     "batch_norm",
     "binarize",
     "choose_backend",
@@ -29,5 +32,6 @@ __all__ = [
     "named",
     "pack",
     "release_memory",
+    "split_gradient",
     "unpack",
 ]

@@ -9,19 +9,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import native, plans, reference
+from . import gpu, native, plans, reference
+from .apply_mask import compute_copy
 from .dispatch import takes_onednn
+from .gradient import Needs, distribute_gradient
+from .split_gradient import split_gradient
 
 _SMALL = 1 << 14  # elements up to which plain torch, in fewer calls, is faster
 _LARGE = 1 << 18  # elements from which on memory is worth keeping: malloc would fetch new pages at every step
 
 
-def effective_weight(weight: Tensor, mask: Tensor) -> Tensor:
-    """:func:`.reference.effective_weight`, bit for bit.
+def effective_weight(weight: Tensor, mask: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """:func:`.reference.effective_weight`, bit for bit, or rounded to ``dtype``. Not to be written to.
 
     ``torch.where`` branches at every element, and the processor mispredicts a random mask: at 80 % that takes ten times
     as long as selecting bits does.
     """
+    if gpu.available(weight.device):
+        return compute_copy(weight, mask, dtype or weight.dtype)
+    if dtype is not None and dtype != weight.dtype:
+        return reference.effective_weight(weight, mask).to(dtype)
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.numel() <= _SMALL:
         return reference.effective_weight(weight, mask)
     bits = _empty_like(weight).view(torch.int32).copy_(mask).neg_()  # all of them, or none
@@ -30,7 +37,7 @@ def effective_weight(weight: Tensor, mask: Tensor) -> Tensor:
 
 def masked_linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
     """:func:`.reference.masked_linear`, up to rounding: by oneDNN where that is faster."""
-    z = effective_weight(weight, mask)
+    z = effective_weight(weight, mask, input.dtype)
     is_usual = input.dtype == weight.dtype and (
         bias is None or (bias.dtype == weight.dtype and bias.shape == weight.shape[:1])
     )
@@ -38,6 +45,13 @@ def masked_linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | No
         return torch.nn.functional.linear(input, z, bias)
     rows = torch.ops.mkldnn._linear_pointwise(input.reshape(-1, input.shape[-1]), z, bias, "none", [], "")
     return rows.view(*input.shape[:-1], weight.shape[0])
+
+
+def linear_input_grad(grad_output: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    """:func:`.reference.linear_input_grad`."""
+    if gpu.available(weight.device):
+        return grad_output.matmul(effective_weight(weight, mask, grad_output.dtype))
+    return masked_linear(grad_output, weight.t(), mask.t())
 
 
 def linear_weight_grad(grad_output: Tensor, input: Tensor) -> Tensor:
@@ -48,6 +62,20 @@ def linear_weight_grad(grad_output: Tensor, input: Tensor) -> Tensor:
         return reference.linear_weight_grad(grad_output, input)
     grad = plans.empty(grad_output.shape[-1], input.shape[-1])
     return torch.mm(grad_output.reshape(-1, grad.shape[0]).t(), input.reshape(-1, grad.shape[1]), out=grad)
+
+
+def distribute(
+    grad: Tensor, weight: Tensor, mask: Tensor, positions: Tensor | None, needs: Needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """:func:`.gradient.distribute_gradient`; on a GPU what is dense in one pass."""
+    if not gpu.available(grad.device):
+        return distribute_gradient(grad, weight, mask, positions, needs, effective_weight)
+    sink = needs.sink and positions is None
+    wanted = {"need_weight": needs.weight, "need_scores": needs.scores, "need_sink": sink}
+    grads = [None if out is None else out[0] for out in split_gradient([grad], [weight], [mask], **wanted)]
+    if needs.sink and positions is not None:
+        grads[2] = distribute_gradient(grad, weight, mask, positions, Needs(False, False, False, True, False))[2]
+    return grads[0], grads[1], grads[2]
 
 
 def _empty_like(tensor: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import native
+from . import gpu, measurements, native
 from .gradient import Needs
 from .plans import Support, active_support
 
-BACKENDS = ("dense", "sparse")
+BACKENDS = ("dense", "sparse", "fused", "block", "slice")
 PASSES = ("forward", "input_grad", "weight_grad")
 """The products of a layer. Each has a choice of its own: one may want the dense library and another not."""
 
@@ -67,6 +67,106 @@ class Backend(NamedTuple):
     """Time of the dense library over that of the sparse kernel, as the rule behind the choice has it."""
 
 
+class Structure(NamedTuple):
+    """What a mask drops as a whole, as the choice on a GPU takes it."""
+
+    tiles: tuple[tuple[int, float], ...] = ()
+    """Sides of tiles, and the fraction of each that is kept; nothing where the products have no kernels for tiles."""
+    slices: float = 1.0
+    """Fraction of the products that is left when outputs and inputs dropped as a whole are cut out."""
+
+
+# Where nothing was measured: most tiles, or products, kept at which it is done. An estimate with a margin, from the
+# instructions of the kernels: nobody has timed them yet.
+_MOST_TILES = {128: 0.5, 64: 0.5, 32: 0.3}
+_MOST_SLICES = 0.7
+# What may stand between two times that are to count as different.
+_MARGIN = 0.97
+
+
+def choose_product(
+    product: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    rows: int,
+    weight_shape: tuple[int, ...],
+    structure: Structure,
+    *,
+    dense_grad: bool = False,
+    matrix: bool = True,
+) -> tuple[Backend, int]:
+    """Backend of one product on a GPU, and the side of its tiles, or 0: by what was measured there, or by a rule.
+
+    Args:
+        product: one of :data:`PASSES`.
+        dtype: computed in.
+        rows: of the input: tokens, or pixels.
+        weight_shape: ``[N, K, ...]``.
+        structure: of the mask.
+        dense_grad: as in :func:`choose_backend`.
+        matrix: whether it is a product of matrices: linear layers, 1x1 convolutions. Only those have kernels for tiles,
+            and measurements; other convolutions are fused where that is forced.
+    """
+    forced = os.environ.get("SPARSEBILEVEL_BACKEND", "auto")
+    if forced not in ("auto", *BACKENDS):
+        raise ValueError(f"SPARSEBILEVEL_BACKEND={forced!r} is not known; allowed: auto, {', '.join(BACKENDS)}")
+    ours = gpu.available(device) and dtype in (torch.float32, torch.bfloat16, torch.float16)
+    file = os.environ.get("SPARSEBILEVEL_MEASUREMENTS", ""), measurements.generation()
+    return _choose_product(
+        forced, file, ours, product, dtype, device, rows, weight_shape, structure, dense_grad, matrix
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose_product(
+    forced: str,
+    file: tuple[str, int],
+    ours: bool,
+    product: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    rows: int,
+    weight_shape: tuple[int, ...],
+    structure: Structure,
+    dense_grad: bool,
+    matrix: bool,
+) -> tuple[Backend, int]:
+    """The choice itself, which takes longer than a launch; ``file`` says which measurements it is of."""
+    tiles = structure.tiles if ours and matrix and not (dense_grad and product == "weight_grad") else ()
+    can_slice = structure.slices < 1 and not (dense_grad and product == "weight_grad")
+    n, k = weight_shape[:2]
+    measured = measurements.times(device, product, dtype, rows, n, k) if ours and matrix else {}
+    candidates: list[tuple[float, Backend, int]] = []  # (time or, where nothing was measured, fraction of dense)
+    how = "measured on this device" if measured else "by an estimate, not measured on this device"
+    dense = measured.get("dense", 1.0)
+    if ours and forced in ("auto", "fused") and (measured.get("fused") or forced == "fused"):
+        candidates.append((measured.get("fused", 1.0), Backend("fused", f"masked Triton product, {how}"), 0))
+    if forced in ("auto", "block"):
+        for block, kept in tiles:
+            name = f"block{block}"
+            cost = kept / (2 * _MOST_TILES[block])  # of the dense product, as far as anyone knows
+            if name in measured:
+                cost = measurements.at_density(measured[name], kept)
+            elif forced == "auto" and kept > _MOST_TILES[block]:
+                continue
+            reason = f"{kept:.0%} of the {block}x{block} tiles kept, {how}"
+            candidates.append(
+                (cost if name in measured or not measured else dense * cost, Backend("block", reason), block)
+            )
+    if can_slice and (forced == "slice" or (forced == "auto" and structure.slices <= _MOST_SLICES)):
+        reason = f"{structure.slices:.0%} of the product left without dropped outputs and inputs"
+        candidates.append((dense * structure.slices, Backend("slice", reason), 0))
+    library = "cuBLAS/cuDNN on m*theta"
+    if not candidates:
+        why = "forced by SPARSEBILEVEL_BACKEND" if forced == "dense" else f"{library}; nothing else is faster, {how}"
+        return Backend("dense", why, 1.0), 0
+    time, backend, block = min(candidates, key=lambda candidate: candidate[0])
+    if forced == "auto" and time > _MARGIN * dense:
+        return Backend("dense", f"{library}; the others are slower, {how}", dense / time if time else None), 0
+    reason = f"forced by SPARSEBILEVEL_BACKEND; {backend.reason}" if forced != "auto" else backend.reason
+    return Backend(backend.name, reason, dense / time if time else None), block
+
+
 def choose_backend(
     op: str,
     weight_shape: tuple[int, ...],
@@ -80,6 +180,7 @@ def choose_backend(
     pixels: int | None = None,
     passes: str | Sequence[str] = PASSES,
     dense_grad: bool = False,
+    structure: Structure | None = None,
 ) -> Backend:
     """Backend for one op (``"masked_linear"`` or ``"masked_conv2d"``) on one layer.
 
@@ -92,6 +193,7 @@ def choose_backend(
         pixels: of an output map, if the maps are ordinary tensors: they fill the lanes where images do not.
         passes: one of :data:`PASSES`, or several that are to go the same way.
         dense_grad: the weight gradient is wanted everywhere, so that it is a dense product whatever the mask is.
+        structure: of the mask, for layers on a GPU. There ``images`` times ``pixels`` is the size of the input.
 
     ``SPARSEBILEVEL_BACKEND`` forces a backend by name, where it can run.
 
@@ -104,6 +206,12 @@ def choose_backend(
     passes = (passes,) if isinstance(passes, str) else tuple(passes)
     if not passes or not set(passes) <= set(PASSES):
         raise ValueError(f"passes={passes!r} is not known; allowed: {', '.join(PASSES)}")
+    if structure is not None and gpu.available(device):
+        matrix = math.prod(weight_shape[2:]) == stride == groups == 1
+        rows = images * (pixels or 1)
+        options: dict[str, Any] = {"dense_grad": dense_grad, "matrix": matrix}
+        found = [choose_product(name, dtype, device, rows, weight_shape, structure, **options)[0] for name in passes]
+        return min(found, key=lambda backend: backend.estimate or 1.0)  # the one that gains the least
     geometry = stride, groups, images, pixels
     return _choose(forced, op, weight_shape, dtype, device.type, non_zeros, geometry, passes, dense_grad)
 
@@ -124,13 +232,15 @@ def _choose(
     if forced == "dense":
         return Backend("dense", "forced by SPARSEBILEVEL_BACKEND")
     if device != "cpu":
-        return Backend("dense", f"{library}; no sparse kernel for {device} in this version")
+        return Backend("dense", f"{library}; without Triton no other kernel runs on {device}")
     if dtype not in _SPARSE_DTYPES:
         return Backend("dense", f"{library}; the sparse CPU kernels take float32 and bfloat16, not {dtype}")
     if not native.available():
         return Backend("dense", f"{library}; the C++ extension is not there: {native.reason}")
     if dense_grad and "weight_grad" in passes:
         return Backend("dense", f"{library}; the gradient is wanted everywhere, not at the mask's weights alone")
+    if forced in ("fused", "block", "slice"):
+        return Backend("dense", f"{library}; SPARSEBILEVEL_BACKEND={forced} is for GPUs")
     if forced == "sparse":
         return Backend("sparse", "forced by SPARSEBILEVEL_BACKEND")
     stride, groups, images, pixels = geometry

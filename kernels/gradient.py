@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import gpu
 from .reference import effective_weight, gather_support
 
 
@@ -90,7 +91,7 @@ def distribute_gradient(
     Those of scores and sink are float32, or float64 if ``G`` is. ``select`` gives ``m * G``.
     """
     dtype = torch.promote_types(grad.dtype, torch.float32)
-    grad_weight = select(grad, mask) if needs.weight else None
+    grad_weight = select(grad, mask).to(weight.dtype) if needs.weight else None
     grad_scores = weight.to(dtype) * grad.to(dtype) if needs.scores else None
     grad_sink = None
     if needs.sink:
@@ -105,8 +106,21 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | tor
 _library = torch.library.Library("sparsebilevel", "FRAGMENT")
 
 
+WEIGHT = 1
+"""Position of the weight among the arguments of a masked op."""
+
+
+def check_dtypes(input: Tensor, weight: Tensor) -> None:
+    """Refuse operands of two types, as torch's own products do, unless autocast is there to make them one."""
+    if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
+        raise ValueError(f"input has dtype {input.dtype}; expected {weight.dtype}, the weight's")
+
+
 def register_autocast(name: str, operands: frozenset[int]) -> None:
     """Autocast rule of op ``name``: cast the arguments at the positions ``operands`` to the autocast dtype in force.
+
+    Where our kernels run on a GPU the weight stays as it is: its masked copy in that dtype is kept, and a cast weight
+    would be another tensor each time.
 
     ``torch.library.register_autocast`` fixes one dtype for good and casts every floating argument, the float32 sink and
     scores included; here the dtype is the user's and only the operands of the product are cast.
@@ -115,9 +129,10 @@ def register_autocast(name: str, operands: frozenset[int]) -> None:
     def kernel_for(device_type: str) -> Callable[..., Tensor]:
         def kernel(_keyset: Any, *args: Any) -> Tensor:
             dtype = torch.get_autocast_dtype(device_type)
+            to_cast = operands - {WEIGHT} if gpu.available(args[WEIGHT].device) else operands
             cast = [
                 arg.to(dtype)
-                if i in operands and isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
+                if i in to_cast and isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
                 else arg
                 for i, arg in enumerate(args)
             ]

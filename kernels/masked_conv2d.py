@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from . import dense, native, plans, reference
+from . import dense, gpu_products, native, plans, reference
 from .dispatch import sparse_grads, sparse_support
-from .gradient import Needs, check_masked_operands, distribute_gradient, register_autocast
+from .gradient import Needs, check_dtypes, check_masked_operands, distribute_gradient, register_autocast
 from .plans import Geometry
 
 
@@ -30,9 +30,11 @@ def _forward(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
+    if gpu_products.runs(input, weight):
+        return gpu_products.conv2d(input, weight, mask, bias, (stride, padding, dilation, groups))
     support = sparse_support("masked_conv2d", input, weight, mask, stride[0] * stride[1], passes="forward")
     if support is None:
-        z = dense.effective_weight(weight, mask)
+        z = dense.effective_weight(weight, mask, input.dtype)
         return torch.ops.aten.convolution(input, z, bias, stride, padding, dilation, False, [0, 0], groups)
     geometry = Geometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
     size = input.shape[0], weight.shape[0], *geometry.output_size(input.shape[2:], weight.shape[2:])
@@ -50,7 +52,8 @@ def _is_channels_last(tensor: Tensor) -> bool:
 
 @_masked_conv2d.register_fake
 def _(input, weight, mask, bias, mask_scores, grad_sink, positions, stride, padding, dilation, groups):
-    return torch.ops.aten.convolution(input, weight, bias, stride, padding, dilation, False, [0, 0], groups)
+    z = weight.to(input.dtype)
+    return torch.ops.aten.convolution(input, z, bias, stride, padding, dilation, False, [0, 0], groups)
 
 
 def _dense_backward(
@@ -61,14 +64,16 @@ def _dense_backward(
     positions: Tensor | None,
     geometry: tuple[Sequence[int], Sequence[int], Sequence[int], int],
     needs: Needs,
-    select: Callable[[Tensor, Tensor], Tensor] = reference.effective_weight,
+    library: Any = reference,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients in the order of ``needs``; differentiable if ``select``, which gives ``m * theta``, is."""
+    """Gradients in the order of ``needs``; differentiable by ``library=reference``, and faster by ``dense``."""
     stride, padding, dilation, groups = geometry
+    is_shape = not needs.input and weight.dtype == input.dtype  # that is all which the other gradients need
+    z = weight if is_shape else library.effective_weight(weight, mask, input.dtype)
     grad_input, grad, grad_bias = torch.ops.aten.convolution_backward(
         grad_output,
         input,
-        select(weight, mask) if needs.input else weight,  # of which the others need the shape only
+        z,
         [weight.shape[0]],
         stride,
         padding,
@@ -79,7 +84,8 @@ def _dense_backward(
         [needs.input, needs.grad, needs.bias],
     )
     if needs.grad:
-        return grad_input, *distribute_gradient(grad, weight, mask, positions, needs, select), grad_bias
+        distribute = dense.distribute if library is dense else distribute_gradient
+        return grad_input, *distribute(grad, weight, mask, positions, needs), grad_bias
     return grad_input, None, None, None, grad_bias
 
 
@@ -100,7 +106,18 @@ def _sparse_backward(
     grads: dict[str, Tensor | None] = {}
     geometry = Geometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
     pixels = stride[0] * stride[1]
-    for_input, for_weight = sparse_grads("masked_conv2d", input, weight, mask, wanted, positions, pixels)
+    if gpu_products.runs(input, weight):
+        operands = grad_output, input, weight, mask
+        if wanted.input:
+            grads["input"] = gpu_products.conv2d_input_grad(*operands, (stride, padding, dilation, groups))
+        if wanted.grad:
+            given = positions, (stride, padding, dilation, groups), wanted
+            found = gpu_products.conv2d_weight_grad(*operands, *given) or (None, None, None)
+            grads |= dict(zip(("weight", "scores", "sink"), found, strict=True))
+        grads = {name: grad for name, grad in grads.items() if grad is not None}
+        for_input, for_weight = None, None
+    else:
+        for_input, for_weight = sparse_grads("masked_conv2d", input, weight, mask, wanted, positions, pixels)
     if for_input is not None:
         channels_last = _is_channels_last(input) or _is_channels_last(weight)
         grad_input = plans.empty_maps(input.shape, channels_last, input.dtype)
@@ -116,7 +133,7 @@ def _sparse_backward(
     if any(missing):
         others = _dense_backward(
             *(grad_output, input, weight, mask, positions, (stride, padding, dilation, groups), missing),
-            select=dense.effective_weight,
+            library=dense,
         )
         grads |= {name: grad for name, grad in zip(Needs._fields, others, strict=True) if grad is not None}
     return [grads[name] for name, need in zip(Needs._fields, wanted, strict=True) if need]  # type: ignore[misc]
@@ -231,6 +248,7 @@ def masked_conv2d(
     check_masked_operands(weight, mask, mask_scores, grad_sink, positions)
     if input.dim() not in (3, 4):
         raise ValueError(f"input has shape {list(input.shape)}; expected [B, C, H, W] or [C, H, W]")
+    check_dtypes(input, weight)
     channels = weight.shape[1] * groups
     if input.shape[-3] != channels:
         raise ValueError(f"input has {input.shape[-3]} channels, but weight and groups={groups} ask for {channels}")

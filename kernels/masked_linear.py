@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import dense, plans, reference
+from . import dense, gpu_products, plans, reference
 from .dispatch import sparse_grads, sparse_support
-from .gradient import Needs, check_masked_operands, distribute_gradient, register_autocast
+from .gradient import Needs, check_dtypes, check_masked_operands, distribute_gradient, register_autocast
 from .plans import Geometry
 
 
@@ -26,6 +26,8 @@ def _masked_linear(
     positions: Tensor | None,
 ) -> Tensor:
     rows = input.reshape(-1, input.shape[-1])
+    if gpu_products.runs(rows, weight):
+        return gpu_products.linear(rows, weight, mask, bias).view(*input.shape[:-1], weight.shape[0])
     support = sparse_support("masked_linear", rows, weight, _maps(mask), passes="forward")
     if support is None:
         return dense.masked_linear(input, weight, mask, bias)
@@ -41,7 +43,7 @@ def _maps(rows: Tensor) -> Tensor:
 
 @_masked_linear.register_fake
 def _(input, weight, mask, bias, mask_scores, grad_sink, positions):
-    return torch.nn.functional.linear(input, weight, bias)
+    return torch.nn.functional.linear(input, weight.to(input.dtype), bias)
 
 
 def _dense_backward(
@@ -56,11 +58,11 @@ def _dense_backward(
     """Gradients in the order of ``needs``; differentiable by ``library=reference``, and faster by ``dense``."""
     grad_input = grad_weight = grad_scores = grad_sink = grad_bias = None
     if needs.input:
-        grad_input = library.masked_linear(grad_output, weight.t(), mask.t())
+        grad_input = library.linear_input_grad(grad_output, weight, mask)
     if needs.grad:
         grad = library.linear_weight_grad(grad_output, input)
-        select = library.effective_weight
-        grad_weight, grad_scores, grad_sink = distribute_gradient(grad, weight, mask, positions, needs, select)
+        distribute = dense.distribute if library is dense else distribute_gradient
+        grad_weight, grad_scores, grad_sink = distribute(grad, weight, mask, positions, needs)
     if needs.bias:
         grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0)
     return grad_input, grad_weight, grad_scores, grad_sink, grad_bias
@@ -74,6 +76,15 @@ def _masked_linear_backward(
     wanted = Needs(*needs)
     grads: dict[str, Tensor | None] = {}
     rows, grad_rows = input.reshape(-1, input.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
+    if gpu_products.runs(rows, weight):
+        if wanted.input:
+            grads["input"] = gpu_products.linear_input_grad(grad_rows, weight, mask).view(input.shape)
+        if wanted.grad:
+            found = gpu_products.linear_weight_grad(grad_rows, rows, weight, mask, positions, wanted)
+            grads |= dict(zip(("weight", "scores", "sink"), found, strict=True))
+        if wanted.bias:
+            grads["bias"] = grad_rows.sum(0)
+        return [grads[name] for name, need in zip(Needs._fields, wanted, strict=True) if need]  # type: ignore[misc]
     for_input, for_weight = sparse_grads("masked_linear", rows, weight, _maps(mask), wanted, positions)
     if for_input is not None:
         grad_input = torch.empty_like(rows)
@@ -166,4 +177,5 @@ def masked_linear(
     check_masked_operands(weight, mask, mask_scores, grad_sink, positions)
     if input.shape[-1:] != weight.shape[1:]:
         raise ValueError(f"input has shape {list(input.shape)}; its last size must be {weight.shape[1]}, the weight's")
+    check_dtypes(input, weight)
     return torch.ops.sparsebilevel.masked_linear(input, weight, mask, bias, mask_scores, grad_sink, positions)

@@ -1,7 +1,10 @@
-"""Steps of SGD and AdamW on the active weights of a mask, on the CPU (csrc/cpu/optimizer_step.h).
+"""Steps of SGD and AdamW on the weights of a mask: on the CPU on the active ones alone (csrc/cpu/optimizer_step.h).
 
 A step moves memory, and memory moves in cache lines: what counts is not how many weights are active but how many
 *pieces* of 16 weights hold one. Of an unstructured mask at 90 % those are four in five.
+
+On a GPU a step takes all weights of many layers in one launch, and writes their masked copies (:mod:`.apply_mask`) in
+the same pass over memory.
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import native
+from . import gpu, native
+from .apply_mask import kept_copy, lies_alike, note_written
 
 # From benchmarks/bench_optimizer_step.py: a weight with more of its pieces active is stepped faster as a whole, and one
 # of fewer elements costs more to look after than to step.
@@ -93,3 +97,62 @@ def adamw_step(
     settings = (lr, *betas, eps, weight_decay, maximize)
     native.lib.adamw_step(_arguments(weights), *settings, torch.get_num_threads())
     _tell_autograd(weights)
+
+
+class MaskedWeight(NamedTuple):
+    """What a step on one weight of a GPU takes: float32 tensors of one shape and the same strides, without gaps."""
+
+    weight: Tensor
+    grad: Tensor
+    mask: Tensor
+    copy: Tensor
+    state: Sequence[Tensor]
+    step: Tensor | None = None
+    """AdamW: number of this step, counted from 1, a float32 on the device."""
+
+
+def masked_weight(weight: Tensor, mask: Tensor, state: Sequence[Tensor]) -> MaskedWeight | None:
+    """The weight for a step on the GPU, or None where torch's own is due: where no copy is kept of it."""
+    grad = weight.grad
+    if grad is None or not gpu.available(weight.device) or gpu.is_capturing(weight.device):
+        return None
+    copy = kept_copy(weight, mask)
+    if copy is None or not lies_alike(weight, mask, copy, grad, *state):
+        return None
+    if any(t.dtype != torch.float32 for t in (weight, *state)):
+        return None
+    return MaskedWeight(weight, grad, mask, copy, state)
+
+
+def _by_type(weights: Sequence[MaskedWeight]) -> Iterable[list[MaskedWeight]]:
+    groups: dict[tuple, list[MaskedWeight]] = {}
+    for w in weights:
+        groups.setdefault((w.weight.device, w.grad.dtype, w.copy.dtype), []).append(w)
+    return groups.values()
+
+
+def _columns(group: Sequence[MaskedWeight]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    return [w.weight for w in group], [w.grad for w in group], [w.mask for w in group], [w.copy for w in group]
+
+
+def masked_sgd_step(weights: Sequence[MaskedWeight], **settings: Any) -> None:
+    """:func:`sgd_step` on a GPU; the state is there."""
+    from . import triton_elementwise
+
+    for group in _by_type(weights):
+        buffers = [w.state[0] for w in group] if group[0].state else None
+        triton_elementwise.sgd_step(*_columns(group), buffers, fresh=False, **settings)
+    for w in weights:
+        note_written(w.weight, w.mask, w.copy)
+
+
+def masked_adamw_step(weights: Sequence[MaskedWeight], **settings: Any) -> None:
+    """:func:`adamw_step` on a GPU; the state is there."""
+    from . import triton_elementwise
+
+    for group in _by_type(weights):
+        averages, squares = ([w.state[i] for w in group] for i in (0, 1))
+        steps = [w.step for w in group if w.step is not None]
+        triton_elementwise.adamw_step(*_columns(group), averages, squares, steps, **settings)
+    for w in weights:
+        note_written(w.weight, w.mask, w.copy)

@@ -16,9 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def effective_weight(weight: Tensor, mask: Tensor) -> Tensor:
-    """``z = m * theta``, selected rather than multiplied: an inf or NaN under a zero of the mask stays hidden."""
-    return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+def effective_weight(weight: Tensor, mask: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``z = m * theta``, selected rather than multiplied: an inf or NaN under a zero of the mask stays hidden.
+
+    In ``dtype``, by default that of the weight.
+    """
+    z = torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+    return z if dtype is None else z.to(dtype)
 
 
 def masked_linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -26,7 +30,12 @@ def masked_linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | No
 
     Shapes: input ``[..., K]``, weight and mask ``[N, K]``, bias ``[N]``; returns ``[..., N]``.
     """
-    return F.linear(input, effective_weight(weight, mask), bias)
+    return F.linear(input, effective_weight(weight, mask, input.dtype), bias)
+
+
+def linear_input_grad(grad_output: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    """Gradient ``[..., K]`` of the input of a linear layer, from that of its output ``[..., N]``."""
+    return masked_linear(grad_output, weight.t(), mask.t())
 
 
 def linear_weight_grad(grad_output: Tensor, input: Tensor) -> Tensor:
@@ -48,7 +57,7 @@ def masked_conv2d(
 
     Shapes: input ``[B, C, H, W]``, weight and mask ``[N, C / groups, R, S]``, bias ``[N]``; returns ``[B, N, P, Q]``.
     """
-    return F.conv2d(input, effective_weight(weight, mask), bias, stride, padding, dilation, groups)
+    return F.conv2d(input, effective_weight(weight, mask, input.dtype), bias, stride, padding, dilation, groups)
 
 
 def gather_support(grad: Tensor, positions: Tensor) -> Tensor:
@@ -70,6 +79,28 @@ def binarize_rows(scores: Tensor, k: int) -> Tensor:
     # Adding zero turns -0.0 into +0.0: the two are equal and must tie.
     order = torch.sort(scores + 0.0, dim=1, descending=True, stable=True).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order[:, :k], True)
+
+
+def unpacked(words: Tensor, shape: torch.Size) -> Tensor:
+    """The boolean mask ``shape`` of its int64 words, see ``BinaryMask``."""
+    bits = words[:, None] >> torch.arange(64, device=words.device) & 1
+    return bits.reshape(-1)[: shape.numel()].view(shape).bool()
+
+
+def split_gradient(
+    grad: Tensor, weight: Tensor, mask: Tensor, needs: tuple[bool, bool, bool] = (True, True, True)
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``m * G``, ``theta * G`` and ``G``, where ``needs`` asks: the first in the weight's dtype, the others in float32.
+
+    In float64 if ``G`` is.
+    """
+    wide = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+    need_weight, need_scores, need_sink = needs
+    return (
+        effective_weight(grad, mask).to(weight.dtype) if need_weight else None,
+        weight.to(wide.dtype) * wide if need_scores else None,
+        wide if need_sink else None,
+    )
 
 
 def mask_words(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .kernels import PASSES, Backend, choose_backend, describe, make_grad_sink, masked_conv2d, masked_linear
+from .kernels import PASSES, Backend, choose_backend, describe, gpu, make_grad_sink, masked_conv2d, masked_linear
 from .kernels.batch_norm import batch_norm_for_uses
+from .kernels.gpu_products import structure_of
 from .kernels.reference import effective_weight
 from .masks import NM, Pattern, Unstructured, global_masks, parse_pattern, random_mask
 from .schedules import layer_counts
@@ -194,8 +195,10 @@ class SparseMaskedModule(nn.Module):
             device = torch.device("cpu")
         else:
             non_zeros, device = int(self.mask.sum()), weight.device
+        on_gpu = gpu.available(device) and getattr(self, "groups", 1) == 1
         return choose_backend(
             *(self._op, tuple(weight.shape), weight.dtype, device, max(non_zeros, learning)),
+            structure=structure_of(self.mask, math.prod(weight.shape[2:]) == 1) if on_gpu else None,
             stride=math.prod(getattr(self, "stride", (1,))),
             groups=getattr(self, "groups", 1),
             passes=passes,

@@ -12,6 +12,9 @@ for another. Where weights or state are not zero outside of the mask (BiP, HYDRA
 would change them, so it is taken; nobody need say so, since the optimizer looks, again whenever a mask, weight or state
 has changed between its steps.
 
+On a GPU the float32 weights of sparse layers are stepped in one launch that also writes the masked copies which their
+layers compute with.
+
 The gradient of a sparse layer's weight is zero where the mask is False. What somebody else adds to it there, such as
 noise, moves dropped weights in a dense step, and does not where the active ones are stepped alone.
 """
@@ -27,8 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import optimizer_step
-from .kernels.optimizer_step import ActiveWeight
+from .kernels import gpu, optimizer_step
+from .kernels.optimizer_step import ActiveWeight, MaskedWeight
 from .nn import mask_of
 
 
@@ -67,6 +70,10 @@ def _fit(weight: Tensor, grad: Tensor, state: Sequence[Tensor]) -> bool:
     return weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def _is_plain(weight: Tensor, grad: Tensor) -> bool:
+    return weight.dtype is torch.float32 and grad.dtype is torch.float32 and grad.layout is torch.strided
+
+
 class _ActiveSteps:
     """The step of both optimizers: what is active alone first, then torch's own for the rest."""
 
@@ -79,6 +86,9 @@ class _ActiveSteps:
         raise NotImplementedError
 
     def _step_weights(self, group: dict[str, Any], weights: Sequence[ActiveWeight]) -> None:
+        raise NotImplementedError
+
+    def _step_on_gpu(self, group: dict[str, Any], weights: Sequence[MaskedWeight]) -> None:
         raise NotImplementedError
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -114,13 +124,20 @@ class _ActiveSteps:
         fused: list[Tensor] = []
         fresh: list[Tensor] = []  # apart: torch's fused step takes either tensors with state or tensors without
         others: list[Tensor] = []
+        on_gpu: list[MaskedWeight] = []
         for weight in group["params"]:
             grad = weight.grad
             if grad is None:
                 continue
             kept = self.state.get(weight, {})
             state = [kept[name] for name in names if kept.get(name) is not None]
-            if not _fit(weight, grad, state):
+            if gpu.available(weight.device):
+                masked = self._masked_weight(weight, state) if len(state) == len(names) else None
+                if masked is not None:
+                    on_gpu.append(masked)
+                else:  # torch's fused step makes state that ours can go on with
+                    (fresh if len(state) < len(names) and _is_plain(weight, grad) else others).append(weight)
+            elif not _fit(weight, grad, state):
                 others.append(weight)
             elif len(state) < len(names):
                 fresh.append(weight)
@@ -146,8 +163,20 @@ class _ActiveSteps:
                     for (weight, (pieces, state)), step in zip(active.items(), steps, strict=True)
                 ],
             )
+        if on_gpu:
+            self._step_on_gpu(group, on_gpu)
         parts = [(fused, True), (fresh, True), (others, group["fused"])]
         return [group | {"params": params, "fused": choice} for params, choice in parts if params]
+
+    def _masked_weight(self, weight: Tensor, state: Sequence[Tensor]) -> MaskedWeight | None:
+        mask = mask_of(weight)
+        found = None if mask is None else optimizer_step.masked_weight(weight, mask, state)
+        step = self.state.get(weight, {}).get("step")
+        if found is None or step is None:
+            return found
+        if step.device != weight.device or step.dtype != torch.float32:
+            return None
+        return found._replace(step=step)
 
     def _takes(self, group: dict[str, Any]) -> bool:
         """Whether the group asks for nothing that fused steps, ours or torch's, do not do or do otherwise."""
@@ -184,6 +213,10 @@ class SGD(_ActiveSteps, torch.optim.SGD):
         names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
         optimizer_step.sgd_step(weights, **{name: group[name] for name in names})
 
+    def _step_on_gpu(self, group: dict[str, Any], weights: Sequence[MaskedWeight]) -> None:
+        names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+        optimizer_step.masked_sgd_step(weights, **{name: group[name] for name in names})
+
 
 class AdamW(_ActiveSteps, torch.optim.AdamW):
     """``torch.optim.AdamW``, see there for the arguments; see :mod:`sparsebilevel.optim`."""
@@ -196,3 +229,8 @@ class AdamW(_ActiveSteps, torch.optim.AdamW):
     def _step_weights(self, group: dict[str, Any], weights: Sequence[ActiveWeight]) -> None:
         names = ("lr", "betas", "eps", "weight_decay", "maximize")
         optimizer_step.adamw_step(weights, **{name: group[name] for name in names})
+
+    def _step_on_gpu(self, group: dict[str, Any], weights: Sequence[MaskedWeight]) -> None:
+        torch._foreach_add_([w.step for w in weights if w.step is not None], 1)
+        names = ("lr", "betas", "eps", "weight_decay", "maximize")
+        optimizer_step.masked_adamw_step(weights, **{name: group[name] for name in names})

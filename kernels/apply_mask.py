@@ -1,0 +1,215 @@
+"""Masked copies ``m * theta`` in the dtype that a layer computes in, and which of them are still good.
+
+On a GPU the multiplication by the mask costs a pass over the weight before every product. So the copy is kept: it is
+made when the first product asks for it, and again when weight or mask have changed since, of all layers at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from . import gpu, reference
+
+
+def apply_mask(
+    weights: Sequence[Tensor], masks: Sequence[Tensor], outs: Sequence[Tensor] | None = None
+) -> Sequence[Tensor]:
+    """``masks * weights``, selected rather than multiplied, of many tensors; on a GPU in one launch for each type.
+
+    Args:
+        weights: floating point, of any shapes and types.
+        masks: each bool and of its weight's shape, or its packed words, int64 ``[ceil(size / 64)]`` in row-major order
+            (see ``BinaryMask``).
+        outs: written to, each of its weight's shape and on its device; of any floating types. By default new tensors,
+            like the weights.
+
+    Returns:
+        ``outs``.
+
+    Raises:
+        ValueError: lists of different lengths; a mask or an output that does not fit its weight, naming it.
+    """
+    outs = [torch.empty_like(w) for w in weights] if outs is None else outs
+    if not len(weights) == len(masks) == len(outs):
+        raise ValueError(f"{len(weights)} weights, {len(masks)} masks and {len(outs)} outs; expected as many of each")
+    for i, (weight, mask, out) in enumerate(zip(weights, masks, outs, strict=True)):
+        check_mask(f"masks[{i}]", mask, weight)
+        if out.shape != weight.shape or out.device != weight.device or not out.is_floating_point():
+            raise ValueError(
+                f"outs[{i}] is {out.dtype} of shape {list(out.shape)} on {out.device}; expected floating point "
+                f"{list(weight.shape)} on {weight.device}, as weights[{i}]"
+            )
+    groups: dict[tuple, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    with torch.no_grad():
+        for weight, mask, out in zip(weights, masks, outs, strict=True):
+            if gpu.takes_tables(weight.device) and lies_alike(weight, mask, out):
+                types = weight.device, weight.dtype, mask.dtype, out.dtype
+                groups.setdefault(types, []).append((weight, mask, out))
+            else:
+                bools = mask if mask.dtype == torch.bool else reference.unpacked(mask, weight.shape)
+                out.copy_(reference.effective_weight(weight, bools))
+        for group in groups.values():
+            from . import triton_elementwise
+
+            triton_elementwise.apply_mask(*zip(*group, strict=True))
+    return outs
+
+
+def check_mask(name: str, mask: Tensor, weight: Tensor) -> None:
+    """Refuse a mask, bool or packed, that does not fit the weight."""
+    expected = weight.shape if mask.dtype == torch.bool else torch.Size([-(-weight.numel() // 64)])
+    if mask.dtype not in (torch.bool, torch.int64) or mask.shape != expected or mask.device != weight.device:
+        raise ValueError(
+            f"{name} is {mask.dtype} of shape {list(mask.shape)} on {mask.device}; expected torch.bool "
+            f"{list(weight.shape)} or int64 words [{-(-weight.numel() // 64)}], on {weight.device}"
+        )
+
+
+def lies_alike(weight: Tensor, mask: Tensor, *others: Tensor) -> bool:
+    """Whether the elementwise kernels take them: known types, and each element at the same place in memory."""
+    from . import triton_elementwise
+
+    tensors = others if mask.dtype == torch.int64 else (mask, *others)
+    if not triton_elementwise.takes(weight, mask, *others) or not all(_strides(t) == _strides(weight) for t in tensors):
+        return False
+    # Packed words are in row-major order, whatever the order in memory is.
+    return weight.is_contiguous() or (mask.dtype == torch.bool and is_dense(weight))
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """Where there is something to step over."""
+    return [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the memory of a tensor has neither gaps nor overlaps, whatever the order of its dimensions is."""
+    order = sorted(range(tensor.dim()), key=lambda d: (tensor.stride(d), tensor.shape[d]), reverse=True)
+    return tensor.permute(order).is_contiguous()
+
+
+class _Copy:
+    """A masked copy, and what it was made from."""
+
+    def __init__(self, weight: Tensor, mask: Tensor, dtype: torch.dtype) -> None:
+        self.weight, self.mask = weakref.ref(weight), weakref.ref(mask)
+        self.tensor = torch.empty_like(weight, dtype=dtype, requires_grad=False)
+        self.seen: tuple | None = None
+        self.written = False  # by the optimizer whose step is not yet over
+
+    def is_of(self, weight: Tensor, mask: Tensor) -> bool:
+        """Whether these are the tensors, where they were and as they were laid out."""
+        return (
+            self.weight() is weight
+            and self.mask() is mask
+            and self.tensor.shape == weight.shape
+            and self.tensor.stride() == weight.stride()
+            and self.tensor.device == weight.device
+        )
+
+    def is_fresh(self, weight: Tensor, mask: Tensor) -> bool:
+        return self.seen == _state(weight, mask)
+
+
+def _state(weight: Tensor, mask: Tensor) -> tuple:
+    """What changes when torch writes to them, or gives them other memory. What goes past it is not seen (``.data``)."""
+    return weight._version, weight.data_ptr(), mask._version, mask.data_ptr()
+
+
+_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of weight: {dtype: _Copy}
+_lock = threading.RLock()
+
+
+def compute_copy(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """``mask * weight`` in ``dtype``, not to be written to: the copy that is kept, on devices with our kernels.
+
+    When one is out of date so are, after a step of an optimizer, those of all other layers: all are made again, in one
+    launch. While a CUDA graph is captured nothing is kept, since the graph is to follow the weight.
+
+    ``SPARSEBILEVEL_COMPUTE_COPY=0`` makes it anew each time, for who changes weights through ``.data`` and not in a
+    step of an optimizer.
+    """
+    if not _may_keep(weight, mask):
+        if gpu.takes_tables(weight.device) and mask.stride() == weight.stride() and is_dense(weight):
+            return apply_mask([weight], [mask], [torch.empty_like(weight, dtype=dtype)])[0]
+        return reference.effective_weight(weight, mask).to(dtype)
+    with _lock:
+        copies = _copies.setdefault(weight, {})
+        copy = copies.get(dtype)
+        if copy is None or not copy.is_of(weight, mask):
+            _watch_optimizers()
+            copy = copies[dtype] = _Copy(weight, mask, dtype)
+        if not copy.is_fresh(weight, mask):
+            _refresh(weight.device)
+        return copy.tensor
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """From now on, forget copies of weights after a step of an optimizer.
+
+    Torch's fused steps write weights without counting their versions up, and so do those of others that write through
+    ``.data``.
+    """
+
+    def forget(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        with _lock:
+            for group in optimizer.param_groups:
+                for weight in group["params"]:
+                    for copy in _copies.get(weight, {}).values():
+                        if not copy.written:
+                            copy.seen = None
+                        copy.written = False
+
+    register_optimizer_step_post_hook(forget)
+
+
+def _may_keep(weight: Tensor, mask: Tensor) -> bool:
+    return (
+        gpu.available(weight.device)
+        and os.environ.get("SPARSEBILEVEL_COMPUTE_COPY", "1") != "0"
+        and weight.is_leaf
+        and not (weight.is_inference() or mask.is_inference())  # these count no versions
+        and not gpu.is_capturing(weight.device)
+    )
+
+
+def _refresh(device: torch.device) -> None:
+    """Make every copy on ``device`` again that is out of date."""
+    stale: list[tuple[Tensor, Tensor, _Copy]] = []
+    for copies in list(_copies.values()):
+        for copy in copies.values():
+            weight, mask = copy.weight(), copy.mask()
+            if weight is None or mask is None or weight.device != device or not copy.is_of(weight, mask):
+                continue
+            if not copy.is_fresh(weight, mask):
+                stale.append((weight, mask, copy))
+    with torch.no_grad():
+        masks = [m if m.stride() == w.stride() else torch.empty_like(w, dtype=torch.bool).copy_(m) for w, m, _ in stale]
+        apply_mask([w for w, _, _ in stale], masks, [c.tensor for _, _, c in stale])
+    for weight, mask, copy in stale:
+        copy.seen = _state(weight, mask)
+
+
+def kept_copy(weight: Tensor, mask: Tensor) -> Tensor | None:
+    """A copy that is kept of a weight, for an optimizer that writes it in the same pass, and then says so."""
+    with _lock:
+        copies = _copies.get(weight, {}).values()
+        return next((copy.tensor for copy in copies if copy.is_of(weight, mask)), None)
+
+
+def note_written(weight: Tensor, mask: Tensor, tensor: Tensor) -> None:
+    """Say, in a step of an optimizer, that ``tensor``, a kept copy, holds ``mask * weight`` as it is now."""
+    with _lock:
+        for copy in _copies.get(weight, {}).values():
+            if copy.tensor is tensor:
+                copy.seen, copy.written = _state(weight, mask), True

@@ -1,0 +1,56 @@
+"""Whether the Triton kernels run on a device, and in what context they are launched.
+
+``SPARSEBILEVEL_TRITON=0`` keeps Triton unused: everything then runs on cuBLAS, cuDNN and torch's own kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+DEVICES = {"cuda"}
+"""Types of devices that the kernels run on. The tests add the CPU, where Triton's interpreter takes them."""
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def available(device: torch.device) -> bool:
+    """Whether the kernels run on a device: NVIDIA's from compute capability 8.0 on."""
+    if device.type not in DEVICES or os.environ.get("SPARSEBILEVEL_TRITON", "1") == "0" or not _has_triton():
+        return False
+    return device.type != "cuda" or (torch.version.cuda is not None and capability(device) >= (8, 0))
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; (0, 0) of what is no GPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many multiprocessors the device has; some, of what is no GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched now goes into a CUDA graph, to run later on what the memory holds then."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def takes_tables(device: torch.device) -> bool:
+    """Whether kernels may get the addresses of many tensors as a table: it is copied to the device when it is new."""
+    return available(device) and not is_capturing(device)
+
+
+def on_device(device: torch.device) -> Any:
+    """Context in which Triton launches on ``device``."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

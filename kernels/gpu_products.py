@@ -1,0 +1,218 @@
+"""The products of a masked layer on a GPU, each on the backend that :mod:`.dispatch` chooses.
+
+A linear layer, and a 1x1 convolution in channels_last, is a product of matrices: rows are tokens, or pixels. All
+results of the weight gradient are linear in ``G``, so they add up over micro-batches and processes, whatever
+the backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import block_sparse, dense, gpu
+from .dispatch import Backend, Structure, choose_product
+from .gradient import Needs
+
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def structure_of(mask: Tensor, matrix: bool) -> Structure:
+    """What a mask drops as a whole; nothing where that is not known and may not be asked for."""
+    slices = block_sparse.slice_density(mask)
+    if slices is None:
+        return Structure()
+    tiles = block_sparse.tile_densities(mask) if matrix else None
+    return Structure(tuple((tiles or {}).items()), slices)
+
+
+def _choose(product: str, rows: Tensor, weight: Tensor, mask: Tensor, dense_grad: bool = False) -> tuple[Backend, int]:
+    structure, shape = structure_of(mask, True), tuple(weight.shape)
+    return choose_product(product, rows.dtype, rows.device, rows.shape[0], shape, structure, dense_grad=dense_grad)
+
+
+def linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
+    """``x [T, K] @ (mask * weight).T + bias``; weight and mask ``[N, K]``, or ``[N, K, 1, 1]``."""
+    backend, block = _choose("forward", x, weight, mask)
+    if backend.name == "fused" and _is_plain(weight, mask):
+        from . import triton_matmul
+
+        return triton_matmul.masked_matmul(x.contiguous(), weight.flatten(1), mask.flatten(1), bias)
+    z = _matrix(dense.effective_weight(weight, mask, x.dtype))
+    if backend.name == "block":
+        return block_sparse.layout(mask, block).forward(x.contiguous(), z, bias)
+    if backend.name == "slice":
+        cut = block_sparse.slices(mask)
+        out = torch.mm(cut.inputs(x, 1), cut.weight(z).t())
+        out = cut.expand_outputs(out, 1, weight.shape[0])
+        return out if bias is None else out.add_(bias)
+    return torch.nn.functional.linear(x, z, bias)
+
+
+def linear_input_grad(dy: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    """``dy [T, N] @ (mask * weight)``."""
+    backend, block = _choose("input_grad", dy, weight, mask)
+    if backend.name == "fused" and _is_plain(weight, mask):
+        from . import triton_matmul
+
+        return triton_matmul.masked_matmul(dy.contiguous(), weight.flatten(1), mask.flatten(1), input_grad=True)
+    z = _matrix(dense.effective_weight(weight, mask, dy.dtype))
+    if backend.name == "block":
+        return block_sparse.layout(mask, block).input_grad(dy.contiguous(), z)
+    if backend.name == "slice":
+        cut = block_sparse.slices(mask)
+        return cut.expand_inputs(torch.mm(cut.outputs(dy, 1), cut.weight(z)), 1, weight.shape[1])
+    return torch.mm(dy, z)
+
+
+def linear_weight_grad(
+    dy: Tensor, x: Tensor, weight: Tensor, mask: Tensor, positions: Tensor | None, needs: Needs
+) -> Grads:
+    """Gradients of weight, scores and sink, in the shape of the weight, where ``needs`` asks."""
+    # Kernels of tiles give mask * G alone; a sink may ask for more than is kept.
+    dense_grad = needs.scores or needs.sink
+    backend, block = _choose("weight_grad", x, weight, mask, dense_grad)
+    if backend.name == "block":
+        given = mask.flatten(1).contiguous()
+        grad = block_sparse.layout(mask, block).weight_grad(dy.contiguous(), x.contiguous(), given, weight.dtype)
+        return grad.view(weight.shape), None, None
+    if backend.name == "slice":
+        cut = block_sparse.slices(mask)
+        grad = torch.mm(cut.outputs(dy, 1).t(), cut.inputs(x, 1))
+        grad = cut.expand_inputs(cut.expand_outputs(grad, 0, weight.shape[0]), 1, weight.shape[1])
+        return dense.distribute(grad.view(weight.shape), weight, mask, positions, needs)
+    if backend.name == "fused" and positions is None and _is_plain(weight, mask):
+        from . import triton_matmul
+
+        wanted = {"need_weight": needs.weight, "need_scores": needs.scores, "need_sink": needs.sink}
+        dy, x = dy.contiguous(), x.contiguous()
+        grads = triton_matmul.weight_grad(dy, x, weight.flatten(1), mask.flatten(1), **wanted)
+        return tuple(None if grad is None else grad.view(weight.shape) for grad in grads)  # type: ignore[return-value]
+    return dense.distribute(torch.mm(dy.t(), x).view(weight.shape), weight, mask, positions, needs)
+
+
+Conv = tuple[Sequence[int], Sequence[int], Sequence[int], int]
+"""Stride, padding, dilation, groups."""
+
+
+def _is_matrix(weight: Tensor, geometry: Conv, *maps: Tensor) -> bool:
+    """Whether a convolution is a product of matrices as the maps lie in memory."""
+    stride, padding, _, groups = geometry
+    plain = [*weight.shape[2:], *stride, groups] == [1] * 5 and not any(padding)
+    return plain and all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
+
+
+def _pixels(maps: Tensor) -> Tensor:
+    """Maps ``[B, C, H, W]`` in channels_last as rows ``[B * H * W, C]``."""
+    return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
+
+
+def _maps(rows: Tensor, like: Tensor) -> Tensor:
+    """The inverse, of the sizes of ``like``."""
+    images, _, height, width = like.shape
+    return rows.view(images, height, width, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def _choose_conv(
+    product: str, input: Tensor, weight: Tensor, mask: Tensor, geometry: Conv, matrix: bool, dense_grad: bool = False
+) -> str:
+    groups = geometry[3]
+    structure = structure_of(mask, matrix) if groups == 1 else Structure()
+    rows = input.numel() // max(input.shape[1], 1)
+    options = {"dense_grad": dense_grad, "matrix": matrix}
+    return choose_product(product, input.dtype, input.device, rows, tuple(weight.shape), structure, **options)[0].name
+
+
+def conv2d(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, geometry: Conv) -> Tensor:
+    """``conv2d(input, mask * weight) + bias``."""
+    matrix = _is_matrix(weight, geometry, input)
+    name = _choose_conv("forward", input, weight, mask, geometry, matrix)
+    if matrix and name in ("fused", "block"):
+        return _maps(linear(_pixels(input), weight, mask, bias), input)
+    if name == "fused" and _takes_conv(weight, mask, input):
+        from . import triton_conv2d
+
+        return triton_conv2d.masked_conv2d(input, weight, mask, bias, geometry)
+    z = dense.effective_weight(weight, mask, input.dtype)
+    stride, padding, dilation, groups = geometry
+    cut = block_sparse.slices(mask) if name == "slice" else None
+    if cut is None or not cut.density:  # no library takes maps without channels
+        return torch.ops.aten.convolution(input, z, bias, stride, padding, dilation, False, [0, 0], groups)
+    x, z = cut.inputs(input, 1), cut.weight(z)
+    out = torch.ops.aten.convolution(x, z, None, stride, padding, dilation, False, [0, 0], groups)
+    out = cut.expand_outputs(out, 1, weight.shape[0])
+    return out if bias is None else out.add_(bias[:, None, None])
+
+
+def conv2d_input_grad(dy: Tensor, input: Tensor, weight: Tensor, mask: Tensor, geometry: Conv) -> Tensor | None:
+    """Gradient of the input if another backend than the dense one is chosen, else None."""
+    matrix = _is_matrix(weight, geometry, input, dy)
+    name = _choose_conv("input_grad", input, weight, mask, geometry, matrix)
+    if matrix and name in ("fused", "block"):
+        return _maps(linear_input_grad(_pixels(dy), weight, mask), input)
+    if name == "fused" and _takes_conv(weight, mask, dy):
+        from . import triton_conv2d
+
+        return triton_conv2d.input_grad(dy, input, weight, mask, geometry)
+    cut = block_sparse.slices(mask) if name == "slice" else None
+    if cut is None or not cut.density:
+        return None
+    z = cut.weight(dense.effective_weight(weight, mask, input.dtype))
+    x = cut.inputs(input, 1)
+    grad = _convolution_backward(cut.outputs(dy, 1), x, z, geometry, [True, False, False])[0]
+    return cut.expand_inputs(grad, 1, input.shape[1])
+
+
+def conv2d_weight_grad(
+    dy: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    positions: Tensor | None,
+    geometry: Conv,
+    needs: Needs,
+) -> Grads | None:
+    """Gradients of weight, scores and sink if another backend than the dense one is chosen, else None."""
+    matrix = _is_matrix(weight, geometry, input, dy)
+    name = _choose_conv("weight_grad", input, weight, mask, geometry, matrix, needs.scores or needs.sink)
+    if matrix and name in ("fused", "block"):
+        return linear_weight_grad(_pixels(dy), _pixels(input), weight, mask, positions, needs)
+    if name == "fused" and positions is None and _takes_conv(weight, mask, dy, input):
+        from . import triton_conv2d
+
+        wanted = {"need_weight": needs.weight, "need_scores": needs.scores, "need_sink": needs.sink}
+        return triton_conv2d.weight_grad(dy, input, weight, mask, geometry, **wanted)
+    cut = block_sparse.slices(mask) if name == "slice" else None
+    if cut is None or not cut.density:
+        return None
+    z = cut.weight(weight).to(input.dtype)  # of which the shape is needed
+    grad = _convolution_backward(cut.outputs(dy, 1), cut.inputs(input, 1), z, geometry, [False, True, False])[1]
+    grad = cut.expand_inputs(cut.expand_outputs(grad, 0, weight.shape[0]), 1, weight.shape[1])
+    return dense.distribute(grad, weight, mask, positions, needs)
+
+
+def _convolution_backward(dy: Tensor, x: Tensor, z: Tensor, geometry: Conv, wanted: list[bool]) -> list[Tensor]:
+    stride, padding, dilation, groups = geometry
+    options = (None, stride, padding, dilation, False, [0, 0], groups, wanted)
+    return torch.ops.aten.convolution_backward(dy, x, z, *options)
+
+
+def _takes_conv(weight: Tensor, mask: Tensor, *maps: Tensor) -> bool:
+    from . import triton_conv2d
+
+    return triton_conv2d.takes(weight, mask, *maps)
+
+
+def _is_plain(weight: Tensor, mask: Tensor) -> bool:
+    return weight.flatten(1).is_contiguous() and mask.flatten(1).is_contiguous()
+
+
+def _matrix(z: Tensor) -> Tensor:
+    return z.flatten(1).contiguous()
+
+
+def runs(*tensors: Tensor) -> bool:
+    """Whether these are on a device of ours, and there is something to compute."""
+    return all(gpu.available(t.device) and t.numel() for t in tensors) and tensors[0].dtype != torch.float64

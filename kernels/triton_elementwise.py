@@ -1,0 +1,474 @@
+"""What touches every weight once a step, in Triton: many tensors in one launch, each element read and written once.
+
+A launch walks a table of addresses in chunks of 2048 elements. Everything is computed in float32, which is exact for a
+selection, and right in the interpreter, where bfloat16 has no arithmetic. Imported where it is needed, since it imports
+Triton; callers are :mod:`.apply_mask`, :mod:`.split_gradient` and :mod:`.optimizer_step`.
+
+No function waits for the device: a table comes from pinned memory, and is kept for the next step. None is made while a
+CUDA graph is captured (:func:`.gpu.takes_tables`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .gpu import on_device
+
+ROWS = 64
+_WARPS = 8  # eight elements a thread: loads of 16 bytes, and registers to spare
+CHUNK = 32 * ROWS
+"""Elements a program handles: as rows of 32, so that a row shares one word of a packed mask."""
+_FIXED = {"ROWS": ROWS, "num_warps": _WARPS}
+_TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.bool: tl.int8,
+    torch.int64: tl.int32,  # packed words, read by halves
+}
+
+
+@triton.jit
+def _address(row, COLUMN: tl.constexpr, TYPE: tl.constexpr, ALIGN: tl.constexpr):
+    return tl.multiple_of(tl.load(row + COLUMN).to(tl.pointer_type(TYPE)), ALIGN)
+
+
+@triton.jit
+def _at(first, ROWS: tl.constexpr):
+    return first * (32 * ROWS) + tl.arange(0, ROWS)[:, None] * 32 + tl.arange(0, 32)[None, :]
+
+
+@triton.jit
+def _load(pointer, at, size, FULL: tl.constexpr):
+    """A chunk as float32; where it is full there is no bounds mask, which would break up 16-byte loads."""
+    if FULL:
+        values = tl.load(pointer + at)
+    else:
+        values = tl.load(pointer + at, mask=at < size, other=0)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def _store(pointer, at, size, values, FULL: tl.constexpr):
+    if FULL:
+        tl.store(pointer + at, values.to(pointer.dtype.element_ty))
+    else:
+        tl.store(pointer + at, values.to(pointer.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def _keep(mask, first, at, size, ROWS: tl.constexpr, FULL: tl.constexpr):
+    """Where a mask is True: of a byte for each position, or of bits, the least significant first."""
+    if mask.dtype.element_ty == tl.int8:
+        if FULL:
+            keep = tl.load(mask + at) != 0
+        else:
+            keep = tl.load(mask + at, mask=at < size, other=0) != 0
+    else:
+        word = first * ROWS + tl.arange(0, ROWS)[:, None]
+        if FULL:
+            words = tl.load(mask + word)
+        else:
+            words = tl.load(mask + word, mask=word * 32 < size, other=0)
+        keep = ((words >> tl.arange(0, 32)[None, :]) & 1) != 0
+    return keep
+
+
+@triton.jit
+def _apply_chunk(weight, mask, out, first, size, ROWS: tl.constexpr, FULL: tl.constexpr):
+    at = _at(first, ROWS)
+    keep = _keep(mask, first, at, size, ROWS, FULL)
+    _store(out, at, size, tl.where(keep, _load(weight, at, size, FULL), 0.0), FULL)
+
+
+@triton.jit
+def _apply_mask(
+    table,
+    chunks,
+    WEIGHT: tl.constexpr,
+    MASK: tl.constexpr,
+    OUT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """``out = mask * weight`` of every tensor of the table."""
+    row = table + tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64) * 4
+    first = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64)
+    size = tl.load(row)
+    weight, mask = _address(row, 1, WEIGHT, ALIGN), _address(row, 2, MASK, ALIGN)
+    out = _address(row, 3, OUT, ALIGN)
+    if (first + 1) * (32 * ROWS) <= size:
+        _apply_chunk(weight, mask, out, first, size, ROWS, True)
+    else:
+        _apply_chunk(weight, mask, out, first, size, ROWS, False)
+
+
+@triton.jit
+def _split_chunk(
+    grad,
+    weight,
+    mask,
+    grad_weight,
+    grad_scores,
+    sink,
+    first,
+    size,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SCORES: tl.constexpr,
+    HAS_SINK: tl.constexpr,
+    ROWS: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    at = _at(first, ROWS)
+    g = _load(grad, at, size, FULL)
+    if HAS_WEIGHT:
+        keep = _keep(mask, first, at, size, ROWS, FULL)
+        _store(grad_weight, at, size, tl.where(keep, g, 0.0), FULL)
+    if HAS_SCORES:
+        _store(grad_scores, at, size, _load(weight, at, size, FULL) * g, FULL)
+    if HAS_SINK:
+        _store(sink, at, size, g, FULL)
+
+
+@triton.jit
+def _split_gradient(
+    table,
+    chunks,
+    GRAD: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    MASK: tl.constexpr,
+    GRAD_WEIGHT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SCORES: tl.constexpr,
+    HAS_SINK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """``mask * G``, ``weight * G`` and ``G`` of every tensor of the table, the last two as float32."""
+    row = table + tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64) * 7
+    first = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64)
+    size = tl.load(row)
+    grad, weight = _address(row, 1, GRAD, ALIGN), _address(row, 2, WEIGHT, ALIGN)
+    mask, grad_weight = _address(row, 3, MASK, ALIGN), _address(row, 4, GRAD_WEIGHT, ALIGN)
+    scores, sink = _address(row, 5, tl.float32, ALIGN), _address(row, 6, tl.float32, ALIGN)
+    if (first + 1) * (32 * ROWS) <= size:
+        _split_chunk(
+            *(grad, weight, mask, grad_weight, scores, sink, first, size),
+            *(HAS_WEIGHT, HAS_SCORES, HAS_SINK, ROWS, True),
+        )
+    else:
+        _split_chunk(
+            *(grad, weight, mask, grad_weight, scores, sink, first, size),
+            *(HAS_WEIGHT, HAS_SCORES, HAS_SINK, ROWS, False),
+        )
+
+
+@triton.jit
+def _finish_step(
+    weight, mask, copy, at, first, size, w, HAS_COPY: tl.constexpr, ROWS: tl.constexpr, FULL: tl.constexpr
+):
+    _store(weight, at, size, w, FULL)
+    if HAS_COPY:
+        _store(copy, at, size, tl.where(_keep(mask, first, at, size, ROWS, FULL), w, 0.0), FULL)
+
+
+@triton.jit
+def _masked_grad(grad, mask, at, first, size, SIGN: tl.constexpr, ROWS: tl.constexpr, FULL: tl.constexpr):
+    keep = _keep(mask, first, at, size, ROWS, FULL)
+    return tl.where(keep, SIGN * _load(grad, at, size, FULL), 0.0)
+
+
+@triton.jit
+def _sgd_chunk(
+    grad,
+    weight,
+    mask,
+    copy,
+    buffer,
+    first,
+    size,
+    lr,
+    momentum,
+    dampening,
+    weight_decay,
+    NESTEROV: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    FRESH: tl.constexpr,
+    SIGN: tl.constexpr,
+    HAS_COPY: tl.constexpr,
+    ROWS: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    at = _at(first, ROWS)
+    w = _load(weight, at, size, FULL)
+    g = _masked_grad(grad, mask, at, first, size, SIGN, ROWS, FULL) + weight_decay * w
+    if MOMENTUM:
+        if FRESH:
+            b = g
+        else:
+            b = momentum * _load(buffer, at, size, FULL) + (1 - dampening) * g
+        _store(buffer, at, size, b, FULL)
+        if NESTEROV:
+            g += momentum * b
+        else:
+            g = b
+    _finish_step(weight, mask, copy, at, first, size, w - lr * g, HAS_COPY, ROWS, FULL)
+
+
+@triton.jit
+def _sgd_step(
+    table,
+    chunks,
+    lr,
+    momentum,
+    dampening,
+    weight_decay,
+    GRAD: tl.constexpr,
+    MASK: tl.constexpr,
+    COPY: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    FRESH: tl.constexpr,
+    SIGN: tl.constexpr,
+    HAS_COPY: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """``torch.optim.SGD`` on float32 weights with gradient ``mask * G``, which also writes ``mask * weight``."""
+    row = table + tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64) * 6
+    first = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64)
+    size = tl.load(row)
+    grad, weight = _address(row, 1, GRAD, ALIGN), _address(row, 2, tl.float32, ALIGN)
+    mask, copy = _address(row, 3, MASK, ALIGN), _address(row, 4, COPY, ALIGN)
+    buffer = _address(row, 5, tl.float32, ALIGN)
+    if (first + 1) * (32 * ROWS) <= size:
+        _sgd_chunk(
+            *(grad, weight, mask, copy, buffer, first, size, lr, momentum, dampening, weight_decay),
+            *(NESTEROV, MOMENTUM, FRESH, SIGN, HAS_COPY, ROWS, True),
+        )
+    else:
+        _sgd_chunk(
+            *(grad, weight, mask, copy, buffer, first, size, lr, momentum, dampening, weight_decay),
+            *(NESTEROV, MOMENTUM, FRESH, SIGN, HAS_COPY, ROWS, False),
+        )
+
+
+@triton.jit
+def _adamw_chunk(
+    grad,
+    weight,
+    mask,
+    copy,
+    average,
+    square,
+    first,
+    size,
+    step_size,
+    root_correction,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    SIGN: tl.constexpr,
+    HAS_COPY: tl.constexpr,
+    ROWS: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    at = _at(first, ROWS)
+    w = _load(weight, at, size, FULL)
+    g = _masked_grad(grad, mask, at, first, size, SIGN, ROWS, FULL)
+    a = _load(average, at, size, FULL)
+    a += (1 - beta1) * (g - a)
+    s = beta2 * _load(square, at, size, FULL) + (1 - beta2) * g * g
+    _store(average, at, size, a, FULL)
+    _store(square, at, size, s, FULL)
+    w = w * (1 - lr * weight_decay) - step_size * a / (tl.sqrt(s) / root_correction + eps)
+    _finish_step(weight, mask, copy, at, first, size, w, HAS_COPY, ROWS, FULL)
+
+
+@triton.jit
+def _adamw_step(
+    table,
+    chunks,
+    corrections,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    GRAD: tl.constexpr,
+    MASK: tl.constexpr,
+    COPY: tl.constexpr,
+    SIGN: tl.constexpr,
+    HAS_COPY: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """``torch.optim.AdamW`` likewise. ``corrections``: of each tensor those for the number of its step."""
+    tensor = tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
+    row = table + tensor * 7
+    first = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64)
+    size = tl.load(row)
+    grad, weight = _address(row, 1, GRAD, ALIGN), _address(row, 2, tl.float32, ALIGN)
+    mask, copy = _address(row, 3, MASK, ALIGN), _address(row, 4, COPY, ALIGN)
+    average, square = _address(row, 5, tl.float32, ALIGN), _address(row, 6, tl.float32, ALIGN)
+    step_size, root_correction = tl.load(corrections + 2 * tensor), tl.load(corrections + 2 * tensor + 1)
+    if (first + 1) * (32 * ROWS) <= size:
+        _adamw_chunk(
+            *(grad, weight, mask, copy, average, square, first, size, step_size, root_correction),
+            *(lr, beta1, beta2, eps, weight_decay, SIGN, HAS_COPY, ROWS, True),
+        )
+    else:
+        _adamw_chunk(
+            *(grad, weight, mask, copy, average, square, first, size, step_size, root_correction),
+            *(lr, beta1, beta2, eps, weight_decay, SIGN, HAS_COPY, ROWS, False),
+        )
+
+
+# -- launches ----------------------------------------------------------------------------------------------------------
+
+_MOST_TABLES = 64
+_tables: OrderedDict[tuple, tuple[Tensor, Tensor, list[Tensor]]] = OrderedDict()
+
+
+def _table(columns: Sequence[Sequence[Tensor | None]]) -> tuple[Tensor, Tensor]:
+    """Addresses of many tensors, ``[tensors, 1 + columns]`` behind their sizes, and ``[chunks, 2]`` (tensor, chunk)."""
+    device = next(t for t in columns[0] if t is not None).device
+    rows = [[t[0].numel(), *(0 if c is None else c.data_ptr() for c in t)] for t in zip(*columns, strict=True)]
+    key = (device, tuple(map(tuple, rows)))
+    found = _tables.get(key)
+    if found is None:
+        table = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        counts = (table[:, 0] + CHUNK - 1) // CHUNK
+        tensor = torch.repeat_interleave(torch.arange(len(rows), device="cpu"), counts)
+        first = torch.arange(len(tensor), device="cpu") - (counts.cumsum(0) - counts)[tensor]
+        chunks = torch.stack([tensor, first], 1).int()
+        held = [table.pin_memory(), chunks.pin_memory()] if device.type == "cuda" else [table, chunks]
+        found = (held[0].to(device, non_blocking=True), held[1].to(device, non_blocking=True), held)
+        while len(_tables) >= _MOST_TABLES:
+            _tables.popitem(last=False)
+        _tables[key] = found
+    _tables.move_to_end(key)
+    return found[0], found[1]
+
+
+def _column(tensors: Sequence[Tensor] | None, length: int) -> Sequence[Tensor | None]:
+    return tensors or [None] * length
+
+
+def _alignment(*columns: Sequence[Tensor | None]) -> int:
+    """16, or less where a tensor starts elsewhere: what a compiled kernel may take for granted of addresses."""
+    addresses = [t.data_ptr() for column in columns for t in column if t is not None]
+    return next(align for align in (16, 8, 4, 2, 1) if all(a % align == 0 for a in addresses))
+
+
+def _type(column: Sequence[Tensor | None], default: torch.dtype = torch.float32) -> tl.dtype:
+    return _TYPES[next((t.dtype for t in column if t is not None), default)]
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Whether the kernels know the types: float32, bfloat16, float16; of masks bool, or int64 words."""
+    return all(t is None or t.dtype in _TYPES for t in tensors)
+
+
+def apply_mask(weights: Sequence[Tensor], masks: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+    """Writes ``outs = masks * weights``: of one type a column, of equal strides and without gaps a row."""
+    table, chunks = _table([weights, masks, outs])
+    types = {"WEIGHT": _type(weights), "MASK": _type(masks), "OUT": _type(outs)}
+    if len(chunks):
+        with on_device(table.device):
+            _apply_mask[(len(chunks),)](table, chunks, ALIGN=_alignment(weights, masks, outs), **_FIXED, **types)
+    torch.autograd.graph.increment_version(list(outs))
+
+
+def split_gradient(
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    grad_weights: Sequence[Tensor] | None,
+    grad_scores: Sequence[Tensor] | None,
+    sinks: Sequence[Tensor] | None,
+) -> None:
+    """Writes ``masks * grads``, ``weights * grads`` and ``grads`` to the outputs that are not None."""
+    outs = [_column(column, len(grads)) for column in (grad_weights, grad_scores, sinks)]
+    table, chunks = _table([grads, weights, masks, *outs])
+    types = {"GRAD": _type(grads), "WEIGHT": _type(weights), "MASK": _type(masks), "GRAD_WEIGHT": _type(outs[0])}
+    wanted = {"HAS_WEIGHT": bool(grad_weights), "HAS_SCORES": bool(grad_scores), "HAS_SINK": bool(sinks)}
+    align = _alignment(grads, weights, masks, *outs)
+    if len(chunks):
+        with on_device(table.device):
+            _split_gradient[(len(chunks),)](table, chunks, ALIGN=align, **_FIXED, **types, **wanted)
+
+
+def sgd_step(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    copies: Sequence[Tensor] | None,
+    buffers: Sequence[Tensor] | None,
+    *,
+    fresh: bool,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+) -> None:
+    """One step of ``torch.optim.SGD`` in place; ``fresh``: the buffers hold nothing yet."""
+    outs = _column(copies, len(weights))
+    held = _column(buffers, len(weights))
+    table, chunks = _table([grads, weights, masks, outs, held])
+    if len(chunks):
+        with on_device(table.device):
+            _sgd_step[(len(chunks),)](
+                *(table, chunks, lr, momentum, dampening, weight_decay, _type(grads), _type(masks), _type(outs)),
+                NESTEROV=nesterov,
+                MOMENTUM=buffers is not None,
+                FRESH=fresh,
+                SIGN=-1 if maximize else 1,
+                HAS_COPY=copies is not None,
+                ALIGN=_alignment(grads, weights, masks, outs, held),
+                **_FIXED,
+            )
+    torch.autograd.graph.increment_version([*weights, *(copies or ()), *(buffers or ())])
+
+
+def adamw_step(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    copies: Sequence[Tensor] | None,
+    averages: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+) -> None:
+    """One step of ``torch.optim.AdamW`` in place; ``steps``: numbers of this step, float32 on the device."""
+    outs = _column(copies, len(weights))
+    table, chunks = _table([grads, weights, masks, outs, averages, squares])
+    # Torch keeps the numbers on the device. In float64: 1 - 0.999 ** step loses half of the digits of a float32.
+    step = torch.stack(list(steps)).double()
+    corrections = torch.stack([lr / (1 - betas[0] ** step), (1 - betas[1] ** step).sqrt()], 1).float()
+    if len(chunks):
+        with on_device(table.device):
+            _adamw_step[(len(chunks),)](
+                *(table, chunks, corrections, lr, *betas, eps, weight_decay, _type(grads), _type(masks), _type(outs)),
+                SIGN=-1 if maximize else 1,
+                HAS_COPY=copies is not None,
+                ALIGN=_alignment(grads, weights, masks, outs, averages, squares),
+                **_FIXED,
+            )
+    torch.autograd.graph.increment_version([*weights, *(copies or ()), *averages, *squares])

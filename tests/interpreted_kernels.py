@@ -1,0 +1,659 @@
+"""The Triton kernels in Triton's interpreter, against plain torch. tests/test_triton.py runs this in its own process:
+
+TRITON_INTERPRET must be set before a kernel is defined, and kernels that are compiled ahead of time must not see it.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+import sparsebilevel as sb
+from sparsebilevel.kernels import (
+    PASSES,
+    gpu,
+    make_grad_sink,
+    masked_conv2d,
+    masked_linear,
+    measurements,
+    reference,
+    triton_conv2d,
+    triton_elementwise,
+    triton_matmul,
+)
+from sparsebilevel.kernels.apply_mask import apply_mask, compute_copy
+from sparsebilevel.kernels.block_sparse import BlockLayout, layout, occupied_tiles, tile_densities
+from sparsebilevel.kernels.dispatch import Structure, choose_product
+from sparsebilevel.kernels.split_gradient import split_gradient
+
+apply_mask_module = sys.modules[compute_copy.__module__]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+SIZES = [(5,), (64, 3), (2, 3, 3, 3), (0, 4), (1,), (4096,), (33, 130)]
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    """The CPU counts as a device of the kernels: layers, optimizers and functions take them as on a GPU."""
+    monkeypatch.setattr(gpu, "DEVICES", {"cpu", "cuda"})
+
+
+def close(got, want, dtype=None):
+    """Equal up to one rounding to the dtype of ``got``."""
+    eps = torch.finfo(dtype or got.dtype).eps
+    assert_close(got.double(), want.double(), rtol=2 * eps, atol=1e-6)
+
+
+def layers(dtype, sizes=SIZES):
+    weights = [torch.randn(size).to(dtype) for size in sizes]
+    masks = [torch.rand(size) < 0.5 for size in sizes]
+    for w, m in zip(weights, masks, strict=True):
+        w[~m & (torch.rand(m.shape) < 0.5)] = float("nan")  # what the mask hides stays hidden
+    return weights, masks
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("dtype", "to"), list(itertools.product(FLOATS, FLOATS)), ids=str)
+def test_apply_mask(dtype, to, packed):
+    weights, masks = layers(dtype)
+    # Memory that begins elsewhere than at a multiple of 16 bytes, and one in channels_last.
+    weights.append(torch.randn(70).to(dtype)[3:])
+    masks.append(torch.rand(70)[3:] < 0.5)
+    if not packed:
+        weights.append(torch.randn(5, 4, 3, 3).to(dtype, memory_format=torch.channels_last))
+        masks.append((torch.rand(5, 4, 3, 3) < 0.5).contiguous(memory_format=torch.channels_last))
+    outs = [torch.empty_like(w, dtype=to).fill_(float("nan")) for w in weights]
+    versions = [out._version for out in outs]
+    given = [reference.mask_words(m)[0] for m in masks] if packed else masks
+    apply_mask(weights, given, outs)
+    for w, m, out, version in zip(weights, masks, outs, versions, strict=True):
+        close(out, torch.where(m, w, 0), to)
+        assert not out[~m].any()
+        assert out._version > version
+
+
+def test_what_the_kernels_do_not_take_goes_to_torch():
+    w, m = torch.randn(6, 8), torch.rand(8, 6).t() < 0.5
+    assert torch.equal(apply_mask([w, w.double()], [m, m])[1], torch.where(m, w, 0).double())
+    assert torch.equal(apply_mask([w[:, ::2]], [m[:, ::2]])[0], torch.where(m, w, 0)[:, ::2])
+    words = reference.mask_words(m)[0]
+    got = apply_mask([w.double(), w.t().contiguous().t()], [words, words])
+    assert torch.equal(got[0], torch.where(m, w, 0).double())
+    assert torch.equal(got[1], torch.where(m, w, 0))
+
+
+@pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3))[1:], ids=str)
+@pytest.mark.parametrize(("dtype", "of_weight"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_split_gradient(dtype, of_weight, needs):
+    weights, masks = layers(of_weight)
+    grads = [torch.randn(w.shape).to(dtype) for w in weights]
+    packed = [reference.mask_words(m)[0] for m in masks]
+    named = dict(zip(("need_weight", "need_scores", "need_sink"), needs, strict=True))
+    for given in (masks, packed):
+        outs = split_gradient(grads, weights, given, **named)
+        for i, (g, w, m) in enumerate(zip(grads, weights, masks, strict=True)):
+            for out, want in zip(outs, reference.split_gradient(g, w, m, needs), strict=True):
+                assert (out is None) == (want is None)
+                if out is not None:
+                    assert out[i].dtype == want.dtype
+                    close(out[i].nan_to_num(7), want.nan_to_num(7))
+                    assert out[i].data_ptr() != g.data_ptr() or not g.numel()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_sgd_step(momentum, nesterov, maximize):
+    if nesterov and not momentum:
+        pytest.skip("torch refuses it")
+    weights = [torch.randn(size) for size in SIZES]
+    masks = [torch.rand(size) < 0.5 for size in SIZES]
+    settings = {"lr": 0.1, "momentum": momentum, "dampening": 0.0 if nesterov else 0.1}
+    settings |= {"weight_decay": 0.01, "nesterov": nesterov, "maximize": maximize}
+    expected = [w.clone().requires_grad_() for w in weights]
+    optimizer = torch.optim.SGD(expected, **settings)
+    buffers = [torch.full_like(w, float("nan")) for w in weights] if momentum else None
+    copies = [torch.full_like(w, float("nan"), dtype=torch.bfloat16) for w in weights]
+    for step in range(3):
+        grads = [torch.randn(size) for size in SIZES]
+        triton_elementwise.sgd_step(weights, grads, masks, copies, buffers, fresh=step == 0, **settings)
+        for w, g, m in zip(expected, grads, masks, strict=True):
+            w.grad = torch.where(m, g, 0)
+        optimizer.step()
+    for w, e, m, c in zip(weights, expected, masks, copies, strict=True):
+        assert_close(w, e.detach())
+        close(c, torch.where(m, w, 0))
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_adamw_step(maximize):
+    weights = [torch.randn(size) for size in SIZES]
+    masks = [torch.rand(size) < 0.5 for size in SIZES]
+    settings = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "maximize": maximize}
+    expected = [w.clone().requires_grad_() for w in weights]
+    optimizer = torch.optim.AdamW(expected, **settings)
+    state = [[torch.zeros_like(w) for w in weights] for _ in range(2)]
+    copies = [torch.full_like(w, float("nan"), dtype=torch.float16) for w in weights]
+    for step in range(3):
+        grads = [torch.randn(size).bfloat16() for size in SIZES]
+        steps = [torch.tensor(step + 1.0)] * len(SIZES)
+        triton_elementwise.adamw_step(weights, grads, masks, copies, *state, steps, **settings)
+        for w, g, m in zip(expected, grads, masks, strict=True):
+            w.grad = torch.where(m, g.float(), 0)
+        optimizer.step()
+    for w, e, m, c in zip(weights, expected, masks, copies, strict=True):
+        assert_close(w, e.detach())
+        close(c, torch.where(m, w, 0))
+
+
+# -- the masked copies -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """How many tensors each launch of apply_mask took."""
+    counts = []
+    original = triton_elementwise.apply_mask
+
+    def counted(weights, masks, outs):
+        counts.append(len(weights))
+        original(weights, masks, outs)
+
+    monkeypatch.setattr(triton_elementwise, "apply_mask", counted)
+    monkeypatch.setattr(apply_mask_module, "_copies", type(apply_mask_module._copies)())
+    return counts
+
+
+def small_model(**kwargs):
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(8 * 4, 5), torch.nn.Linear(5, 4)
+    )
+    return sb.sparsify(model, 0.5, **kwargs)
+
+
+def test_one_launch_a_step_and_none_for_an_unchanged_model(launches):
+    model = small_model()
+    x = torch.randn(2, 3, 4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparse = [m for m in model if hasattr(m, "mask")]
+    for step in range(3):
+        model(x).sum().backward()
+        model(x).sum().backward()  # accumulation: nothing has changed
+        assert launches == ([1] * len(sparse) if step == 0 else [len(sparse)])
+        launches.clear()
+        optimizer.step()
+    sparse[1].set_mask(~sparse[1].mask, check=False)
+    optimizer.zero_grad()
+    y = model(x)
+    assert launches == [len(sparse)]
+    assert_close(y, sb.densify(model)(x))
+
+
+def test_a_changed_tensor_never_meets_an_old_copy(launches):
+    w, m = torch.nn.Parameter(torch.randn(6, 8)), torch.rand(6, 8) < 0.5
+
+    def right():
+        copy = compute_copy(w, m, torch.float32)
+        return torch.equal(copy, torch.where(m, w, 0))
+
+    for change in (
+        lambda: w.detach().add_(1),
+        lambda: m.logical_not_(),
+        lambda: torch._foreach_mul_([w.detach()], 2.0),
+        lambda: setattr(w, "data", torch.randn(6, 8)),
+        lambda: w.detach().copy_(torch.zeros(6, 8)),
+    ):
+        assert right()
+        assert right()
+        before = len(launches)
+        change()
+        assert right()
+        assert len(launches) == before + 1
+    m2 = torch.rand(6, 8) < 0.5
+    assert torch.equal(compute_copy(w, m2, torch.float32), torch.where(m2, w, 0))
+    assert right()
+    with torch.inference_mode():
+        of_inference = w + 1
+        assert torch.equal(compute_copy(of_inference, m, torch.float32), torch.where(m, of_inference, 0))
+
+
+@pytest.mark.parametrize("settings", [{"fused": True}, {"foreach": True}, {"foreach": False}, {}], ids=str)
+def test_optimizers_leave_no_old_copy(settings, launches):
+    w, m = torch.nn.Parameter(torch.randn(6, 8)), torch.rand(6, 8) < 0.5
+    for make in (torch.optim.SGD, torch.optim.AdamW, torch.optim.Adam):
+        optimizer = make([w], lr=0.1, **settings)
+        for _ in range(2):
+            w.grad = torch.randn(6, 8)
+            optimizer.step()
+            assert torch.equal(compute_copy(w, m, torch.float32), torch.where(m, w, 0))
+
+    class ThroughData(torch.optim.Optimizer):
+        def step(self):
+            w.data.add_(1)
+
+    ThroughData([w], {}).step()
+    assert torch.equal(compute_copy(w, m, torch.float32), torch.where(m, w, 0))
+
+
+def test_a_compiled_step_leaves_no_old_copy(launches):
+    w, m = torch.nn.Parameter(torch.randn(6, 8)), torch.rand(6, 8) < 0.5
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(w):
+        with torch.no_grad():
+            w.add_(1)
+
+    for _ in range(2):
+        assert torch.equal(compute_copy(w, m, torch.float32), torch.where(m, w, 0))
+        step(w)
+    assert torch.equal(compute_copy(w, m, torch.float32), torch.where(m, w, 0))
+
+
+def test_without_copies_kept(launches, monkeypatch):
+    monkeypatch.setenv("SPARSEBILEVEL_COMPUTE_COPY", "0")
+    w, m = torch.nn.Parameter(torch.randn(6, 8)), torch.rand(6, 8) < 0.5
+    for _ in range(2):
+        assert torch.equal(compute_copy(w, m, torch.float32), torch.where(m, w, 0))
+        w.data.add_(1)
+    assert launches == [1, 1]
+
+
+def test_what_a_captured_graph_holds_follows_weight_and_mask(launches, monkeypatch):
+    w, m = torch.nn.Parameter(torch.randn(6, 8)), torch.rand(6, 8) < 0.5
+    copy = compute_copy(w, m, torch.float32)
+    layout(m, 32)
+    launches.clear()
+    monkeypatch.setattr(gpu, "is_capturing", lambda device: True)
+    again = compute_copy(w, m, torch.float32)
+    assert torch.equal(again, copy)
+    assert again.data_ptr() != copy.data_ptr()
+    assert tile_densities(m) is None
+    x = torch.randn(3, 8)
+    masked_linear(x, w, m).sum().backward()
+    assert_close(w.grad, x.sum(0).expand(6, 8) * m)
+    assert launches == []  # the table of a launch is copied from the host
+
+
+def test_copies_go_with_their_weights(launches):
+    w, m = torch.nn.Parameter(torch.randn(6, 8)), torch.rand(6, 8) < 0.5
+    compute_copy(w, m, torch.float32)
+    assert len(apply_mask_module._copies) == 1
+    del w
+    assert len(apply_mask_module._copies) == 0
+
+
+# -- the layers, on the dense library ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cast", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", ["linear", "conv", "channels_last"])
+def test_layers_keep_the_contract(op, cast):
+    shape = (6, 5) if op == "linear" else (6, 5, 3, 3)
+    x = torch.randn(4, 5) if op == "linear" else torch.randn(2, 5, 6, 6)
+    w, m, s, b = torch.randn(shape), torch.rand(shape) < 0.5, torch.randn(shape), torch.randn(6)
+    if op == "channels_last":
+        x, w, m, s = (t.contiguous(memory_format=torch.channels_last) for t in (x, w, m, s))
+    masked, plain = (masked_linear, F.linear) if op == "linear" else (masked_conv2d, F.conv2d)
+    leaves = [t.requires_grad_() for t in (x, w, b, s)]
+    sink, positions = make_grad_sink(w), torch.tensor([3, -1, 0])
+    where = make_grad_sink(w, positions)
+    with torch.autocast("cpu", cast or torch.bfloat16, enabled=cast is not None):
+        y = masked(x, w, m, b, mask_scores=s, grad_sink=sink)
+        y2 = masked(x, w, m, b, grad_sink=where, positions=positions)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    y2.backward(dy)
+    z = torch.where(m, w, 0).detach().requires_grad_()
+    x2, b2 = (t.detach().requires_grad_() for t in (x, b))
+    with torch.autocast("cpu", cast or torch.bfloat16, enabled=cast is not None):
+        expected = plain(x2, z, b2)
+    expected.backward(dy)
+    assert y.dtype == (cast or torch.float32)
+    assert {t.grad.dtype for t in (*leaves, sink, where)} == {torch.float32}
+    tolerance = {"rtol": 1e-2, "atol": 1e-1} if cast else {}  # sums in another order, rounded
+    assert_close(y, expected, **tolerance)
+    assert_close(x.grad, 2 * x2.grad, **tolerance)
+    assert_close(b.grad, 2 * b2.grad, **tolerance)
+    assert_close(w.grad, 2 * z.grad * m, **tolerance)
+    assert_close(sink.grad, z.grad, **tolerance)
+    assert_close(s.grad, w.detach() * sink.grad)  # of the weight as it is, not as it was cast
+    assert_close(where.grad, torch.stack([z.grad.flatten()[3], torch.tensor(0.0), z.grad.flatten()[0]]), **tolerance)
+
+
+def test_operands_of_two_types_are_refused():
+    with pytest.raises(ValueError, match=r"input has dtype torch.float64; expected torch.float32"):
+        masked_linear(torch.randn(2, 3).double(), torch.randn(4, 3), torch.rand(4, 3) < 0.5)
+
+
+def test_compiles_whole_and_once():
+    model = sb.sparsify(torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4)), 0.5)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            with torch.autocast("cpu", torch.bfloat16):
+                y = compiled(x)
+            assert_close(y.float(), sb.densify(model)(x), rtol=0.05, atol=0.05)
+            y.sum().backward()
+            optimizer.step()
+            model[0].set_mask(~model[0].mask, check=False)
+
+
+# -- products ----------------------------------------------------------------------------------------------------------
+
+SHAPES = [(3, 5, 7), (70, 100, 64), (130, 40, 96), (1, 1, 32), (0, 4, 32), (5, 140, 130)]  # T, N, K
+
+
+def matrices(shape, dtype):
+    """x, dy, weight and mask, with values that every type has."""
+    t, n, k = shape
+    x, dy, w = (torch.randint(-8, 9, size).to(dtype) / 8 for size in ((t, k), (t, n), (n, k)))
+    return x, dy, w, torch.rand(n, k) < 0.4
+
+
+def test_descriptors_load_what_pointers_do(monkeypatch):
+    monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
+    x, dy, w, m = matrices((70, 104, 64), torch.bfloat16)
+    assert triton_matmul.operands((x, 16, 64))[1]
+    z = torch.where(m, w, 0).float()
+    close(triton_matmul.masked_matmul(x, w, m), x.float() @ z.t())
+    close(triton_matmul.masked_matmul(dy, w, m, input_grad=True), dy.float() @ z)
+    g = dy.float().t() @ x.float()
+    assert_close(triton_matmul.weight_grad(dy, x, w, m, need_sink=True)[2], g)
+    blocks = BlockLayout(64, occupied_tiles(m, 64), 1.0)
+    close(blocks.forward(x, z.bfloat16()), x.float() @ z.t())
+    close(blocks.input_grad(dy, z.bfloat16()), dy.float() @ z)
+    assert_close(blocks.weight_grad(dy, x, m, torch.float32), g * m)
+    assert not triton_matmul.operands((x[:, :3].contiguous(), 16, 64))[1]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_masked_matmul(shape, dtype):
+    x, dy, w, m = matrices(shape, dtype)
+    b = torch.randint(-8, 9, w.shape[:1]).to(dtype)
+    z = torch.where(m, w, 0).float()
+    w[~m] = float("nan")
+    given = [m] if shape[2] % 32 else [m, reference.mask_words(m)[0].clone()]
+    for mask in given:
+        close(triton_matmul.masked_matmul(x, w, mask, b), x.float() @ z.t() + b.float())
+        close(triton_matmul.masked_matmul(dy, w, mask, input_grad=True), dy.float() @ z)
+    close(triton_matmul.masked_matmul(x, w.float(), m), x.float() @ z.t())  # master weights
+
+
+def test_words_must_begin_with_the_rows():
+    x, _, w, m = matrices((3, 5, 7), torch.float32)
+    with pytest.raises(ValueError, match="7 columns; expected a multiple of 32"):
+        triton_matmul.masked_matmul(x, w, reference.mask_words(m)[0])
+
+
+@pytest.mark.parametrize(("splits", "dtype"), [(None, torch.float32), (1, torch.float16), (3, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_weight_grad(shape, dtype, splits):
+    x, dy, w, m = matrices(shape, dtype)
+    g = dy.float().t() @ x.float()
+    outs = triton_matmul.weight_grad(dy, x, w, m, need_sink=True, splits=splits)
+    for out, want in zip(outs, reference.split_gradient(g, w, m), strict=True):
+        assert out.dtype == want.dtype
+        close(out, want)
+    if shape[2] % 32 == 0:
+        words = reference.mask_words(m)[0]
+        close(triton_matmul.weight_grad(dy, x, w, words, need_scores=False, splits=splits)[0], (g * m).to(dtype))
+
+
+@pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3))[1:], ids=str)
+def test_weight_grad_gives_what_is_asked(needs):
+    x, dy, w, m = matrices((9, 40, 50), torch.float32)
+    named = dict(zip(("need_weight", "need_scores", "need_sink"), needs, strict=True))
+    outs = triton_matmul.weight_grad(dy, x, w, m, **named)
+    for out, want in zip(outs, reference.split_gradient(dy.t() @ x, w, m, needs), strict=True):
+        assert (out is None) == (want is None)
+        assert out is None or torch.equal(out, want)
+
+
+# -- blocks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block", [32, 64, 128])
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_block_products(block, density, dtype):
+    n, k, t = 2 * block + 7, block + 9, 37
+    x, dy, w, _ = matrices((t, n, k), dtype)
+    tiles = torch.rand(-(-n // block), -(-k // block)) < density
+    m = tiles.repeat_interleave(block, 0).repeat_interleave(block, 1)[:n, :k].contiguous()
+    m &= torch.rand(n, k) < 0.9  # what a kept tile drops is dropped
+    b = torch.randint(-8, 9, (n,)).to(dtype)
+    z = torch.where(m, w, 0)
+    blocks = BlockLayout(block, occupied_tiles(m, block), density)
+    close(blocks.forward(x, z, b), x.float() @ z.float().t() + b.float())
+    close(blocks.input_grad(dy, z), dy.float() @ z.float())
+    got = blocks.weight_grad(dy, x, m, torch.float32)
+    assert_close(got, (dy.float().t() @ x.float()) * m)
+
+
+def test_block_lists():
+    m = torch.zeros(100, 70, dtype=torch.bool)
+    m[5, 33] = m[99, 69] = m[99, 0] = True
+    blocks = BlockLayout(32, occupied_tiles(m, 32), 0.25)
+    order, starts, index = blocks.by_row
+    assert order.tolist() == [3, 0, 1, 2]
+    assert starts.tolist() == [0, 1, 1, 1, 3]
+    assert index.shape == (12,)
+    assert index[:3].tolist() == [1, 0, 2]
+    assert blocks.row_of[:3].tolist() == [0, 3, 3]
+    assert blocks.by_column.starts.tolist() == [0, 1, 2, 3]
+    assert blocks.by_column.tiles[:3].tolist() == [3, 0, 3]
+
+
+def test_block_lists_are_made_again_when_the_mask_changes():
+    m = torch.zeros(64, 64, dtype=torch.bool)
+    m[0, 0] = True
+    assert tile_densities(m) == {128: 1.0, 64: 1.0, 32: 0.25}
+    assert layout(m, 32) is layout(m, 32)
+    m[40, 40] = True
+    assert tile_densities(m)[32] == 0.5
+    assert layout(m, 32).by_row.starts.tolist() == [0, 1, 2]
+    assert tile_densities(m[:0]) is None
+    assert tile_densities(m[:, :, None, None])[32] == 0.5
+
+
+# -- backends ----------------------------------------------------------------------------------------------------------
+
+
+def block_mask(shape, block, density):
+    tiles = torch.rand(-(-shape[0] // block), -(-shape[1] // block)) < density
+    mask = tiles.repeat_interleave(block, 0).repeat_interleave(block, 1)[: shape[0], : shape[1]].contiguous()
+    return mask if len(shape) == 2 else mask[:, :, None, None].expand(shape).contiguous()
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1x1", "conv3x3"])
+@pytest.mark.parametrize(
+    ("pattern", "backend"),
+    [("unstructured", "dense"), ("unstructured", "fused"), ("unstructured", "slice"), ("block", "auto")]
+    + [("block", "block"), ("filter", "auto"), ("filter", "slice"), ("empty", "auto"), ("empty", "slice")],
+)
+def test_every_backend_keeps_the_contract(backend, kind, pattern, monkeypatch):
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", backend)
+    kernel = () if kind == "linear" else (1, 1) if kind == "conv1x1" else (3, 3)
+    shape = (40, 72, *kernel)
+    x = (
+        torch.randn(9, 72)
+        if kind == "linear"
+        else torch.randn(2, 72, 4, 4).contiguous(memory_format=torch.channels_last)
+    )
+    w, b, s = torch.randn(shape), torch.randn(40), torch.randn(shape)
+    m = torch.rand(shape) < 0.3
+    if pattern == "block":
+        m = block_mask(shape, 32, 0.5)
+    elif pattern == "filter":
+        m[torch.rand(40) < 0.5] = False
+        m[:, torch.rand(72) < 0.5] = False
+    elif pattern == "empty":
+        m[:] = False
+    x, w, b, s = (t.requires_grad_() for t in (x, w, b, s))
+    masked, plain = (masked_linear, F.linear) if kind == "linear" else (masked_conv2d, F.conv2d)
+    z = torch.where(m, w, 0).detach().requires_grad_()
+    x2, b2 = (t.detach().requires_grad_() for t in (x, b))
+    expected = plain(x2, z, b2)
+    dy = torch.randn_like(expected)
+    expected.backward(dy)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4}
+    for with_scores in (False, True):
+        sink = make_grad_sink(w) if with_scores else None
+        y = masked(x, w, m, b, mask_scores=s if with_scores else None, grad_sink=sink)
+        y.backward(dy)
+        assert_close(y, expected, **tolerance)
+        for got, want in ((x.grad, x2.grad), (b.grad, b2.grad), (w.grad, z.grad * m)):
+            assert_close(got, want, **tolerance)
+        x.grad = b.grad = w.grad = None
+    assert_close(sink.grad, z.grad, **tolerance)
+    assert_close(s.grad, w.detach() * sink.grad)
+
+
+def test_choices_without_and_with_measurements(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSEBILEVEL_MEASUREMENTS", str(tmp_path / "deep/gpu.json"))
+    cpu = torch.device("cpu")
+
+    def choose(tiles=None, slices=1.0, product="forward", **kwargs):
+        structure = Structure(tuple((tiles or {}).items()), slices)
+        return choose_product(product, torch.bfloat16, cpu, 30, (64, 64), structure, **kwargs)
+
+    half = {128: 1.0, 64: 1.0, 32: 0.2}
+    assert choose()[0].name == "dense"
+    assert "not measured" in choose()[0].reason
+    assert choose({128: 1.0, 64: 0.9, 32: 0.8})[0].name == "dense"
+    assert choose(half)[0].name == "block"
+    assert choose(half)[1] == 32
+    assert choose(half, product="weight_grad", dense_grad=True)[0].name == "dense"
+    assert choose(half, matrix=False)[0].name == "dense"
+    assert choose(slices=0.5)[0].name == "slice"
+    assert choose(slices=0.9)[0].name == "dense"
+    name = measurements.key("forward", torch.bfloat16, 30, 64, 64)
+    assert name == "forward bfloat16 32 64 64"
+    entry = {"dense": 2.0, "fused": 3.0, "block32": [1.0, 4.0]}
+    measurements.save(cpu, {name: entry})
+    assert choose()[0].name == "dense"
+    assert "measured on this device" in choose()[0].reason
+    assert choose(half)[0].name == "block"
+    assert choose(half)[0].estimate == pytest.approx(2 / 1.6)
+    assert choose({32: 0.4})[0].name == "dense"  # 3.2 s
+    measurements.save(cpu, {name: entry | {"fused": 1.0}})
+    assert choose(half)[0].name == "fused"
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "block")
+    assert choose(half)[0].reason.startswith("forced")
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="nonsense"):
+        choose()
+
+
+def test_measuring_writes_what_the_choice_reads(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSEBILEVEL_MEASUREMENTS", str(tmp_path / "gpu.json"))
+    cpu = torch.device("cpu")
+    found = measurements.measure([(16, 32, 32)], torch.float32, cpu, repeats=1)
+    assert len(found) == 3
+    for product in PASSES:
+        times = measurements.times(cpu, product, torch.float32, 16, 32, 32)
+        assert set(times) == {"dense", "fused", "block128", "block64", "block32"}
+        choice = choose_product(product, torch.float32, cpu, 16, (32, 32), Structure(((32, 1.0),)))[0]
+        assert "measured on this device" in choice.reason
+
+
+# -- optimizers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_optimizers_step_as_torch_does_and_write_the_copies(name, launches):
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01} if name == "SGD" else {"lr": 0.01}
+    x = torch.randn(2, 3, 4, 4)
+    results = []
+    for library in (torch.optim, sb.optim):
+        torch.manual_seed(1)
+        model = small_model()
+        optimizer = getattr(library, name)(model.parameters(), **settings)
+        launches.clear()
+        for step in range(4):
+            model(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 1:
+                launches.clear()
+        if library is sb.optim:
+            assert launches == []  # the optimizer has written them
+        results.append([p.detach() for p in model.parameters()])
+        results[-1] += [state[key] for state in optimizer.state.values() for key in state if state[key] is not None]
+    for got, want in zip(*reversed(results), strict=True):
+        assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+# -- convolutions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation", "groups"),
+    [
+        ((3, 3), (1, 1), (1, 1), (1, 1), 1),
+        ((3, 2), (2, 1), (0, 2), (1, 2), 2),
+        ((1, 1), (2, 2), (0, 0), (1, 1), 1),
+        ((2, 2), (1, 2), (1, 1), (2, 1), 4),
+    ],
+    ids=str,
+)
+def test_masked_conv2d(kernel, stride, padding, dilation, groups, dtype):
+    last = {"memory_format": torch.channels_last}
+    geometry = stride, padding, dilation, groups
+    x = (torch.randint(-8, 9, (2, 8, 6, 5)) / 8).to(dtype).contiguous(**last)
+    w = (torch.randint(-8, 9, (72 if groups == 1 else 8, 8 // groups, *kernel)) / 8).to(dtype).contiguous(**last)
+    m, b = (torch.rand(w.shape) < 0.5).contiguous(**last), torch.randn(w.shape[0]).to(dtype)
+    z = torch.where(m, w, 0).float().requires_grad_()
+    x2 = x.float().requires_grad_()
+    expected = F.conv2d(x2, z, b.float(), *geometry)
+    dy = (torch.randint(-8, 9, expected.shape) / 8).to(dtype).contiguous(**last)
+    expected.backward(dy.float())
+    w[~m] = float("nan")
+    close(triton_conv2d.masked_conv2d(x, w, m, b, geometry), expected)
+    close(triton_conv2d.input_grad(dy, x, w, m, geometry), x2.grad)
+    w = w.nan_to_num(0.5)
+    outs = triton_conv2d.weight_grad(dy, x, w, m, geometry, need_sink=True)
+    for out, want in zip(outs, reference.split_gradient(z.grad, w, m), strict=True):
+        assert out.dtype == want.dtype
+        close(out, want)
+
+
+# -- the script for machines with a GPU --------------------------------------------------------------------------------
+
+
+def test_the_checks_for_gpus_pass_here(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import gpu_kernels
+
+    errors = gpu_kernels.check(torch.device("cpu"), small=True)
+    assert len(errors) == 48
+    assert max(errors.values()) <= 4, errors
+
+
+def test_the_checks_for_gpus_fail(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import gpu_kernels
+
+    want = torch.ones(3, dtype=torch.float64)
+    assert gpu_kernels._error(torch.tensor([1.0, 1.0, 1.0001]), want, want) > 4
+    assert gpu_kernels._error(torch.tensor([1.0, 1.0, float("nan")]), want, want) > 4
+
+
+def test_layers_say_what_they_take_and_why():
+    layer = sb.sparsify(torch.nn.Sequential(torch.nn.Linear(64, 64)), 0.5)[0]
+    assert "backend=dense (cuBLAS/cuDNN on m*theta; nothing else is faster, by an estimate" in repr(layer)
+    layer.set_mask(torch.rand(64, 64) < torch.linspace(-1, 1, 64), check=False)
+    assert {backend.name for backend in layer.backends.values()} == {"slice"}  # half of the inputs are dropped whole
+    layer = sb.sparsify(torch.nn.Sequential(torch.nn.Linear(128, 128)), 0.5)[0]
+    layer.set_mask(torch.block_diag(*[torch.ones(32, 32)] * 4).bool(), check=False)
+    assert {backend.name for backend in layer.backends.values()} == {"block"}
+    assert "25% of the 32x32 tiles kept, by an estimate, not measured on this device" in repr(layer)
+    layer.collect("all")
+    assert layer.backends["weight_grad"].name == "dense"

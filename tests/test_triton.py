@@ -1,0 +1,225 @@
+"""The Triton kernels without a GPU: run by the interpreter, and compiled ahead of time for GPUs that are not here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+from ahead_of_time import MOST_SHARED, compile_kernel  # noqa: E402
+
+from sparsebilevel.kernels import triton_block_sparse, triton_conv2d, triton_elementwise, triton_matmul  # noqa: E402
+
+# Spills depend on the version of the compiler: with these numbers of registers, version 3.6 has none.
+GATED = triton.__version__.startswith("3.6.")
+
+
+def test_in_the_interpreter():
+    file = Path(__file__).with_name("interpreted_kernels.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"TRITON_INTERPRET": "1"}
+    ran = subprocess.run(command, env=environment, cwd=file.parents[1], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
+
+
+class Kernel:
+    """How a kernel is compiled, and what is asked of it."""
+
+    def __init__(self, kernel, types, constants, most, needs=(), warps=4, stages=3):
+        self.kernel, self.types, self.constants = kernel, types, constants
+        self.most, self.needs, self.options = most, needs, {"num_warps": warps, "num_stages": stages}
+
+
+def _types(pointers, numbers="", scalars="", i32=""):
+    types = dict(entry.split("=") for entry in pointers.split())
+    types = {name: f"{kind}:16" if kind.startswith("*") else kind for name, kind in types.items()}
+    types |= dict.fromkeys(numbers.split(), "i32:16")
+    return types | dict.fromkeys(scalars.split(), "fp32") | dict.fromkeys(i32.split(), "i32")
+
+
+TABLE = "table=*i64 chunks=*i32"
+ELEMENTWISE = {"ALIGN": 16, "ROWS": triton_elementwise.ROWS}
+WARPS = triton_elementwise._WARPS
+SGD = {"GRAD": tl.bfloat16, "MASK": tl.int8, "COPY": tl.bfloat16, "HAS_COPY": True, "SIGN": 1, **ELEMENTWISE}
+MATMUL = {"DESCRIPTOR": False, "PRECISION": "ieee", "UPCAST": False}
+MASKED = {"BLOCK_T": 128, "BLOCK_M": 128, "BLOCK_C": 64, "GROUP": 8, "HAS_BIAS": True, **MATMUL}
+GRAD = {"BLOCK_T": 64, "BLOCK_N": 128, "BLOCK_K": 128, "BITS": False, **MATMUL}
+GRAD |= {"HAS_WEIGHT": True, "HAS_SCORES": True, "HAS_SINK": False, "sink": None}
+PRODUCT = "x=*bf16 weight=*bf16 mask=*i32 bias=*bf16 out=*bf16"
+LISTS = "order=*i32 starts=*i32 index=*i32"
+GRADS = "weight=*fp32 mask=*i8 grad_weight=*fp32 grad_scores=*fp32"
+# Channels are multiples of 16; the rest is not.
+MAPS = ("N C", "pixels H W SH SW R S groups stride_y stride_x pad_y pad_x dil_y dil_x")
+TENSOR_CORES = r"HGMMA|HMMA|UTCHMMA"
+
+
+def _block(block, input_grad=False, descriptor=False):
+    summed = min(block, 64)
+    x, w = ("x=*bf16", "weight=*bf16")
+    constants = {"INPUT_GRAD": input_grad, "HAS_BIAS": False, "BLOCK": block, "BLOCK_T": 128, "BLOCK_C": summed}
+    constants |= {"bias": None, **MATMUL, "DESCRIPTOR": descriptor}
+    if descriptor:
+        shape = (summed, block) if input_grad else (block, summed)
+        x, w = f"x=tensordesc<bf16[128,{summed}]>", f"weight=tensordesc<bf16[{shape[0]},{shape[1]}]>"
+    types = _types(f"{x} {w} out=*bf16 {LISTS}", "T N K")
+    needs = (TENSOR_CORES, "UTMALDG" if descriptor else "LDGSTS|UTMALDG")
+    options = triton_block_sparse.options(block)
+    kernel = triton_block_sparse._block_matmul
+    return Kernel(kernel, types, constants, 192, needs, options["num_warps"], options["num_stages"])
+
+
+def _conv(input_grad=False):
+    constants = {"INPUT_GRAD": input_grad, "HAS_BIAS": False, "bias": None, "PRECISION": "ieee", "UPCAST": False}
+    constants |= {"BLOCK_T": triton_conv2d.BLOCK_T, "BLOCK_M": triton_conv2d.BLOCK_M, "BLOCK_C": 64}
+    types = _types("source=*bf16 weight=*bf16 mask=*i8 out=*bf16", MAPS[0], i32=MAPS[1])
+    return Kernel(triton_conv2d._masked_conv2d, types, constants, 255, (TENSOR_CORES,), 8)
+
+
+def _grad(splits=1, descriptor=False, rows=None):
+    x, dy = ("x=*bf16", "dy=*bf16")
+    if descriptor:
+        x, dy = ("x=tensordesc<bf16[64,128]>", "dy=tensordesc<bf16[64,128]>")
+    constants = GRAD | {"SPLITS": splits, "DESCRIPTOR": descriptor}
+    pointers = f"{dy} {x} weight=*fp32 mask=*i8 grad_weight=*fp32 grad_scores=*fp32"
+    if splits > 1:
+        pointers += " workspace=*fp32 turns=*i32"
+    else:
+        constants |= {"workspace": None, "turns": None}
+    needs = (TENSOR_CORES, "UTMALDG" if descriptor else "LDGSTS|UTMALDG")
+    types = _types(pointers, "T N K split_rows")
+    return Kernel(triton_matmul._weight_grad, *_fixed(types, constants, rows), 255, needs, 8)
+
+
+def _fixed(types, constants, rows):
+    """Types and constants for a number of rows that is compiled in, as Triton does with ones."""
+    if rows is None:
+        return types, constants
+    return {name: type for name, type in types.items() if name != "T"}, constants | {"T": rows}
+
+
+def _masked(input_grad=False, bits=True, descriptor=False, rows=None):
+    pointers = PRODUCT if bits else PRODUCT.replace("*i32", "*i8")
+    if descriptor:
+        pointers = pointers.replace("x=*bf16", "x=tensordesc<bf16[128,64]>")
+    constants = MASKED | {"INPUT_GRAD": input_grad, "BITS": bits, "DESCRIPTOR": descriptor}
+    needs = (TENSOR_CORES, "UTMALDG" if descriptor else "LDGSTS|UTMALDG")
+    fixed = _fixed(_types(pointers, "T N K"), constants, rows)
+    return Kernel(triton_matmul._masked_matmul, *fixed, 255, needs, 8)
+
+
+KERNELS = {
+    "apply_mask": Kernel(
+        triton_elementwise._apply_mask,
+        _types(TABLE),
+        {"WEIGHT": tl.float32, "MASK": tl.int8, "OUT": tl.bfloat16, **ELEMENTWISE},
+        48,
+        (r"LDG\.E\.128", r"STG\.E\.128|STG\.E\.64"),
+        WARPS,
+    ),
+    "apply_mask_packed": Kernel(
+        triton_elementwise._apply_mask,
+        _types(TABLE),
+        {"WEIGHT": tl.bfloat16, "MASK": tl.int32, "OUT": tl.bfloat16, **ELEMENTWISE},
+        64,
+        (r"LDG\.E\.128", r"STG\.E\.128"),
+        WARPS,
+    ),
+    "split_gradient": Kernel(
+        triton_elementwise._split_gradient,
+        _types(TABLE),
+        {"GRAD": tl.float32, "WEIGHT": tl.float32, "MASK": tl.int8, "GRAD_WEIGHT": tl.float32, **ELEMENTWISE}
+        | {"HAS_WEIGHT": True, "HAS_SCORES": True, "HAS_SINK": True},
+        80,
+        (r"LDG\.E\.128", r"STG\.E\.128"),
+        WARPS,
+    ),
+    "sgd_step": Kernel(
+        triton_elementwise._sgd_step,
+        _types(TABLE, scalars="lr momentum dampening weight_decay"),
+        SGD | {"NESTEROV": False, "MOMENTUM": True, "FRESH": False},
+        128,
+        (r"LDG\.E\.128", r"STG\.E\.128"),
+        WARPS,
+    ),
+    "adamw_step": Kernel(
+        triton_elementwise._adamw_step,
+        _types(f"{TABLE} corrections=*fp32", scalars="lr beta1 beta2 eps weight_decay"),
+        SGD,
+        200,
+        (r"LDG\.E\.128", r"STG\.E\.128"),
+        WARPS,
+    ),
+    "masked_matmul": _masked(),
+    "masked_matmul_bytes": _masked(bits=False),
+    "masked_matmul_descriptor": _masked(descriptor=True),
+    "masked_matmul_input_grad": _masked(input_grad=True),
+    "masked_matmul_one_row": _masked(rows=1),
+    "weight_grad": _grad(),
+    "weight_grad_one_row": _grad(rows=1),
+    "weight_grad_split": _grad(splits=2),
+    "weight_grad_descriptor": _grad(descriptor=True),
+    "block_matmul_128": _block(128),
+    "block_matmul_64": _block(64),
+    "block_matmul_32": _block(32),
+    "block_matmul_128_descriptor": _block(128, descriptor=True),
+    "block_matmul_64_input_grad_descriptor": _block(64, input_grad=True, descriptor=True),
+    "masked_conv2d": _conv(),
+    "masked_conv2d_input_grad": _conv(input_grad=True),
+    "conv2d_weight_grad": Kernel(
+        triton_conv2d._conv2d_weight_grad,
+        _types(f"dy=*bf16 source=*bf16 {GRADS}", MAPS[0], i32=MAPS[1]),
+        {"BLOCK_T": 64, "BLOCK_N": 64, "BLOCK_K": 64, "HAS_WEIGHT": True, "HAS_SCORES": True, "HAS_SINK": False}
+        | {"sink": None, "PRECISION": "ieee", "UPCAST": False},
+        255,
+        (TENSOR_CORES,),
+    ),
+    "block_weight_grad_64": Kernel(
+        triton_block_sparse._block_weight_grad,
+        _types("dy=*bf16 x=*bf16 mask=*i8 grad_weight=*fp32 starts=*i32 index=*i32 rows=*i32", "T N K"),
+        {"BLOCK": 64, "BLOCK_T": 64, **MATMUL},
+        255,
+        (TENSOR_CORES, "LDGSTS|UTMALDG"),
+    ),
+}
+
+
+# Of those the others are much alike.
+FEW = {"apply_mask", "split_gradient", "adamw_step", "masked_matmul_descriptor", "masked_matmul_input_grad"}
+FEW |= {"weight_grad_split", "weight_grad_descriptor", "block_matmul_64_input_grad_descriptor", "block_weight_grad_64"}
+FEW |= {"masked_conv2d", "conv2d_weight_grad"}
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [
+        pytest.param(name, arch, marks=() if arch == 90 and name in FEW else pytest.mark.slow)
+        for name in KERNELS
+        for arch in (80, 90, 100)
+    ],
+)
+def test_ahead_of_time(name, arch, tmp_path, monkeypatch):
+    if "descriptor" in name and arch < 90:
+        pytest.skip("the hardware has no descriptors")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = KERNELS[name]
+    constants = dict(kernel.constants)
+    if name.startswith("weight_grad"):
+        constants["BLOCK_K"] = triton_matmul.weight_tile((arch // 10, 0))
+    elif name.startswith("masked_conv2d"):
+        constants["BLOCK_T"] = triton_conv2d.tile_pixels((arch // 10, 0))
+    compiled = compile_kernel(kernel.kernel, arch, kernel.types, constants, **kernel.options)
+    print(f"{name} sm_{arch}: {compiled.registers} registers, {compiled.stack} stack, {compiled.shared} shared")
+    assert compiled.shared <= MOST_SHARED[arch]
+    for pattern in kernel.needs:
+        assert compiled.count(pattern), f"no {pattern}"
+    if arch == 90 and TENSOR_CORES in kernel.needs:
+        assert compiled.count("HGMMA")
+    if GATED:
+        assert compiled.registers <= kernel.most
+        assert compiled.stack == 0
+        assert not compiled.count(r"\b(LDL|STL)\b")
