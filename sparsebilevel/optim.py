@@ -132,11 +132,15 @@ class _ActiveSteps:
             kept = self.state.get(weight, {})
             state = [kept[name] for name in names if kept.get(name) is not None]
             if gpu.available(weight.device):
-                masked = self._masked_weight(weight, state) if len(state) == len(names) else None
-                if masked is not None:
+                step = kept.get("step")
+                if not _is_plain(weight, grad) or (step is not None and step.device != weight.device):
+                    others.append(weight)
+                elif len(state) < len(names):  # torch's fused step makes a state that ours can go on with
+                    fresh.append(weight)
+                elif (masked := self._masked_weight(weight, state)) is not None:
                     on_gpu.append(masked)
-                else:  # torch's fused step makes state that ours can go on with
-                    (fresh if len(state) < len(names) and _is_plain(weight, grad) else others).append(weight)
+                else:
+                    fused.append(weight)
             elif not _fit(weight, grad, state):
                 others.append(weight)
             elif len(state) < len(names):
@@ -172,11 +176,7 @@ class _ActiveSteps:
         mask = mask_of(weight)
         found = None if mask is None else optimizer_step.masked_weight(weight, mask, state)
         step = self.state.get(weight, {}).get("step")
-        if found is None or step is None:
-            return found
-        if step.device != weight.device or step.dtype != torch.float32:
-            return None
-        return found._replace(step=step)
+        return found if found is None or step is None else found._replace(step=step)
 
     def _takes(self, group: dict[str, Any]) -> bool:
         """Whether the group asks for nothing that fused steps, ours or torch's, do not do or do otherwise."""
