@@ -189,7 +189,11 @@ def _empty(size: Sequence[int], like: Tensor) -> Tensor:
 
 
 def takes(weight: Tensor, *maps: Tensor) -> bool:
-    """Whether all lie in channels_last, in numbers that 32 bits hold."""
+    """Whether all lie in channels_last, in numbers that 32 bits hold, and are multiplied as exactly as asked for."""
+    # For sm_100 Triton 3.6 compiles these kernels to products of TF32 even where "ieee" asks for those of float32.
+    is_exact = maps[-1].dtype == torch.float32 and precision(torch.float32) == "ieee"
+    if is_exact and capability(weight.device) >= (10, 0):
+        return False
     tensors = (weight, *maps)
     return weight.numel() < 1 << 31 and all(
         t.is_contiguous(memory_format=torch.channels_last) and t.numel() // max(t.shape[1], 1) < 1 << 31

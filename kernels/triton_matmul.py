@@ -348,8 +348,8 @@ def weight_grad(
         turns = torch.zeros(tiles, dtype=torch.int32, device=x.device)
     (dy_operand, x_operand), is_descriptor = operands((dy, summed, BLOCK_M), (x, summed, block_k))
     with on_device(x.device):
-        # Two programs fit on a multiprocessor: one computes while the other writes its results.
-        _weight_grad[(tiles * splits if splits > 1 else min(tiles, 2 * processors),)](
+        # The sums take all registers of a multiprocessor: as many programs as there are run side by side.
+        _weight_grad[(tiles * splits if splits > 1 else min(tiles, processors),)](
             *(dy_operand, x_operand, weight, given, *outs, workspace, turns, t, n, k, rows),
             SPLITS=splits,
             HAS_WEIGHT=need_weight,
