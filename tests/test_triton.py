@@ -23,7 +23,7 @@ def test_in_the_interpreter():
     file = Path(__file__).with_name("interpreted_kernels.py")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"TRITON_INTERPRET": "1"}
-    ran = subprocess.run(command, env=environment, cwd=file.parents[1], capture_output=True, text=True)
+    ran = subprocess.run(command, env=environment, cwd=file.parent, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
 
 
