@@ -6,7 +6,7 @@ One operation has one stem: ``binarize`` lives in ``kernels/binarize.py``, ``csr
 
 from .apply_mask import apply_mask
 from .batch_norm import batch_norm
-from .binarize import BinaryMask, binarize, named
+from .binarize import BinaryMask, binarize
 from .dispatch import BACKENDS, PASSES, Backend, choose_backend, describe
 from .gradient import make_grad_sink
 from .masked_conv2d import masked_conv2d
@@ -29,7 +29,6 @@ __all__ = [
     "make_grad_sink",
     "masked_conv2d",
     "masked_linear",
-    "named",
     "pack",
     "release_memory",
     "split_gradient",

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import kernels
 from .kernels import BinaryMask
+from .kernels.binarize import named
 
 
 def as_fraction(value: float) -> Fraction:
@@ -297,7 +298,7 @@ def binarize(
         return kernels.binarize(scores, k, dim=dim, names=names, words=words, hint=hint)
     if dim is not None:
         raise ValueError(f"dim={dim!r} is not allowed with pattern {pattern}; a pattern has slices of its own")
-    names = kernels.named(scores, names)
+    names = named(scores, names)
     tensors = [scores] if isinstance(scores, Tensor) else list(scores)
     for name, s in zip(names, tensors, strict=True):
         if s.dim() < 2:
