@@ -1,444 +1,190 @@
-"""Builds the CUDA kernels on a machine with a GPU, checks them and times them, in less than nine minutes.
+"""Builds, checks and times everything that runs on a GPU, in less than nine minutes.
 
-    python benchmarks/gpu_check.py [--output FILE] [--quick]
-    compute-sanitizer --tool racecheck python benchmarks/gpu_check.py --sanitize    (or memcheck, initcheck, synccheck)
+    python benchmarks/gpu_check.py [--output FILE] [--quick] [--only STAGE ...]
 
-It needs torch with CUDA, triton and nvcc, and takes the sources beside it, not an installed copy.
-Masks, words, counts and values are checked bit for bit against a stable sort of the scores in float64, in memory that
-held something else before. Times are medians of CUDA events, of launches as they are and of a captured graph, with the
-L2 cache flushed before each. Beside ours stand torch's own functions and the byte floor: what must be read and written,
-at the bandwidth that a copy reaches. Results go to ``benchmarks/results/gpu_check.json``, and a table to standard
-output.
+It needs torch with CUDA, triton, nvcc and pytest, and takes the sources beside it, not an installed copy.
+The checks run side by side, each in a process of its own: a kernel that hangs or that ends the process takes no other
+check with it. The times are taken one after another, with nothing beside them. What each stage finds goes to one JSON,
+``benchmarks/results/gpu_check.json``; its output, as it is written, to files in ``--logs``.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
-import importlib
-import itertools
+import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
-POISON = 0xA5
-RESNET50 = [
-    *[(64, 3, 7, 7), (1000, 2048)],
-    *itertools.chain.from_iterable(
-        [
-            (width, before if block == 0 else 4 * width, 1, 1),
-            (width, width, 3, 3),
-            (4 * width, width, 1, 1),
-            *([(4 * width, before, 1, 1)] if block == 0 else []),
-        ]
-        for width, before, blocks in ((64, 64, 3), (128, 256, 4), (256, 512, 6), (512, 1024, 3))
-        for block in range(blocks)
-    ),
-]
+SHARDS = 12
 STARTED = time.monotonic()
-BUDGET = 8 * 60.0
 
 
 def note(text: str) -> None:
     print(f"[{time.monotonic() - STARTED:5.1f} s] {text}", flush=True)
 
 
+class Stage(NamedTuple):
+    """A command, which may write a JSON file, and after how many seconds it is given up."""
+
+    name: str
+    command: list[str]
+    limit: float
+    env: dict[str, str] = {}
+
+
+def checks(quick: bool) -> list[Stage]:
+    """Kernels against float64, the kernels' own tests on the device, and small shapes under compute-sanitizer."""
+    here = ROOT / "benchmarks"
+    cuda, kernels = [sys.executable, str(here / "gpu_cuda.py")], [sys.executable, str(here / "gpu_kernels.py")]
+    stages = [
+        Stage(f"triton {i}", [*kernels, "check", "--shard", f"{i}/{SHARDS}"], 150)
+        for i in range(1 if quick else SHARDS)
+    ]
+    stages += [Stage("cuda", [*cuda, "check", *(["--quick"] if quick else [])], 150)]
+    workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, "--tb=short"]
+    tests.append(str(ROOT / "tests" / "interpreted_kernels.py"))
+    stages.append(Stage("tests", tests, 200, {"SPARSEBILEVEL_TEST_DEVICE": "cuda"}))
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    for tool in ("memcheck", "racecheck"):
+        # Without torch's pool, so that what lies behind a tensor is nobody's.
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+        env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        stages.append(Stage(f"cuda {tool}", [*command, *cuda, "sanitize"], 150, env))
+        stages.append(Stage(f"triton {tool}", [*command, *kernels, "check", "--small"], 200, env))
+    return stages
+
+
+def timings(quick: bool) -> list[Stage]:
+    """All benchmarks."""
+    here, options = ROOT / "benchmarks", ["--quick"] if quick else []
+    stages = [Stage("tune", [sys.executable, str(here / "gpu_kernels.py"), "tune"], 60)]  # what the others choose by
+    for name, seconds in {"gpu_cuda": 60, "gpu_kernels": 90, "gpu_training": 150}.items():
+        command = [sys.executable, str(here / f"{name}.py"), "time", "--budget", str(seconds), *options]
+        stages.append(Stage(name, command, seconds + 60))
+    return stages
+
+
 def build(folder: Path) -> dict[str, Any]:
-    """Lays the package out in a folder that is then first on the path, without the C++ extension, which is for CPUs."""
+    """Lays the package out in a folder, without the C++ extension, which is for CPUs."""
     begin = time.monotonic()
     package = folder / "sparsebilevel"
     shutil.copytree(ROOT / "sparsebilevel", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    shutil.copytree(ROOT / "kernels", package / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "kernels", package / "kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC", "-Xptxas=-v", "--threads=2"]
     flags += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    command = ["nvcc", "-shared", *flags, *sources, "-o", package / "_cuda.so"]
+    command = ["nvcc", "-shared", *flags, *map(str, sources), "-o", str(package / "_cuda.so")]
     built = subprocess.run(command, capture_output=True, text=True)
     if built.returncode:
         sys.exit(f"the build failed:\n{built.stdout[-4000:]}\n{built.stderr[-4000:]}")
-    spills = re.findall(r"(\d+) bytes spill stores", built.stderr + built.stdout)
-    os.environ["SPARSEBILEVEL_NATIVE"] = "0"
-    sys.path.insert(0, str(folder))
-    return {"build_s": time.monotonic() - begin, "kernels": len(spills), "spilling": sum(map(bool, map(int, spills)))}
+    spills = [int(bytes) for bytes in re.findall(r"(\d+) bytes spill stores", built.stderr + built.stdout)]
+    return {"build_s": time.monotonic() - begin, "kernels": len(spills), "spilling": sum(map(bool, spills))}
 
 
-def import_everything() -> dict[str, Any]:
-    """The modules that are checked: a path that does not import must not be found out on a machine that is rented."""
-    names = ("binarize", "cuda", "pack", "reference", "triton_binarize")
-    modules = {name: importlib.import_module(f"sparsebilevel.kernels.{name}") for name in names}
-    modules["package"] = importlib.import_module("sparsebilevel")
-    library, reason = modules["cuda"].load()
-    if library is None:
-        sys.exit(f"the CUDA library is missing: {reason}")
-    return modules
+def machine() -> dict[str, Any]:
+    """What this ran on."""
+    import torch
+
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+    facts["triton"] = importlib.import_module("triton").__version__
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        facts |= {"gpu": properties.name, "capability": f"{properties.major}.{properties.minor}"}
+        facts["cudnn"] = torch.backends.cudnn.version()
+    if shutil.which("nvidia-smi"):
+        fields = "clocks.sm,clocks.mem,driver_version,power.limit"
+        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+        facts["nvidia-smi"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return facts
 
 
-class Check:
-    """Compares, and counts."""
+def run(stage: Stage, folder: Path, logs: Path) -> dict[str, Any]:
+    """Runs a stage to its end or its limit.
 
-    def __init__(self, torch: Any, modules: dict[str, Any], device: str) -> None:
-        self.torch, self.device = torch, device
-        self.cuda, self.triton = modules["cuda"], modules["triton_binarize"]
-        self.binarize, self.reference = modules["package"].binarize, modules["reference"]
-        self.pack, self.unpack = modules["pack"].pack, modules["pack"].unpack
-        self.passed: dict[str, int] = {}
-        self.failed: list[str] = []
-
-    def equal(self, what: str, case: str, found: Any, expected: Any) -> None:
-        if found.shape == expected.shape and self.torch.equal(found, expected):
-            self.passed[what] = self.passed.get(what, 0) + 1
-        else:
-            self.failed.append(f"{what}: {case}")
-            note(f"FAILED {what}: {case}")
-
-    def poisoned(self, size: int, dtype: Any) -> Any:
-        bytes = self.torch.full((size * dtype.itemsize,), POISON, dtype=self.torch.uint8, device=self.device)
-        return bytes.view(dtype)
-
-    def outs(self, scores: list[Any]) -> list[tuple[Any, Any, Any]]:
-        torch = self.torch
-        return [
-            (
-                self.poisoned(s.numel(), torch.bool),
-                self.poisoned(-(-s.numel() // 64), torch.int64),
-                self.poisoned(-(-s.numel() // 1024) + 1, torch.int64),
-            )
-            for s in scores
-        ]
-
-    def scores(self, kind: str, n: int, dtype: Any) -> Any:
-        torch = self.torch
-        few = torch.tensor([float("-inf"), -1.0, -0.0, 0.0, 1e-45, 1.0, float("inf")], device=self.device)
-        values = {
-            "normal": lambda: torch.randn(n, device=self.device),
-            "uniform": lambda: torch.rand(n, device=self.device),
-            "constant": lambda: torch.ones(n, device=self.device),
-            "two values": lambda: torch.randn(n, device=self.device).sign(),
-            "few values": lambda: few[torch.randint(7, (n,), device=self.device)],
-            "sorted": lambda: torch.arange(n, device=self.device).float(),
-            "one bucket": lambda: 1 + torch.rand(n, device=self.device) * 1e-5,
-            "misleading": lambda: (torch.arange(n, device=self.device) < n // 1000).float() * torch.rand_like(few[0]),
-        }[kind]()
-        return values.to(dtype)
-
-    def lists(self, implementation: Any, name: str, sizes: list[int], kinds: tuple[str, ...]) -> None:
-        torch = self.torch
-        total = sum(sizes)
-        for dtype, kind in itertools.product((torch.float32, torch.float16, torch.bfloat16), kinds):
-            joined = self.scores(kind, total, dtype)
-            scores = list(joined.split(sizes))
-            scores = [s.clone() if i % 2 else s for i, s in enumerate(scores)]  # aligned, or as they lie
-            for k in sorted({0, 1, total // 10, total // 2, max(total - 1, 0), total}):
-                case = f"{name}, {dtype}, {kind}, {len(sizes)} tensors of {total}, k={k}"
-                expected = self.reference.binarize(joined.double(), k).split(sizes)
-                outs = self.outs(scores)
-                on_device = torch.tensor(k, device=self.device)
-                errors = implementation.binarize(scores, outs, on_device if k % 2 else k)
-                self.equal(name, f"errors of {case}", errors[-1].bool(), torch.tensor(True, device=self.device))
-                for part, (mask, words, counts) in zip(expected, outs, strict=True):
-                    expected_words, expected_counts = self.reference.mask_words(part)
-                    self.equal(name, f"mask of {case}", mask.view(torch.uint8), part.view(torch.uint8))
-                    self.equal(name, f"words of {case}", words, expected_words)
-                    self.equal(name, f"counts of {case}", counts, expected_counts)
-
-    def rows(self, shapes: list[tuple[int, ...]]) -> None:
-        torch = self.torch
-        for shape, dtype in itertools.product(shapes, (torch.float32, torch.float16, torch.bfloat16)):
-            scores = torch.randn(shape, device=self.device).mul(8).round().to(dtype)
-            rows = scores.movedim(1, -1)
-            for k in {0, 1, shape[1] // 4, shape[1]}:
-                flat = self.reference.binarize_rows(rows.reshape(-1, shape[1]).double(), k)
-                expected = flat.view(rows.shape).movedim(-1, 1).contiguous()
-                found = self.binarize(scores, k, dim=1, words=True)
-                words, counts = self.reference.mask_words(expected)
-                for part, right in ((found.mask, expected), (found.words, words), (found.counts, counts)):
-                    self.equal("rows", f"{dtype}, {shape}, k={k}", part, right)
-
-    def values(self, n: int) -> None:
-        torch = self.torch
-        dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int64)
-        for dtype, share in itertools.product(dtypes, (0.0, 0.02, 0.1, 0.5, 1.0)):
-            case = f"{dtype}, {n}, {share}"
-            mask = torch.rand(n, device=self.device) < share
-            words, counts = self.poisoned(-(-n // 64), torch.int64), self.poisoned(-(-n // 1024) + 1, torch.int64)
-            self.cuda.mask_words(mask, words, counts)
-            expected_words, expected_counts = self.reference.mask_words(mask)
-            self.equal("words of masks", case, words, expected_words)
-            self.equal("words of masks", case, counts, expected_counts)
-            dense = torch.randn(n, device=self.device).mul(8).to(dtype)
-            right = dense[mask]
-            found = self.cuda.gather_values(dense, words, counts, self.poisoned(right.numel(), dtype))
-            self.equal("gather", case, found, right)
-            expected = torch.where(mask, dense, torch.zeros_like(dense))
-            self.equal(
-                "scatter", case, self.cuda.scatter_values(right, words, counts, self.poisoned(n, dtype)), expected
-            )
-            other = torch.randn(n, device=self.device).mul(8).to(dtype)
-            expected = torch.where(mask, dense, other)
-            kept = self.cuda.scatter_values(right, words, counts, other.clone(), keep=True)
-            self.equal("scatter, keep", case, kept, expected)
-            if dtype.is_floating_point:
-                added = self.cuda.accumulate_values(right, words, counts, other.clone())
-                self.equal(
-                    "accumulate", case, added, torch.where(mask, (other.float() + dense.float()).to(dtype), other)
-                )
-
-    def messages(self, n: int) -> None:
-        """Those of tensors on the device are those of the CPU, and are written back there."""
-        torch = self.torch
-        for dtype, share in itertools.product((torch.float32, torch.float16, torch.bfloat16), (0.0, 0.01, 0.3, 1.0)):
-            values, mask = torch.randn(n, device=self.device).to(dtype), torch.rand(n, device=self.device) < share
-            for format in ("values", "bitmap", "hierarchical", "delta8", "block16", "dense"):
-                case = f"{dtype}, {n}, {share}, {format}"
-                message = self.pack(values, mask, format)
-                expected = self.pack(values.cpu(), mask.cpu(), format)
-                found, right = (torch.frombuffer(bytearray(bytes(m)), dtype=torch.uint8) for m in (message, expected))
-                self.equal("pack", case, found, right)
-                out = torch.randn(n, device=self.device).to(dtype)
-                kept = torch.where(mask, values, out)
-                self.equal("unpack", case, self.unpack(message, mask, out=out.clone(), mode="scatter"), kept)
-                kept = torch.where(mask, values, torch.zeros_like(out))
-                self.equal("unpack", case, self.unpack(message, mask, out=out), kept)
-
-    def graph(self, n: int) -> None:
-        """A captured launch, replayed with other scores and another k."""
-        torch = self.torch
-        scores, k = torch.randn(n, device="cuda"), torch.tensor(10, device="cuda")
-        self.binarize(scores, k)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            mask = self.binarize(scores, k)
-        for number in (5, n // 3, n):
-            scores.normal_()
-            k.fill_(number)
-            graph.replay()
-            self.equal("graph", f"k={number}", mask, self.reference.binarize(scores.double(), number))
-
-    def everything(self, size: int) -> None:
-        kinds = ("normal", "few values", "constant", "two values", "sorted", "one bucket", "misleading")
-        lists = [[1], [1023, 0, 1025], [size], [size // 3, 1, size // 2, 777], [5] * 300]
-        for sizes in lists:
-            self.lists(self.cuda, "CUDA", sizes, kinds)
-        for sizes in lists[:-1]:
-            self.lists(self.triton, "Triton", sizes, ("normal", "few values", "constant"))
-        self.rows([(size // 1000 + 1, n) for n in (2, 4, 8, 16, 64, 65, 1000, 4000)] + [(33, 20, 3, 3), (17, 4, 30)])
-        self.values(size + 1)
-        self.values(100)
-        self.messages(size // 10)
-        if self.device == "cuda":
-            self.graph(size)
-
-
-class Timer:
-    def __init__(self, torch: Any, repeats: int) -> None:
-        self.torch, self.repeats = torch, repeats
-        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-
-    def median_us(self, function: Callable[[], Any]) -> float:
-        torch = self.torch
-        function()
-        times = []
-        for _ in range(self.repeats):
-            self.flush.zero_()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(200_000)  # so that the launches wait in the queue, and only the device is timed
-            begin.record()
-            function()
-            end.record()
-            end.synchronize()
-            times.append(1e3 * begin.elapsed_time(end))
-        return statistics.median(times)
-
-    def copy_gb_s(self) -> float:
-        source = self.torch.empty(1 << 30, dtype=self.torch.uint8, device="cuda")
-        target = self.torch.empty_like(source)
-        return 2 * source.numel() / self.median_us(lambda: target.copy_(source)) / 1e3
-
-    def graph_us(self, function: Callable[[], Any]) -> float:
-        torch = self.torch
-        function()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            function()
-        return self.median_us(graph.replay)
-
-
-def measure(torch: Any, modules: dict[str, Any], quick: bool) -> list[dict[str, Any]]:
-    cuda, triton, binarize = modules["cuda"], modules["triton_binarize"], modules["package"].binarize
-    timer = Timer(torch, 5 if quick else 20)
-    bandwidth = timer.copy_gb_s()
-    note(f"copy: {bandwidth:.0f} GB/s")
-    rows: list[dict[str, Any]] = [{"what": "copy", "GB/s": bandwidth}]
-
-    def add(what: str, floor_bytes: float, **times: Callable[[], Any]) -> None:
-        row: dict[str, Any] = {"what": what, "floor_us": floor_bytes / bandwidth / 1e3}
-        for name, function in times.items():
-            if time.monotonic() - STARTED > BUDGET:
-                row[name] = "no time left"
-                continue
-            try:
-                row[name] = (timer.graph_us if name.endswith("graph") else timer.median_us)(function)
-            except (RuntimeError, torch.OutOfMemoryError) as error:
-                row[name] = f"{type(error).__name__}: {str(error)[:200]}"
-        rows.append(row)
-        note(
-            f"{what}: "
-            + ", ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k != "what")
-        )
-
-    def by_topk(scores: Any, k: int) -> Any:
-        flat = scores.view(-1)
-        indices = flat.topk(k, sorted=False).indices
-        return torch.zeros_like(flat, dtype=torch.bool).scatter_(0, indices, True)
-
-    sizes = [1 << 20] if quick else [25_557_032, 100_000_000]
-    for n, dtype in itertools.product(sizes, (torch.float32, torch.bfloat16)):
-        scores = torch.randn(n, device="cuda").to(dtype)
-        k = n // 10
-        on_device = torch.tensor(k, device="cuda")
-        outs = [
-            (torch.empty_like(scores, dtype=torch.bool), torch.empty(-(-n // 64), dtype=torch.int64, device="cuda"))
-        ]
-        outs = [(*outs[0], torch.empty(-(-n // 1024) + 1, dtype=torch.int64, device="cuda"))]
-        add(
-            f"binarize {n} {dtype}",
-            n * (dtype.itemsize + 1 + 1 / 8),  # one read of the scores; a mask, words
-            ours=lambda s=scores, k=on_device: binarize(s, k),
-            ours_graph=lambda s=scores, k=on_device: binarize(s, k),
-            kernels_graph=lambda s=scores, o=outs, k=on_device: cuda.binarize([s], o, k),
-            triton_graph=lambda s=scores, o=outs, k=on_device: triton.binarize([s], o, k),
-            topk=lambda s=scores, k=k: by_topk(s, k),
-            sort=lambda s=scores: s.sort(),
-        )
-    n = sizes[0]
-    for kind in ("constant", "two values", "sorted"):
-        scores = Check(torch, modules, "cuda").scores(kind, n, torch.float32)
-        add(f"binarize {n} {kind}", n * 5.125, ours_graph=lambda s=scores: binarize(s, n // 10))
-    shapes = RESNET50[:5] if quick else RESNET50
-    layers = [torch.randn(shape, device="cuda") for shape in shapes]
-    total = sum(s.numel() for s in layers)
-    add(
-        f"binarize {len(layers)} layers of ResNet-50",
-        total * 5.125,
-        ours=lambda: binarize(layers, total // 10),
-        ours_graph=lambda: binarize(layers, total // 10),
-        cat_topk=lambda: by_topk(torch.cat([s.view(-1) for s in layers]), total // 10),
-    )
-    side = 512 if quick else 4096
-    for length in (4, 64, side):
-        scores = torch.randn(side * side // length, length, device="cuda")
-        add(
-            f"binarize {side * side} in rows of {length}",
-            side * side * 5,
-            ours_graph=lambda s=scores, k=length // 4: binarize(s, k, dim=1),
-            topk=lambda s=scores, k=length // 4: torch.zeros_like(s, dtype=torch.bool).scatter_(
-                1, s.topk(k, dim=1, sorted=False).indices, True
-            ),
-        )
-    for dtype in (torch.float32, torch.bfloat16):
-        dense = torch.randn(n, device="cuda").to(dtype)
-        found = binarize(torch.rand(n, device="cuda"), n // 10, words=True)
-        mask, words, counts = found
-        values = dense[mask]
-        size = dtype.itemsize
-        # Of unstructured masks nearly all sectors of 32 bytes hold a position, so the dense tensor is read whole.
-        gathered = n * (size + 1 / 8) + values.numel() * size
-        add(
-            f"gather {n} {dtype}, 10 %",
-            gathered,
-            ours_graph=lambda d=dense, w=words, c=counts, v=values: cuda.gather_values(d, w, c, v),
-            index=lambda d=dense, m=mask: d[m],
-        )
-        add(
-            f"scatter {n} {dtype}, 10 %",
-            gathered,
-            ours_graph=lambda d=dense, w=words, c=counts, v=values: cuda.scatter_values(v, w, c, d),
-            masked_scatter=lambda d=dense, m=mask, v=values: torch.zeros_like(d).masked_scatter_(m, v),
-        )
-        add(
-            f"accumulate {n} {dtype}, 10 %",
-            gathered + n * size,
-            ours_graph=lambda d=dense, w=words, c=counts, v=values: cuda.accumulate_values(v, w, c, d),
-        )
-    add(
-        f"words of a mask of {n}",
-        n * 1.125,
-        ours_graph=lambda: cuda.mask_words(mask, words, counts),
-    )
-    return rows
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| | floor, us | ours, us | of the floor | others, us |", "|---|---|---|---|---|"]
-    for row in rows[1:]:
-        ours = row.get("ours_graph")
-        known = [k for k in row if k not in ("what", "floor_us", "ours_graph")]
-        others = ", ".join(f"{k} {row[k]:.0f}" if isinstance(row[k], float) else f"{k}: {row[k]}" for k in known)
-        figures = f"{ours:.1f} | {ours / row['floor_us']:.2f}" if isinstance(ours, float) else f"{ours} | "
-        lines.append(f"| {row['what']} | {row['floor_us']:.1f} | {figures} | {others} |")
-    return "\n".join(lines)
+    Returns:
+        ``status`` (exit status, or "no result in N s"), ``seconds``, ``output`` (its end, where it failed) and what the
+        stage wrote.
+    """
+    begin = time.monotonic()
+    label = stage.name.replace(" ", "_")
+    written, log = folder / f"{label}.json", logs / f"{label}.log"
+    paths = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = os.environ | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "SPARSEBILEVEL_NATIVE": "0"}
+    env |= {"SPARSEBILEVEL_MEASUREMENTS": str(folder / "measurements.json")} | stage.env
+    takes_output = any(argument.endswith(".py") and "benchmarks" in argument for argument in stage.command)
+    command = [*stage.command, *(["--output", str(written)] if takes_output else [])]
+    with log.open("w") as file:
+        try:
+            status: Any = subprocess.run(
+                command, env=env, stdout=file, stderr=subprocess.STDOUT, timeout=stage.limit
+            ).returncode
+        except subprocess.TimeoutExpired:
+            status = f"no result in {stage.limit:.0f} s"
+        except OSError as error:
+            status = str(error)
+    result: dict[str, Any] = {"status": status, "seconds": time.monotonic() - begin}
+    if written.exists():
+        result |= json.loads(written.read_text())
+    if status != 0:
+        result["output"] = log.read_text(errors="replace")[-3000:]
+    note(f"{stage.name}: {'passed' if status == 0 else status}, {result['seconds']:.0f} s")
+    return result
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_check.json")
-    parser.add_argument("--quick", action="store_true", help="small sizes")
-    parser.add_argument("--sanitize", action="store_true", help="few small checks and no times, for compute-sanitizer")
+    parser.add_argument("--logs", type=Path, help="folder for the output of every stage; by default it is not kept")
+    parser.add_argument("--quick", action="store_true", help="few and small sizes")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="stages whose name begins so")
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        facts = build(folder)
-        note(f"built in {facts['build_s']:.0f} s")
-        import torch
+        logs = args.logs or folder
+        logs.mkdir(parents=True, exist_ok=True)
+        wanted = [
+            [stage for stage in stages if not args.only or stage.name.startswith(tuple(args.only))]
+            for stages in (checks(args.quick), timings(args.quick))
+        ]
+        result: dict[str, Any] = {"build": build(folder), "machine": machine(), "checks": {}, "times": {}}
+        note(f"{result['build']}, {result['machine']}")
 
-        modules = import_everything()
-        if not torch.cuda.is_available():
-            note("everything imports; there is no GPU, so nothing is checked or timed")
-            return 0
-        properties = torch.cuda.get_device_properties(0)
-        facts |= {
-            "gpu": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "triton": importlib.import_module("triton").__version__,
-        }
-        if shutil.which("nvidia-smi"):
-            fields = "clocks.sm,clocks.mem,driver_version,power.limit"
-            command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-            facts["nvidia-smi"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        note(", ".join(f"{key} {value}" for key, value in facts.items()))
-        torch.manual_seed(0)
-        check = Check(torch, modules, "cuda")
-        if args.sanitize:
-            check.lists(check.cuda, "CUDA", [70_000, 0, 1025], ("normal", "two values"))
-            check.rows([(100, 4), (9, 50), (7, 3000)])
-            check.values(3001)
-            torch.cuda.synchronize()
-            note(f"passed: {check.passed}; failed: {len(check.failed)}")
-            return bool(check.failed)
-        check.everything(50_000 if args.quick else 300_000)
-        torch.cuda.synchronize()
-        note(f"passed: {check.passed}; failed: {len(check.failed)}")
-        rows = measure(torch, modules, args.quick)
-        result = {"facts": facts, "passed": check.passed, "failed": check.failed, "times": rows}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
-        print(table(rows))
-        note(f"{'FAILED' if check.failed else 'all is well'}; written to {args.output}")
-        return bool(check.failed)
+        def save() -> None:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+        with concurrent.futures.ThreadPoolExecutor(max(len(wanted[0]), 1)) as pool:
+            for stage, found in zip(wanted[0], pool.map(lambda s: run(s, folder, logs), wanted[0]), strict=True):
+                result["checks"][stage.name] = found
+        save()
+        for stage in wanted[1]:
+            result["times"][stage.name] = run(stage, folder, logs)
+            save()
+            text = (logs / f"{stage.name}.log").read_text(errors="replace")
+            print(text[text.rfind("\n|", 0, text.find("|---")) + 1 :] if "|---" in text else text[-3000:], flush=True)
+        failed = [name for part in ("checks", "times") for name, found in result[part].items() if found["status"] != 0]
+        for name in failed:
+            found = result["checks"].get(name) or result["times"][name]
+            print(f"--- {name}\n{found['output']}")
+        note(f"{'failed: ' + ', '.join(failed) if failed else 'all passed'}; written to {args.output}")
+        return bool(failed)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Checks the Triton kernels on a GPU, and times them beside dense layers, plain masked layers and torch.compile.
 
-    python benchmarks/gpu_kernels.py [--output FILE] [--quick] [--tune]
+    python benchmarks/gpu_kernels.py check|time|tune [--output FILE] [--shard I/N] [--budget S] [--small] [--quick]
 
 ``check`` compares every kernel with float64 on fresh random numbers, in memory that held NaN before; ``time`` takes
-medians of CUDA events with the L2 cache flushed, of launches as they are and of a captured graph. Beside each time
-stands its floor: what must be read and written at the bandwidth of a copy, or the multiplications at the speed of a
-dense product, both measured here. ``--tune`` writes the table that layers choose by. Results go to
-``benchmarks/results/gpu_kernels.json``, and a table to standard output. Nobody has run this on a GPU yet.
+medians of CUDA events with the L2 cache flushed, of launches that wait in the queue and of a captured graph; whole
+steps also eager, one after another, with what launching costs, and all variants of one in turn. Beside each time stands
+its floor: what must be read and written at the bandwidth of a copy, or the multiplications at the speed of a dense
+product, both measured here. ``tune`` writes the table that layers choose by. ``gpu_check.py`` runs this with all
+that runs on a GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
+import statistics
+import time as clock
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsebilevel.kernels import (
-    make_grad_sink,
     masked_linear,
     measurements,
     reference,
@@ -55,12 +56,13 @@ def _error(got: Tensor, want: Tensor, scale: Tensor) -> float:
     return float(((got.double() - want).abs() / (eps * (scale + 1e-30))).nan_to_num(1e9).max())
 
 
-def check(device: torch.device, *, small: bool = False) -> dict[str, float]:
+def check(device: torch.device, *, small: bool = False, shard: tuple[int, int] = (0, 1)) -> dict[str, float]:
     """Largest error of each kernel, in roundings; more than 4 is a bug.
 
     Args:
         device: a GPU; or the CPU, where Triton's interpreter runs the kernels.
         small: sizes for the interpreter.
+        shard: (i, n), to check every n-th shape and type alone, from the i-th on: most of the time goes to compiling.
     """
     errors: dict[str, float] = {}
 
@@ -69,7 +71,7 @@ def check(device: torch.device, *, small: bool = False) -> dict[str, float]:
 
     shapes = [(70, 40, 96)] if small else [(8, 256, 512), (1000, 384, 544), (4096, 1024, 1000), (513, 77, 130)]
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    for (t, n, k), dtype in itertools.product(shapes, dtypes):
+    for (t, n, k), dtype in itertools.islice(itertools.product(shapes, dtypes), *shard[:1], None, shard[1]):
         label = str(dtype).removeprefix("torch.")
         x, dy, w = (torch.randn(size, device=device).to(dtype) for size in ((t, k), (t, n), (n, k)))
         m = torch.rand(n, k, device=device) < 0.3
@@ -139,10 +141,10 @@ def _steps(t: int, device: torch.device) -> dict[str, Callable[[], Any]]:
     w = torch.randn(WIDTH, WIDTH, device=device, dtype=torch.bfloat16, requires_grad=True)
     s, m = torch.zeros_like(w, requires_grad=True), torch.rand(WIDTH, WIDTH, device=device) < 0.1
     dy = torch.randn_like(x)
-    sink = make_grad_sink(w)
 
     def clear() -> None:
-        x.grad = w.grad = s.grad = sink.grad = None
+        x.grad = w.grad = s.grad = None
+        torch.autograd.graph.increment_version(w)  # as if an optimizer had changed it: copies are made again
 
     def dense() -> None:
         clear()
@@ -179,9 +181,44 @@ def _steps(t: int, device: torch.device) -> dict[str, Callable[[], Any]]:
     }
 
 
-def time(device: torch.device, *, quick: bool = False) -> list[dict[str, Any]]:
-    """Seconds of every kernel and baseline: rows with ``what``, ``seconds``, ``graph``, and ``floor``."""
+def _time_steps(t: int, device: torch.device, floor: float, rounds: int = 10) -> list[dict[str, Any]]:
+    """Rows of the variants of a step, which run in turn so that the clock is the same for all."""
+    steps = _steps(t, device)
+    rows = {name: {"what": f"step {name}, {t} tokens", "floor": floor} for name in steps}
+    runs: dict[tuple[str, str], Callable[[], Any]] = {}
+    for name, run in steps.items():
+        try:
+            run()
+            runs[name, "eager"] = run
+            runs[name, "graph"] = _graph(run)
+        except Exception as error:  # the other rows are still wanted
+            rows[name]["error"] = f"{type(error).__name__}: {str(error)[:200]}"
+    taken: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+    for _ in range(rounds):
+        for key, run in runs.items():
+            if key[1] == "graph":
+                taken[key].append(measurements.seconds(run, device, 3))
+                continue
+            torch.cuda.synchronize()
+            begin = clock.perf_counter()
+            for _ in range(10):
+                run()
+            torch.cuda.synchronize()
+            taken[key].append((clock.perf_counter() - begin) / 10)
+    for (name, kind), times in taken.items():
+        rows[name]["seconds" if kind == "eager" else kind] = statistics.median(times)
+    return list(rows.values())
+
+
+def time(device: torch.device, *, quick: bool = False, budget: float = 240.0) -> list[dict[str, Any]]:
+    """Seconds of every kernel and baseline: rows with ``what``, ``seconds``, ``graph``, and ``floor``.
+
+    Args:
+        quick: few sizes.
+        budget: seconds after which the rest is left out.
+    """
     rows: list[dict[str, Any]] = []
+    begin = clock.monotonic()
     source = torch.randn(1 << 27, device=device)
     target = torch.empty_like(source)
     bandwidth = 8 * source.numel() / measurements.seconds(lambda: target.copy_(source), device)
@@ -190,18 +227,21 @@ def time(device: torch.device, *, quick: bool = False) -> list[dict[str, Any]]:
     flops = 2 * 8192 * WIDTH * WIDTH / measurements.seconds(lambda: a @ b, device)
     rows.append({"what": "ceilings", "bytes_per_s": bandwidth, "flops_per_s": flops})
 
-    def note(what: str, run: Callable[[], Any], floor: float, graph: bool = True) -> None:
-        row: dict[str, Any] = {"what": what, "floor": floor, "seconds": measurements.seconds(run, device)}
-        if graph:
-            try:
-                row["graph"] = measurements.seconds(_graph(run), device)
-            except RuntimeError as error:
-                row["graph_error"] = str(error)[:200]
+    def note(what: str, run: Callable[[], Any], floor: float) -> None:
+        row: dict[str, Any] = {"what": what, "floor": floor}
         rows.append(row)
+        for kind, prepare in (("seconds", lambda: run), ("graph", lambda: _graph(run))):
+            if clock.monotonic() - begin > budget:
+                row[f"{kind}_error"] = "no time left"
+                continue
+            try:
+                row[kind] = measurements.seconds(prepare(), device)
+            except Exception as error:  # the other rows are still wanted
+                row[f"{kind}_error"] = f"{type(error).__name__}: {str(error)[:200]}"
+                print(f"{what}, {kind}: {row[f'{kind}_error']}", flush=True)
 
     for t in TOKENS[-1:] if quick else TOKENS:
-        for name, run in _steps(t, device).items():
-            note(f"step {name}, {t} tokens", run, 3 * 2 * t * WIDTH * WIDTH / flops, graph=False)
+        rows += _time_steps(t, device, 3 * 2 * t * WIDTH * WIDTH / flops)
     for t, block in itertools.product(TOKENS[-1:] if quick else TOKENS, BLOCKS):
         x, dy, w = (torch.randn(size, WIDTH, device=device).bfloat16() for size in (t, t, WIDTH))
         note(f"dense forward, {t} tokens", lambda x=x, w=w: x @ w.t(), 2 * t * WIDTH * WIDTH / flops)
@@ -232,32 +272,42 @@ def time(device: torch.device, *, quick: bool = False) -> list[dict[str, Any]]:
     return rows
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| | us | in a graph | floor |", "|---|---|---|---|"]
+    for row in rows[1:]:
+        times = [f"{row[kind] * 1e6:.1f}" if kind in row else "-" for kind in ("seconds", "graph", "floor")]
+        lines.append(f"| {row['what']} | {' | '.join(times)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    results = Path(__file__).parent / "results/gpu_kernels.json"
-    parser.add_argument("--output", type=Path, default=results)
-    parser.add_argument("--quick", action="store_true", help="few sizes")
-    parser.add_argument("--tune", action="store_true", help="also write the table that layers choose by")
+    parser.add_argument("what", choices=("check", "time", "tune"))
+    parser.add_argument("--output", type=Path, help="JSON")
+    parser.add_argument("--small", action="store_true", help="check: one small shape")
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="check: the I-th of N parts")
+    parser.add_argument("--budget", type=float, default=240.0, help="time: seconds, after which no row is begun")
+    parser.add_argument("--quick", action="store_true", help="time: few sizes")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("there is no GPU")
     device = torch.device("cuda")
-    errors = check(device)
-    wrong = {name: error for name, error in errors.items() if error > 4}
-    rows = time(device, quick=options.quick)
-    if options.tune:
-        shapes = [(t, WIDTH, WIDTH) for t in TOKENS]
-        measurements.measure(shapes, torch.bfloat16, device)
-    about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "python": platform.python_version()}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"about": about, "errors": errors, "times": rows}, indent=1))
-    for row in rows:
-        if "seconds" in row:
-            graph = f"{row['graph'] * 1e6:9.1f}" if "graph" in row else "        -"
-            print(
-                f"{row['what']:60} {row['seconds'] * 1e6:9.1f} us {graph} us graph {row['floor'] * 1e6:9.1f} us floor"
-            )
-    print(f"{len(errors)} checks, {len(wrong)} failed {wrong or ''}")
+    wrong: dict[str, float] = {}
+    result: dict[str, Any] = {}
+    if options.what == "check":
+        i, n = map(int, options.shard.split("/"))
+        errors = check(device, small=options.small, shard=(i, n))
+        wrong = {name: error for name, error in errors.items() if error > 4}
+        result = {"errors": errors, "wrong": wrong}
+        print(f"{len(errors)} checks, {len(wrong)} failed {wrong or ''}")
+    elif options.what == "time":
+        result = {"times": time(device, quick=options.quick, budget=options.budget)}
+        print(table(result["times"]))
+    else:
+        result = measurements.measure([(t, WIDTH, WIDTH) for t in TOKENS], torch.bfloat16, device)
+        print(f"{len(result)} products measured; {measurements.path()}")
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
     if wrong:
         raise SystemExit(1)
 

@@ -1,7 +1,7 @@
 """Times of products on a GPU, measured once on a machine and kept in a file: what :mod:`.dispatch` chooses by.
 
 Nothing is measured on the way, since near the break-even one run would go one way and the next another. ``measure``
-does it when somebody asks (``benchmarks/gpu_kernels.py --tune``), and a process reads the file once. It lies in
+does it when somebody asks (``benchmarks/gpu_kernels.py tune``), and a process reads the file once. It lies in
 ``~/.cache/sparsebilevel/gpu.json``, or where ``SPARSEBILEVEL_MEASUREMENTS`` says.
 """
 
@@ -84,7 +84,7 @@ def save(device: torch.device, found: dict[str, dict[str, Any]]) -> None:
 
 
 def seconds(run: Callable[[], Any], device: torch.device, repeats: int = 20) -> float:
-    """Median time of a call, after one to warm up."""
+    """Median time of a call, after one to warm up; on a GPU that of the device, without what launching costs."""
     run()
     if device.type != "cuda":
         taken = []
@@ -97,6 +97,7 @@ def seconds(run: Callable[[], Any], device: torch.device, repeats: int = 20) -> 
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for begin_event, end_event in events:
         flush.zero_()
+        torch.cuda._sleep(500_000)  # so that the launches wait in the queue
         begin_event.record()
         run()
         end_event.record()

@@ -1,9 +1,11 @@
 """The Triton kernels in Triton's interpreter, against plain torch. tests/test_triton.py runs this in its own process:
 
 TRITON_INTERPRET must be set before a kernel is defined, and kernels that are compiled ahead of time must not see it.
+On a machine with a GPU, SPARSEBILEVEL_TEST_DEVICE=cuda runs the same tests of the kernels as they are compiled.
 """
 
 import itertools
+import os
 import sys
 from pathlib import Path
 
@@ -31,14 +33,17 @@ from sparsebilevel.kernels.dispatch import Structure, choose_product
 from sparsebilevel.kernels.split_gradient import split_gradient
 
 apply_mask_module = sys.modules[compute_copy.__module__]
+DEVICE = torch.device(os.environ.get("SPARSEBILEVEL_TEST_DEVICE", "cpu"))
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = [(5,), (64, 3), (2, 3, 3, 3), (0, 4), (1,), (4096,), (33, 130)]
 
 
 @pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    """The CPU counts as a device of the kernels: layers, optimizers and functions take them as on a GPU."""
+def on_device(monkeypatch):
+    """Tensors are made on the device; the CPU counts as one of the kernels: layers and optimizers go as on a GPU."""
     monkeypatch.setattr(gpu, "DEVICES", {"cpu", "cuda"})
+    with DEVICE:
+        yield
 
 
 def close(got, want, dtype=None):
@@ -300,7 +305,7 @@ def test_layers_keep_the_contract(op, cast):
     leaves = [t.requires_grad_() for t in (x, w, b, s)]
     sink, positions = make_grad_sink(w), torch.tensor([3, -1, 0])
     where = make_grad_sink(w, positions)
-    with torch.autocast("cpu", cast or torch.bfloat16, enabled=cast is not None):
+    with torch.autocast(DEVICE.type, cast or torch.bfloat16, enabled=cast is not None):
         y = masked(x, w, m, b, mask_scores=s, grad_sink=sink)
         y2 = masked(x, w, m, b, grad_sink=where, positions=positions)
     dy = torch.randn_like(y)
@@ -308,7 +313,7 @@ def test_layers_keep_the_contract(op, cast):
     y2.backward(dy)
     z = torch.where(m, w, 0).detach().requires_grad_()
     x2, b2 = (t.detach().requires_grad_() for t in (x, b))
-    with torch.autocast("cpu", cast or torch.bfloat16, enabled=cast is not None):
+    with torch.autocast(DEVICE.type, cast or torch.bfloat16, enabled=cast is not None):
         expected = plain(x2, z, b2)
     expected.backward(dy)
     assert y.dtype == (cast or torch.float32)
@@ -335,7 +340,7 @@ def test_compiles_whole_and_once():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(3):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(DEVICE.type, torch.bfloat16):
                 y = compiled(x)
             assert_close(y.float(), sb.densify(model)(x), rtol=0.05, atol=0.05)
             y.sum().backward()
@@ -517,7 +522,7 @@ def test_every_backend_keeps_the_contract(backend, kind, pattern, monkeypatch):
 
 def test_choices_without_and_with_measurements(monkeypatch, tmp_path):
     monkeypatch.setenv("SPARSEBILEVEL_MEASUREMENTS", str(tmp_path / "deep/gpu.json"))
-    cpu = torch.device("cpu")
+    cpu = DEVICE
 
     def choose(tiles=None, slices=1.0, product="forward", **kwargs):
         structure = Structure(tuple((tiles or {}).items()), slices)
@@ -553,7 +558,7 @@ def test_choices_without_and_with_measurements(monkeypatch, tmp_path):
 
 def test_measuring_writes_what_the_choice_reads(monkeypatch, tmp_path):
     monkeypatch.setenv("SPARSEBILEVEL_MEASUREMENTS", str(tmp_path / "gpu.json"))
-    cpu = torch.device("cpu")
+    cpu = DEVICE
     found = measurements.measure([(16, 32, 32)], torch.float32, cpu, repeats=1)
     assert len(found) == 3
     for product in PASSES:
@@ -632,7 +637,7 @@ def test_the_checks_for_gpus_pass_here(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     import gpu_kernels
 
-    errors = gpu_kernels.check(torch.device("cpu"), small=True)
+    errors = gpu_kernels.check(DEVICE, small=True)
     assert len(errors) == 48
     assert max(errors.values()) <= 4, errors
 
