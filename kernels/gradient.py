@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 
-from . import gpu
+from . import gpu, native
 from .reference import effective_weight, gather_support
 
 
@@ -116,11 +116,24 @@ def check_dtypes(input: Tensor, weight: Tensor) -> None:
         raise ValueError(f"input has dtype {input.dtype}; expected {weight.dtype}, the weight's")
 
 
-def register_autocast(name: str, operands: frozenset[int]) -> None:
-    """Autocast rule of op ``name``: cast the arguments at the positions ``operands`` to the autocast dtype in force.
+def _cast_operands(operands: frozenset[int], args: tuple, device_type: str) -> list[Any]:
+    """The arguments of an op, of which those at the positions ``operands`` have the autocast dtype in force.
 
     Where our kernels run on a GPU the weight stays as it is: its masked copy in that dtype is kept, and a cast weight
     would be another tensor each time.
+    """
+    dtype = torch.get_autocast_dtype(device_type)
+    to_cast = operands - {WEIGHT} if gpu.available(args[WEIGHT].device) else operands
+    return [
+        arg.to(dtype)
+        if i in to_cast and isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
+        else arg
+        for i, arg in enumerate(args)
+    ]
+
+
+def register_autocast(name: str, operands: frozenset[int]) -> None:
+    """Autocast rule of op ``name``: cast the arguments at the positions ``operands`` to the autocast dtype in force.
 
     ``torch.library.register_autocast`` fixes one dtype for good and casts every floating argument, the float32 sink and
     scores included; here the dtype is the user's and only the operands of the product are cast.
@@ -128,14 +141,7 @@ def register_autocast(name: str, operands: frozenset[int]) -> None:
 
     def kernel_for(device_type: str) -> Callable[..., Tensor]:
         def kernel(_keyset: Any, *args: Any) -> Tensor:
-            dtype = torch.get_autocast_dtype(device_type)
-            to_cast = operands - {WEIGHT} if gpu.available(args[WEIGHT].device) else operands
-            cast = [
-                arg.to(dtype)
-                if i in to_cast and isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64
-                else arg
-                for i, arg in enumerate(args)
-            ]
+            cast = _cast_operands(operands, args, device_type)
             with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
                 return getattr(torch.ops.sparsebilevel, name)(*cast)
 
@@ -143,3 +149,29 @@ def register_autocast(name: str, operands: frozenset[int]) -> None:
 
     _library.impl(name, kernel_for("cpu"), "AutocastCPU", with_keyset=True)
     _library.impl(name, kernel_for("cuda"), "AutocastCUDA", with_keyset=True)
+
+
+def runs_directly(*tensors: Tensor) -> bool:
+    """Whether there is nobody to whom the dispatcher would hand an op on these."""
+    return all(type(t) in native.PLAIN and (t.is_cpu or t.is_cuda) for t in tensors) and not native.watched()
+
+
+def call(op: Any, eager: type[Function], operands: frozenset[int], args: tuple) -> Tensor:
+    """A masked op, without going through the dispatcher where that makes no difference.
+
+    The dispatcher and what ``torch.library`` adds to it take longer than the kernels of a small layer.
+
+    Args:
+        op: as registered with ``torch.library``.
+        eager: the same as a function of autograd.
+        operands: as in :func:`register_autocast`.
+        args: of the op, of which the first three are input, weight and mask.
+    """
+    if not runs_directly(*args[:3]):
+        return op(*args)
+    device_type = args[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return eager.apply(*args)
+    cast = _cast_operands(operands, args, device_type)
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+        return eager.apply(*cast)

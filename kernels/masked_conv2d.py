@@ -11,9 +11,17 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from . import dense, gpu_products, native, plans, reference
+from . import dense, gpu_products, plans, reference
 from .dispatch import sparse_grads, sparse_support
-from .gradient import Needs, check_dtypes, check_masked_operands, distribute_gradient, register_autocast
+from .gradient import (
+    Needs,
+    call,
+    check_dtypes,
+    check_masked_operands,
+    distribute_gradient,
+    register_autocast,
+    runs_directly,
+)
 from .plans import Geometry
 
 
@@ -167,7 +175,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     else:
         operands = grad_output, input, weight, mask
         op: Any = torch.ops.sparsebilevel.masked_conv2d_backward
-        op = _sparse_backward if _runs_directly(*operands) else op
+        op = _sparse_backward if runs_directly(*operands) else op
         given = iter(op(*operands, positions, *ctx.geometry, needs))
         grads = tuple(next(given) if need else None for need in needs)
     grad_input, grad_weight, grad_scores, grad_sink, grad_bias = grads
@@ -175,11 +183,12 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _masked_conv2d.register_autograd(_backward, setup_context=_setup_context)
-register_autocast("masked_conv2d", operands=frozenset({0, 1, 3}))
+_OPERANDS = frozenset({0, 1, 3})
+register_autocast("masked_conv2d", _OPERANDS)
 
 
 class _Eager(Function):
-    """The same without going through the dispatcher, which takes longer than the kernels of a small layer."""
+    """The same without going through the dispatcher."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -188,11 +197,6 @@ class _Eager(Function):
         return output
 
     backward = staticmethod(_backward)
-
-
-def _runs_directly(*tensors: Tensor) -> bool:
-    """Whether there is nobody to whom the dispatcher would hand these."""
-    return all(type(t) in native.PLAIN and t.is_cpu for t in tensors) and not native.watched()
 
 
 @register_flop_formula(torch.ops.sparsebilevel.masked_conv2d)
@@ -255,10 +259,8 @@ def masked_conv2d(
     stride, dilation = _pair(stride), _pair(dilation)
     input, padding = _resolve_padding(input, weight, stride, padding, dilation)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
-    op: Any = torch.ops.sparsebilevel.masked_conv2d
-    if not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
-        op = _Eager.apply if _runs_directly(batched, weight, mask) else op
-    output = op(batched, weight, mask, bias, mask_scores, grad_sink, positions, stride, padding, dilation, groups)
+    args = (batched, weight, mask, bias, mask_scores, grad_sink, positions, stride, padding, dilation, groups)
+    output = call(torch.ops.sparsebilevel.masked_conv2d, _Eager, _OPERANDS, args)
     return output if input.dim() == 4 else output.squeeze(0)
 
 

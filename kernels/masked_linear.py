@@ -7,16 +7,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
 from . import dense, gpu_products, plans, reference
 from .dispatch import sparse_grads, sparse_support
-from .gradient import Needs, check_dtypes, check_masked_operands, distribute_gradient, register_autocast
+from .gradient import (
+    Needs,
+    call,
+    check_dtypes,
+    check_masked_operands,
+    distribute_gradient,
+    register_autocast,
+    runs_directly,
+)
 from .plans import Geometry
 
 
-@torch.library.custom_op("sparsebilevel::masked_linear", mutates_args=())
-def _masked_linear(
+def _forward(
     input: Tensor,
     weight: Tensor,
     mask: Tensor,
@@ -34,6 +42,9 @@ def _masked_linear(
     output = input.new_empty(*input.shape[:-1], weight.shape[0])
     plans.conv2d(_maps(rows), _maps(weight), support, bias, Geometry(), _maps(output.view(-1, weight.shape[0])))
     return output
+
+
+_masked_linear = torch.library.custom_op("sparsebilevel::masked_linear", _forward, mutates_args=())
 
 
 def _maps(rows: Tensor) -> Tensor:
@@ -68,8 +79,7 @@ def _dense_backward(
     return grad_input, grad_weight, grad_scores, grad_sink, grad_bias
 
 
-@torch.library.custom_op("sparsebilevel::masked_linear_backward", mutates_args=())
-def _masked_linear_backward(
+def _sparse_backward(
     grad_output: Tensor, input: Tensor, weight: Tensor, mask: Tensor, positions: Tensor | None, needs: Sequence[bool]
 ) -> list[Tensor]:
     """The gradients that ``needs`` (see Needs) asks for, in its order."""
@@ -103,6 +113,11 @@ def _masked_linear_backward(
     return [grads[name] for name, need in zip(Needs._fields, wanted, strict=True) if need]  # type: ignore[misc]
 
 
+_masked_linear_backward = torch.library.custom_op(
+    "sparsebilevel::masked_linear_backward", _sparse_backward, mutates_args=()
+)
+
+
 @_masked_linear_backward.register_fake
 def _(grad_output, input, weight, mask, positions, needs):
     grads = _dense_backward(grad_output, input, weight, mask, positions, Needs(*needs))
@@ -121,14 +136,30 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # somebody will differentiate the gradients
         grads = _dense_backward(grad_output, input, weight, mask, positions, needs)
     else:
-        given = iter(torch.ops.sparsebilevel.masked_linear_backward(grad_output, input, weight, mask, positions, needs))
+        operands = grad_output, input, weight, mask
+        op: Any = torch.ops.sparsebilevel.masked_linear_backward
+        op = _sparse_backward if runs_directly(*operands) else op
+        given = iter(op(*operands, positions, needs))
         grads = tuple(next(given) if need else None for need in needs)
     grad_input, grad_weight, grad_scores, grad_sink, grad_bias = grads
     return grad_input, grad_weight, None, grad_bias, grad_scores, grad_sink, None
 
 
 _masked_linear.register_autograd(_backward, setup_context=_setup_context)
-register_autocast("masked_linear", operands=frozenset({0, 1, 3}))
+_OPERANDS = frozenset({0, 1, 3})
+register_autocast("masked_linear", _OPERANDS)
+
+
+class _Eager(Function):
+    """The same without going through the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
 
 
 @register_flop_formula(torch.ops.sparsebilevel.masked_linear)
@@ -178,4 +209,5 @@ def masked_linear(
     if input.shape[-1:] != weight.shape[1:]:
         raise ValueError(f"input has shape {list(input.shape)}; its last size must be {weight.shape[1]}, the weight's")
     check_dtypes(input, weight)
-    return torch.ops.sparsebilevel.masked_linear(input, weight, mask, bias, mask_scores, grad_sink, positions)
+    args = (input, weight, mask, bias, mask_scores, grad_sink, positions)
+    return call(torch.ops.sparsebilevel.masked_linear, _Eager, _OPERANDS, args)
