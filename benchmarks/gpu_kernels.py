@@ -126,6 +126,17 @@ def check(device: torch.device, *, small: bool = False, shard: tuple[int, int] =
 # -- speed -------------------------------------------------------------------------------------------------------------
 
 
+def ceilings(device: torch.device, *, small: bool = False) -> tuple[float, float]:
+    """Bytes a second that a copy moves, and FLOPs a second of a dense bfloat16 product; ``small`` sizes for a CPU."""
+    source = torch.randn(1 << (20 if small else 27), device=device)
+    target = torch.empty_like(source)
+    bandwidth = 8 * source.numel() / measurements.seconds(lambda: target.copy_(source), device)
+    rows, width = (256, 256) if small else (8192, WIDTH)
+    a = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
+    b = torch.randn(width, width, device=device, dtype=torch.bfloat16)
+    return bandwidth, 2 * rows * width * width / measurements.seconds(lambda: a @ b, device)
+
+
 def _graph(run: Callable[[], Any]) -> Callable[[], Any]:
     """The same as a captured CUDA graph."""
     stream = torch.cuda.Stream()
@@ -214,15 +225,9 @@ def time(device: torch.device, *, quick: bool = False, budget: float = 240.0) ->
         quick: few sizes.
         budget: seconds after which the rest is left out.
     """
-    rows: list[dict[str, Any]] = []
     begin = clock.monotonic()
-    source = torch.randn(1 << 27, device=device)
-    target = torch.empty_like(source)
-    bandwidth = 8 * source.numel() / measurements.seconds(lambda: target.copy_(source), device)
-    a = torch.randn(8192, WIDTH, device=device, dtype=torch.bfloat16)
-    b = torch.randn(WIDTH, WIDTH, device=device, dtype=torch.bfloat16)
-    flops = 2 * 8192 * WIDTH * WIDTH / measurements.seconds(lambda: a @ b, device)
-    rows.append({"what": "ceilings", "bytes_per_s": bandwidth, "flops_per_s": flops})
+    bandwidth, flops = ceilings(device)
+    rows: list[dict[str, Any]] = [{"what": "ceilings", "bytes_per_s": bandwidth, "flops_per_s": flops}]
 
     def note(what: str, run: Callable[[], Any], floor: float) -> None:
         row: dict[str, Any] = {"what": what, "floor": floor}

@@ -93,6 +93,8 @@ def _strides(tensor: Tensor) -> list[int]:
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the memory of a tensor has neither gaps nor overlaps, whatever the order of its dimensions is."""
+    if tensor.is_contiguous():
+        return True
     order = sorted(range(tensor.dim()), key=lambda d: (tensor.stride(d), tensor.shape[d]), reverse=True)
     return tensor.permute(order).is_contiguous()
 
@@ -105,6 +107,7 @@ class _Copy:
         self.tensor = torch.empty_like(weight, dtype=dtype, requires_grad=False)
         self.seen: tuple | None = None
         self.written = False  # by the optimizer whose step is not yet over
+        self.streams: list[Any] = []  # the one that wrote it last, and those that have waited for it
 
     def is_of(self, weight: Tensor, mask: Tensor) -> bool:
         """Whether these are the tensors, where they were and as they were laid out."""
@@ -119,6 +122,24 @@ class _Copy:
     def is_fresh(self, weight: Tensor, mask: Tensor) -> bool:
         return self.seen == _state(weight, mask)
 
+    def wrote(self, weight: Tensor, mask: Tensor) -> None:
+        """Say that the current stream has written ``mask * weight`` as it is now."""
+        self.seen, self.streams = _state(weight, mask), [_stream(weight.device)]
+
+    def use(self) -> Tensor:
+        """The copy, for the current stream, which waits for the one that wrote it if that is another."""
+        stream = _stream(self.tensor.device)
+        if stream not in self.streams:
+            stream.wait_stream(self.streams[0])
+            self.tensor.record_stream(stream)
+            self.streams.append(stream)
+        return self.tensor
+
+
+def _stream(device: torch.device) -> Any:
+    """The current stream; None of what is no GPU."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
 
 def _state(weight: Tensor, mask: Tensor) -> tuple:
     """What changes when torch writes to them, or gives them other memory. What goes past it is not seen (``.data``)."""
@@ -126,20 +147,22 @@ def _state(weight: Tensor, mask: Tensor) -> tuple:
 
 
 _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of weight: {dtype: _Copy}
+_in_graphs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weights that a captured optimizer writes: True
 _lock = threading.RLock()
 
 
 def compute_copy(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """``mask * weight`` in ``dtype``, not to be written to: the copy that is kept, on devices with our kernels.
 
-    When one is out of date so are, after a step of an optimizer, those of all other layers: all are made again, in one
-    launch. While a CUDA graph is captured nothing is kept, since the graph is to follow the weight.
+    When one is out of date so are, after a step of an optimizer, those of all other layers: all that this stream wrote
+    are made again, in one launch. While a CUDA graph is captured nothing is kept, since the graph is to follow the
+    weight; nor ever after of a weight whose optimizer was captured, since a replay changes it without a trace.
 
     ``SPARSEBILEVEL_COMPUTE_COPY=0`` makes it anew each time, for who changes weights through ``.data`` and not in a
     step of an optimizer.
     """
     if not _may_keep(weight, mask):
-        if gpu.takes_tables(weight.device) and mask.stride() == weight.stride() and is_dense(weight):
+        if gpu.takes_tables(weight.device) and _strides(mask) == _strides(weight) and is_dense(weight):
             return apply_mask([weight], [mask], [torch.empty_like(weight, dtype=dtype)])[0]
         return reference.effective_weight(weight, mask).to(dtype)
     with _lock:
@@ -149,8 +172,8 @@ def compute_copy(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
             _watch_optimizers()
             copy = copies[dtype] = _Copy(weight, mask, dtype)
         if not copy.is_fresh(weight, mask):
-            _refresh(weight.device)
-        return copy.tensor
+            _refresh(copy)
+        return copy.use()
 
 
 @functools.cache
@@ -165,6 +188,9 @@ def _watch_optimizers() -> None:
         with _lock:
             for group in optimizer.param_groups:
                 for weight in group["params"]:
+                    if gpu.is_capturing(weight.device):
+                        _copies.pop(weight, None)
+                        _in_graphs[weight] = True
                     for copy in _copies.get(weight, {}).values():
                         if not copy.written:
                             copy.seen = None
@@ -178,26 +204,36 @@ def _may_keep(weight: Tensor, mask: Tensor) -> bool:
         gpu.available(weight.device)
         and os.environ.get("SPARSEBILEVEL_COMPUTE_COPY", "1") != "0"
         and weight.is_leaf
+        and is_dense(weight)
+        and weight not in _in_graphs
         and not (weight.is_inference() or mask.is_inference())  # these count no versions
         and not gpu.is_capturing(weight.device)
     )
 
 
-def _refresh(device: torch.device) -> None:
-    """Make every copy on ``device`` again that is out of date."""
+def _refresh(asked: _Copy) -> None:
+    """Make a copy again, and every other of this stream that is out of date.
+
+    What another stream wrote is left to it, since it may be writing the weight just now.
+    """
+    device = asked.tensor.device
+    stream = _stream(device)
     stale: list[tuple[Tensor, Tensor, _Copy]] = []
     for copies in list(_copies.values()):
         for copy in copies.values():
             weight, mask = copy.weight(), copy.mask()
-            if weight is None or mask is None or weight.device != device or not copy.is_of(weight, mask):
+            if weight is None or mask is None:
                 continue
-            if not copy.is_fresh(weight, mask):
+            ours = weight.device == device and copy.streams[:1] == [stream] and copy.is_of(weight, mask)
+            if (ours or copy is asked) and not copy.is_fresh(weight, mask):
                 stale.append((weight, mask, copy))
     with torch.no_grad():
-        masks = [m if m.stride() == w.stride() else torch.empty_like(w, dtype=torch.bool).copy_(m) for w, m, _ in stale]
+        masks = [
+            m if _strides(m) == _strides(w) else torch.empty_like(w, dtype=torch.bool).copy_(m) for w, m, _ in stale
+        ]
         apply_mask([w for w, _, _ in stale], masks, [c.tensor for _, _, c in stale])
     for weight, mask, copy in stale:
-        copy.seen = _state(weight, mask)
+        copy.wrote(weight, mask)
 
 
 def kept_copy(weight: Tensor, mask: Tensor) -> Tensor | None:
@@ -212,4 +248,5 @@ def note_written(weight: Tensor, mask: Tensor, tensor: Tensor) -> None:
     with _lock:
         for copy in _copies.get(weight, {}).values():
             if copy.tensor is tensor:
-                copy.seen, copy.written = _state(weight, mask), True
+                copy.wrote(weight, mask)
+                copy.written = True

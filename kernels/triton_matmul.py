@@ -220,7 +220,8 @@ def _weight_grad(
 
 def precision(dtype: torch.dtype) -> str:
     """How float32 is multiplied: as torch's own products are told to."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    is_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 raises where this was set
+    return "tf32" if dtype == torch.float32 and is_tf32 else "ieee"
 
 
 def block_c(dtype: torch.dtype) -> int:
@@ -237,7 +238,8 @@ def operand(matrix: Tensor, rows: int, cols: int) -> tuple[Tensor | TensorDescri
     """What a kernel gets to load tiles ``[rows, cols]`` of a matrix: a descriptor where the hardware copies tiles."""
     aligned = matrix.data_ptr() % 16 == 0 and matrix.shape[1] * matrix.itemsize % 16 == 0
     if gpu.capability(matrix.device) >= (9, 0) and aligned and matrix.numel() and matrix.itemsize == 2:
-        return TensorDescriptor.from_tensor(matrix, [rows, cols]), True
+        # Not from_tensor: of a single row the stride may be anything, which it would refuse.
+        return TensorDescriptor(matrix, matrix.shape, [matrix.shape[1], 1], [rows, cols]), True
     return matrix, False
 
 

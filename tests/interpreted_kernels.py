@@ -225,6 +225,68 @@ def test_a_changed_tensor_never_meets_an_old_copy(launches):
         assert torch.equal(compute_copy(of_inference, m, torch.float32), torch.where(m, of_inference, 0))
 
 
+def test_weights_with_gaps_or_overlaps(launches):
+    for w in (
+        torch.randn(6, 11)[:, :8],
+        torch.randn(1, 8).expand(6, 8),
+        torch.randn(6, 8).t(),
+        torch.randn(1, 9)[:, :8],
+    ):
+        m = torch.rand(w.shape) < 0.5
+        for _ in range(2):
+            assert torch.equal(compute_copy(w.requires_grad_(), m, torch.float32), torch.where(m, w, 0))
+
+
+def test_a_captured_optimizer_leaves_no_old_copy(launches, monkeypatch):
+    w, m = torch.nn.Parameter(torch.randn(6, 8)), torch.rand(6, 8) < 0.5
+    optimizer = torch.optim.SGD([w], lr=0.1)
+    w.grad = torch.randn(6, 8)
+    compute_copy(w, m, torch.float32)
+    with monkeypatch.context() as capture:
+        capture.setattr(gpu, "is_capturing", lambda device: True)
+        optimizer.step()
+    for _ in range(2):
+        w.data.add_(1)  # a replay counts no version up, and calls no hook
+        assert torch.equal(compute_copy(w, m, torch.float32), torch.where(m, w, 0))
+
+
+class Stream:
+    """Of a GPU, as far as copies look at it; notes for whom it waits."""
+
+    def __init__(self):
+        self.waits = []
+
+    def wait_stream(self, other):
+        self.waits.append(other)
+
+
+def test_another_stream_waits_for_the_one_that_wrote_a_copy(launches, monkeypatch):
+    first, second = Stream(), Stream()
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+
+    def on(stream, w):
+        monkeypatch.setattr(apply_mask_module, "_stream", lambda device: stream)
+        assert torch.equal(compute_copy(w, masks[w], torch.float32), torch.where(masks[w], w, 0))
+
+    one, other = (torch.nn.Parameter(torch.randn(6, 8)) for _ in range(2))
+    masks = {w: torch.rand(6, 8) < 0.5 for w in (one, other)}
+    on(first, one)
+    on(first, one)
+    on(second, one)
+    on(second, one)
+    assert (first.waits, second.waits) == ([], [first])
+    on(second, other)
+    with torch.no_grad():
+        one.add_(1)
+        other.add_(1)
+    launches.clear()
+    on(first, one)
+    assert launches == [1]  # the weights of the second stream may not be ready
+    on(second, other)
+    assert launches == [1, 1]
+    assert (first.waits, second.waits) == ([], [first])
+
+
 @pytest.mark.parametrize("settings", [{"fused": True}, {"foreach": True}, {"foreach": False}, {}], ids=str)
 def test_optimizers_leave_no_old_copy(settings, launches):
     w, m = torch.nn.Parameter(torch.randn(6, 8)), torch.rand(6, 8) < 0.5
@@ -374,6 +436,20 @@ def test_descriptors_load_what_pointers_do(monkeypatch):
     close(blocks.input_grad(dy, z.bfloat16()), dy.float() @ z)
     assert_close(blocks.weight_grad(dy, x, m, torch.float32), g * m)
     assert not triton_matmul.operands((x[:, :3].contiguous(), 16, 64))[1]
+    row = torch.randn(1, 67).bfloat16()[:, :64]  # contiguous, with a stride that is no multiple of 16 bytes
+    close(triton_matmul.masked_matmul(row, w, m), row.float() @ z.t())
+
+
+def test_float32_is_multiplied_as_torch_is_told():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for name in ("tf32", "ieee"):
+            matmul.fp32_precision = name
+            assert triton_matmul.precision(torch.float32) == name
+            assert triton_matmul.precision(torch.bfloat16) == "ieee"
+    finally:
+        matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
