@@ -6,11 +6,12 @@ made when the first product asks for it, and again when weight or mask have chan
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def apply_mask(
     groups: dict[tuple, list[tuple[Tensor, Tensor, Tensor]]] = {}
     with torch.no_grad():
         for weight, mask, out in zip(weights, masks, outs, strict=True):
-            if gpu.takes_tables(weight.device) and lies_alike(weight, mask, out):
+            if gpu.available(weight.device) and lies_alike(weight, mask, out):
                 types = weight.device, weight.dtype, mask.dtype, out.dtype
                 groups.setdefault(types, []).append((weight, mask, out))
             else:
@@ -151,6 +152,26 @@ _in_graphs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weights that 
 _lock = threading.RLock()
 
 
+class _Shared(threading.local):
+    copies: dict[torch.dtype, Tensor] | None = None
+
+
+_shared = _Shared()
+
+
+@contextlib.contextmanager
+def shared_copies(copies: dict[torch.dtype, Tensor] | None) -> Iterator[None]:
+    """Within, what is made of the one weight of a layer, and not kept, is put into ``copies``, and taken from there.
+
+    So that in a captured graph the backward of a layer takes the copy of its forward.
+    """
+    before, _shared.copies = _shared.copies, copies
+    try:
+        yield
+    finally:
+        _shared.copies = before
+
+
 def compute_copy(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """``mask * weight`` in ``dtype``, not to be written to: the copy that is kept, on devices with our kernels.
 
@@ -162,9 +183,16 @@ def compute_copy(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     step of an optimizer.
     """
     if not _may_keep(weight, mask):
-        if gpu.takes_tables(weight.device) and _strides(mask) == _strides(weight) and is_dense(weight):
-            return apply_mask([weight], [mask], [torch.empty_like(weight, dtype=dtype)])[0]
-        return reference.effective_weight(weight, mask).to(dtype)
+        made = _shared.copies
+        if made is not None and dtype in made:
+            return made[dtype]
+        if gpu.available(weight.device) and _strides(mask) == _strides(weight) and is_dense(weight):
+            once = apply_mask([weight], [mask], [torch.empty_like(weight, dtype=dtype)])[0]
+        else:
+            once = reference.effective_weight(weight, mask).to(dtype)
+        if made is not None:
+            made[dtype] = once
+        return once
     with _lock:
         copies = _copies.setdefault(weight, {})
         copy = copies.get(dtype)

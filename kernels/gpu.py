@@ -46,11 +46,6 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def takes_tables(device: torch.device) -> bool:
-    """Whether kernels may get the addresses of many tensors as a table: it is copied to the device when it is new."""
-    return available(device) and not is_capturing(device)
-
-
 def on_device(device: torch.device) -> Any:
     """Context in which Triton launches on ``device``."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

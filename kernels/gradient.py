@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from . import gpu, native
+from .apply_mask import shared_copies
 from .reference import effective_weight, gather_support
 
 
@@ -156,6 +157,27 @@ def runs_directly(*tensors: Tensor) -> bool:
     return all(type(t) in native.PLAIN and (t.is_cpu or t.is_cuda) for t in tensors) and not native.watched()
 
 
+def eager_function(
+    forward: Callable[..., Tensor],
+    setup_context: Callable[[Any, tuple, Tensor], None],
+    backward: Callable[..., tuple[Tensor | None, ...]],
+) -> type[Function]:
+    """What is registered with ``torch.library`` as one op, as a function of autograd."""
+
+    def run(ctx: Any, *inputs: Any) -> Tensor:
+        ctx.copies = {} if gpu.is_capturing(inputs[0].device) else None
+        with shared_copies(ctx.copies):
+            output = forward(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    def run_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        with shared_copies(ctx.copies):
+            return backward(ctx, grad_output)
+
+    return type("Eager", (Function,), {"forward": staticmethod(run), "backward": staticmethod(run_backward)})
+
+
 def call(op: Any, eager: type[Function], operands: frozenset[int], args: tuple) -> Tensor:
     """A masked op, without going through the dispatcher where that makes no difference.
 
@@ -163,7 +185,7 @@ def call(op: Any, eager: type[Function], operands: frozenset[int], args: tuple) 
 
     Args:
         op: as registered with ``torch.library``.
-        eager: the same as a function of autograd.
+        eager: the same as a function of autograd, by :func:`eager_function`.
         operands: as in :func:`register_autocast`.
         args: of the op, of which the first three are input, weight and mask.
     """

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import dense, gpu_products, plans, reference
@@ -19,6 +18,7 @@ from .gradient import (
     check_dtypes,
     check_masked_operands,
     distribute_gradient,
+    eager_function,
     register_autocast,
     runs_directly,
 )
@@ -185,18 +185,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 _masked_conv2d.register_autograd(_backward, setup_context=_setup_context)
 _OPERANDS = frozenset({0, 1, 3})
 register_autocast("masked_conv2d", _OPERANDS)
-
-
-class _Eager(Function):
-    """The same without going through the dispatcher."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_backward)
+_eager = eager_function(_forward, _setup_context, _backward)
 
 
 @register_flop_formula(torch.ops.sparsebilevel.masked_conv2d)
@@ -260,7 +249,7 @@ def masked_conv2d(
     input, padding = _resolve_padding(input, weight, stride, padding, dilation)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     args = (batched, weight, mask, bias, mask_scores, grad_sink, positions, stride, padding, dilation, groups)
-    output = call(torch.ops.sparsebilevel.masked_conv2d, _Eager, _OPERANDS, args)
+    output = call(torch.ops.sparsebilevel.masked_conv2d, _eager, _OPERANDS, args)
     return output if input.dim() == 4 else output.squeeze(0)
 
 

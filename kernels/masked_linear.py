@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
 from . import dense, gpu_products, plans, reference
@@ -18,6 +17,7 @@ from .gradient import (
     check_dtypes,
     check_masked_operands,
     distribute_gradient,
+    eager_function,
     register_autocast,
     runs_directly,
 )
@@ -148,18 +148,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 _masked_linear.register_autograd(_backward, setup_context=_setup_context)
 _OPERANDS = frozenset({0, 1, 3})
 register_autocast("masked_linear", _OPERANDS)
-
-
-class _Eager(Function):
-    """The same without going through the dispatcher."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_backward)
+_eager = eager_function(_forward, _setup_context, _backward)
 
 
 @register_flop_formula(torch.ops.sparsebilevel.masked_linear)
@@ -210,4 +199,4 @@ def masked_linear(
         raise ValueError(f"input has shape {list(input.shape)}; its last size must be {weight.shape[1]}, the weight's")
     check_dtypes(input, weight)
     args = (input, weight, mask, bias, mask_scores, grad_sink, positions)
-    return call(torch.ops.sparsebilevel.masked_linear, _Eager, _OPERANDS, args)
+    return call(torch.ops.sparsebilevel.masked_linear, _eager, _OPERANDS, args)

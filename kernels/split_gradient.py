@@ -52,7 +52,7 @@ def split_gradient(
     with torch.no_grad():
         for i, (grad, weight, mask) in enumerate(zip(grads, weights, masks, strict=True)):
             types = grad.device, grad.dtype, weight.dtype, mask.dtype
-            if gpu.takes_tables(grad.device) and lies_alike(weight, mask, grad):
+            if gpu.available(grad.device) and lies_alike(weight, mask, grad):
                 groups.setdefault(types, []).append(i)
             else:
                 bools = mask if mask.dtype == torch.bool else reference.unpacked(mask, weight.shape)

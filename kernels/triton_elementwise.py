@@ -4,8 +4,9 @@ A launch walks a table of addresses in chunks of 2048 elements. Everything is co
 selection, and right in the interpreter, where bfloat16 has no arithmetic. Imported where it is needed, since it imports
 Triton; callers are :mod:`.apply_mask`, :mod:`.split_gradient` and :mod:`.optimizer_step`.
 
-No function waits for the device: a table comes from pinned memory, and is kept for the next step. None is made while a
-CUDA graph is captured (:func:`.gpu.takes_tables`).
+No function waits for the device: a table comes from pinned memory, and is kept for the next step. While a
+CUDA graph is captured there is none: a replay would read it from memory that is somebody else's by then. Then each
+tensor has a launch of its own, and so has a single one always, which is faster.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import gpu
 from .gpu import on_device
 
 ROWS = 64
@@ -109,6 +111,16 @@ def _apply_mask(
         _apply_chunk(weight, mask, out, first, size, ROWS, False)
 
 
+@triton.jit(do_not_specialize=["size"])
+def _apply_mask_one(weight, mask, out, size, ROWS: tl.constexpr):
+    """``out = mask * weight`` of one tensor."""
+    first = tl.program_id(0).to(tl.int64)
+    if (first + 1) * (32 * ROWS) <= size:
+        _apply_chunk(weight, mask, out, first, size, ROWS, True)
+    else:
+        _apply_chunk(weight, mask, out, first, size, ROWS, False)
+
+
 @triton.jit
 def _split_chunk(
     grad,
@@ -165,6 +177,34 @@ def _split_gradient(
     else:
         _split_chunk(
             *(grad, weight, mask, grad_weight, scores, sink, first, size),
+            *(HAS_WEIGHT, HAS_SCORES, HAS_SINK, ROWS, False),
+        )
+
+
+@triton.jit(do_not_specialize=["size"])
+def _split_gradient_one(
+    grad,
+    weight,
+    mask,
+    grad_weight,
+    grad_scores,
+    sink,
+    size,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SCORES: tl.constexpr,
+    HAS_SINK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """``mask * G``, ``weight * G`` and ``G`` of one tensor, in the types of the outputs."""
+    first = tl.program_id(0).to(tl.int64)
+    if (first + 1) * (32 * ROWS) <= size:
+        _split_chunk(
+            *(grad, weight, mask, grad_weight, grad_scores, sink, first, size),
+            *(HAS_WEIGHT, HAS_SCORES, HAS_SINK, ROWS, True),
+        )
+    else:
+        _split_chunk(
+            *(grad, weight, mask, grad_weight, grad_scores, sink, first, size),
             *(HAS_WEIGHT, HAS_SCORES, HAS_SINK, ROWS, False),
         )
 
@@ -378,8 +418,26 @@ def takes(*tensors: Tensor | None) -> bool:
     return all(t is None or t.dtype in _TYPES for t in tensors)
 
 
+def _one_by_one(tensors: Sequence[Tensor]) -> bool:
+    """Whether each has a launch of its own."""
+    return len(tensors) == 1 or (bool(tensors) and gpu.is_capturing(tensors[0].device))
+
+
+def _mask_argument(mask: Tensor) -> Tensor:
+    """A mask as a kernel takes it that is given tensors and not addresses: bytes, or halves of words."""
+    return mask.view(torch.int8 if mask.dtype == torch.bool else torch.int32)
+
+
 def apply_mask(weights: Sequence[Tensor], masks: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
     """Writes ``outs = masks * weights``: of one type a column, of equal strides and without gaps a row."""
+    if _one_by_one(weights):
+        for weight, mask, out in zip(weights, masks, outs, strict=True):
+            if weight.numel():
+                with on_device(weight.device):
+                    grid = (triton.cdiv(weight.numel(), CHUNK),)
+                    _apply_mask_one[grid](weight, _mask_argument(mask), out, weight.numel(), **_FIXED)
+        torch.autograd.graph.increment_version(list(outs))
+        return
     table, chunks = _table([weights, masks, outs])
     types = {"WEIGHT": _type(weights), "MASK": _type(masks), "OUT": _type(outs)}
     if len(chunks):
@@ -398,9 +456,17 @@ def split_gradient(
 ) -> None:
     """Writes ``masks * grads``, ``weights * grads`` and ``grads`` to the outputs that are not None."""
     outs = [_column(column, len(grads)) for column in (grad_weights, grad_scores, sinks)]
+    wanted = {"HAS_WEIGHT": bool(grad_weights), "HAS_SCORES": bool(grad_scores), "HAS_SINK": bool(sinks)}
+    if _one_by_one(grads):
+        for grad, weight, mask, *given in zip(grads, weights, masks, *outs, strict=True):
+            if grad.numel():
+                with on_device(grad.device):
+                    grid = (triton.cdiv(grad.numel(), CHUNK),)
+                    operands = grad, weight, _mask_argument(mask), *given, grad.numel()
+                    _split_gradient_one[grid](*operands, **wanted, **_FIXED)
+        return
     table, chunks = _table([grads, weights, masks, *outs])
     types = {"GRAD": _type(grads), "WEIGHT": _type(weights), "MASK": _type(masks), "GRAD_WEIGHT": _type(outs[0])}
-    wanted = {"HAS_WEIGHT": bool(grad_weights), "HAS_SCORES": bool(grad_scores), "HAS_SINK": bool(sinks)}
     align = _alignment(grads, weights, masks, *outs)
     if len(chunks):
         with on_device(table.device):

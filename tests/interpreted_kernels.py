@@ -338,10 +338,57 @@ def test_what_a_captured_graph_holds_follows_weight_and_mask(launches, monkeypat
     assert torch.equal(again, copy)
     assert again.data_ptr() != copy.data_ptr()
     assert tile_densities(m) is None
-    x = torch.randn(3, 8)
+    monkeypatch.setattr(triton_elementwise, "_table", None)  # it would be copied from the host
+    launches.clear()
+    x = torch.randn(3, 8, requires_grad=True)
     masked_linear(x, w, m).sum().backward()
-    assert_close(w.grad, x.sum(0).expand(6, 8) * m)
-    assert launches == []  # the table of a launch is copied from the host
+    assert_close(w.grad, x.detach().sum(0).expand(6, 8) * m)
+    assert_close(x.grad, torch.where(m, w, 0).sum(0).expand(3, 8))
+    assert launches == [1]  # the backward takes the copy of the forward
+    outs = apply_mask([w, w.detach() + 1], [m, ~m])
+    assert torch.equal(outs[1], torch.where(m, 0, w + 1))
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs CUDA graphs")
+@pytest.mark.parametrize("op", ["linear", "conv"])
+def test_a_captured_step_follows_weight_and_mask(op):
+    shape = (64, 32) if op == "linear" else (64, 32, 3, 3)
+    x = torch.randn(16, 32) if op == "linear" else torch.randn(2, 32, 8, 8)
+    w, m, s = torch.randn(shape, requires_grad=True), torch.rand(shape) < 0.5, torch.zeros(shape, requires_grad=True)
+    x.requires_grad_()
+    masked, plain = (masked_linear, F.linear) if op == "linear" else (masked_conv2d, F.conv2d)
+    leaves = x, w, s
+
+    def step():
+        for leaf in leaves:
+            leaf.grad = None
+        y = masked(x, w, m, mask_scores=s)
+        y.square().sum().backward()
+        return y
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step()
+    for _ in range(2):
+        with torch.no_grad():
+            w.normal_()
+            m.copy_(torch.rand(shape) < 0.3)
+            x.normal_()
+        graph.replay()
+        z = torch.where(m, w, 0).detach().requires_grad_()
+        x2 = x.detach().requires_grad_()
+        expected = plain(x2, z)
+        expected.square().sum().backward()
+        tolerance = {"rtol": 1e-3, "atol": 1e-3}
+        assert_close(y, expected, **tolerance)
+        assert_close(x.grad, x2.grad, **tolerance)
+        assert_close(w.grad, z.grad * m, **tolerance)
+        assert_close(s.grad, z.grad * w.detach(), **tolerance)
 
 
 def test_copies_go_with_their_weights(launches):

@@ -121,6 +121,22 @@ KERNELS = {
         (r"LDG\.E\.128", r"STG\.E\.128|STG\.E\.64"),
         WARPS,
     ),
+    "apply_mask_one": Kernel(
+        triton_elementwise._apply_mask_one,
+        _types("weight=*fp32 mask=*i8 out=*bf16", i32="size"),
+        {"ROWS": triton_elementwise.ROWS},
+        48,
+        (r"LDG\.E\.128", r"STG\.E\.128|STG\.E\.64"),
+        WARPS,
+    ),
+    "split_gradient_one": Kernel(
+        triton_elementwise._split_gradient_one,
+        _types("grad=*bf16 weight=*fp32 mask=*i8 grad_weight=*fp32 grad_scores=*fp32", i32="size"),
+        {"sink": None, "HAS_WEIGHT": True, "HAS_SCORES": True, "HAS_SINK": False, "ROWS": triton_elementwise.ROWS},
+        80,
+        (r"LDG\.E\.128", r"STG\.E\.128"),
+        WARPS,
+    ),
     "apply_mask_packed": Kernel(
         triton_elementwise._apply_mask,
         _types(TABLE),
