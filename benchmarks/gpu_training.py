@@ -15,9 +15,8 @@ is the part of the dense products that is left to do. The floor beside each time
 layers, of the larger of two for each of their three products: FLOPs at the speed of a dense product, and what it reads
 and writes in bfloat16 at the speed of a copy, both measured here. All else in a step comes on top of it.
 
-Results go to ``benchmarks/results/gpu_training.json`` after each row, and tables to standard output. Nobody has run this
-on a GPU yet.
-``--device cpu --quick`` runs the same lines where there is no GPU; its figures mean nothing.
+Results go to ``benchmarks/results/gpu_training.json`` after each row, and tables to standard output. ``--device cpu
+--quick`` runs the same lines where there is no GPU; its figures mean nothing. Nobody has run this on a GPU yet.
 """
 
 from __future__ import annotations
