@@ -10,13 +10,13 @@ e. the networks of a under torch.compile, last since compiling takes longer than
 
 A step is: gradients to none, forward under bfloat16 autocast, loss, backward, and SGD with momentum on float32 weights
 (fused). The variants of a row take turns in one process; times are medians of CUDA events, and ratios are to the dense
-network of the same row. ``loss`` is that of the first step: variants with the same masks must agree on it. ``FLOPs`` is
-the part of the dense products that is left to do. The floor beside each time is a sum over convolutions and linear
+network of the same row. ``loss`` is that of the first step, and the same up to rounding for the same masks. ``FLOPs``
+is the part of the dense products that is left to do. The floor beside each time is a sum over convolutions and linear
 layers, of the larger of two for each of their three products: FLOPs at the speed of a dense product, and what it reads
 and writes in bfloat16 at the speed of a copy, both measured here. All else in a step comes on top of it.
 
-Results go to ``benchmarks/results/gpu_training.json`` after each row, and tables to standard output.
-``--device cpu --quick`` runs the same lines where there is no GPU; its figures mean nothing.
+Results go to ``benchmarks/results/gpu_training.json`` after each row, and tables to standard output. ``--device cpu
+--quick`` runs the same lines where there is no GPU; its figures mean nothing. Nobody has run this on a GPU yet.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Sizes(NamedTuple):
     repeats: int = 3
 
 
-QUICK = Sizes(depths=(1, 1, 1, 1), batch=2, image=32, width=256, tokens=32, linears=2, rounds=2, repeats=1)
+QUICK = Sizes(depths=(1, 1, 1, 1), batch=4, image=64, width=256, tokens=32, linears=2, rounds=2, repeats=1)
 
 
 class Task(NamedTuple):
