@@ -669,7 +669,7 @@ def _initial_masks(
     dense: str | None,
     seed: int | None,
 ) -> dict[str, Tensor]:
-    """Masks by name, on their weights' devices. Ranking over the whole model settles ``counts`` anew."""
+    """Masks by name, that lie where and as their weights do. Ranking over the whole model settles ``counts`` anew."""
     masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
     free = {name: w for name, w in weights.items() if name != dense and not w.is_meta}
     if init == "random":
@@ -682,7 +682,9 @@ def _initial_masks(
         counts.update({n: pattern.count(mask) for n, mask in drawn.items()})
     else:
         drawn = {n: pattern.mask(w.abs(), counts[n]) for n, w in free.items()}
-    return masks | {name: mask.to(weights[name].device) for name, mask in drawn.items()}
+    for name, mask in drawn.items():
+        masks[name].copy_(mask)
+    return masks
 
 
 class _LeftToMethods:

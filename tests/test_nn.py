@@ -793,3 +793,13 @@ def test_densify_by_default_leaves_the_sparse_model_alone():
     assert type(model[0]) is sb.SparseMaskedLinear
     assert model[0].weight is weight
     assert torch.equal(weight, hidden)
+
+
+@pytest.mark.parametrize("init", ["random", "magnitude", "dense"])
+def test_masks_lie_in_memory_as_their_weights_do(init):
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.Conv2d(8, 4, 3)).to(
+        memory_format=torch.channels_last
+    )
+    sb.sparsify(model, 0.5, init=init)
+    for layer in model:
+        assert layer.mask.stride() == layer.weight.stride()
