@@ -1,7 +1,7 @@
 """Times of products on a GPU, measured once on a machine and kept in a file: what :mod:`.dispatch` chooses by.
 
 Nothing is measured on the way, since near the break-even one run would go one way and the next another. ``measure``
-does it when somebody asks (``benchmarks/gpu_kernels.py tune``), and a process reads the file once. It lies in
+does it when somebody asks (``benchmarks/gpu_kernels.py --tune``), and a process reads the file once. It lies in
 ``~/.cache/sparsebilevel/gpu.json``, or where ``SPARSEBILEVEL_MEASUREMENTS`` says.
 """
 
@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .gpu import on_device
 
 DENSITIES = (0.125, 0.5)
 """Fractions of tiles at which the products of blocks are timed; between and beyond, time is linear in it."""
@@ -84,25 +86,30 @@ def save(device: torch.device, found: dict[str, dict[str, Any]]) -> None:
 
 
 def seconds(run: Callable[[], Any], device: torch.device, repeats: int = 20) -> float:
-    """Median time of a call, after one to warm up; on a GPU that of the device, without what launching costs."""
+    """Median time of a call, after some to warm up; on a GPU that of the device alone, with nothing in its L2 cache."""
     run()
     if device.type != "cuda":
-        taken = []
-        for _ in range(repeats):
-            begin = time.perf_counter()
+        return statistics.median(_host_seconds(run) for _ in range(repeats))
+    with on_device(device):
+        torch.cuda.synchronize()
+        # For so long the device waits before a call, of which all launches are then in its queue; at 2 GHz.
+        cycles = int(2e9 * (50e-6 + 1.5 * _host_seconds(run)))
+        flush = torch.empty(1 << 28, dtype=torch.int8, device=device)  # larger than any L2 cache
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for begin, end in events:
+            torch.cuda._sleep(cycles)
+            flush.zero_()
+            begin.record()
             run()
-            taken.append(time.perf_counter() - begin)
-        return statistics.median(taken)
-    flush = torch.empty(1 << 28, dtype=torch.int8, device=device)  # larger than any L2 cache
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for begin_event, end_event in events:
-        flush.zero_()
-        torch.cuda._sleep(500_000)  # so that the launches wait in the queue
-        begin_event.record()
-        run()
-        end_event.record()
-    torch.cuda.synchronize(device)
+            end.record()
+        torch.cuda.synchronize()
     return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1e3
+
+
+def _host_seconds(run: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
 
 
 Run = Callable[[], Any]

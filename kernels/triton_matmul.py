@@ -279,6 +279,7 @@ def masked_matmul(
     if not out.numel():
         return out
     given, is_packed = _mask_argument(mask, k)
+    bias = None if bias is None else bias.contiguous()
     block_t = min(BLOCK_T, max(16, triton.next_power_of_2(x.shape[0])))
     summed = block_c(x.dtype)
     (x_operand,), is_descriptor = operands((x, block_t, summed))

@@ -511,6 +511,8 @@ def test_masked_matmul(shape, dtype):
         close(triton_matmul.masked_matmul(x, w, mask, b), x.float() @ z.t() + b.float())
         close(triton_matmul.masked_matmul(dy, w, mask, input_grad=True), dy.float() @ z)
     close(triton_matmul.masked_matmul(x, w.float(), m), x.float() @ z.t())  # master weights
+    strided = torch.stack([b, b], 1)[:, 0]
+    close(triton_matmul.masked_matmul(x, w, m, strided), x.float() @ z.t() + b.float())
 
 
 def test_words_must_begin_with_the_rows():
