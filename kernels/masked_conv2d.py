@@ -13,7 +13,7 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import dense, gpu_products, native, plans, reference
 from .dispatch import sparse_grads, sparse_support
-from .gradient import Needs, check_dtypes, check_masked_operands, distribute_gradient, register_autocast
+from .gradient import TAGS, Needs, check_dtypes, check_masked_operands, distribute_gradient, register_autocast
 from .plans import Geometry
 
 
@@ -42,7 +42,7 @@ def _forward(
     return plans.conv2d(input, weight, support, bias, geometry, output)
 
 
-_masked_conv2d = torch.library.custom_op("sparsebilevel::masked_conv2d", _forward, mutates_args=())
+_masked_conv2d = torch.library.custom_op("sparsebilevel::masked_conv2d", _forward, mutates_args=(), tags=TAGS)
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
@@ -140,7 +140,7 @@ def _sparse_backward(
 
 
 _masked_conv2d_backward = torch.library.custom_op(
-    "sparsebilevel::masked_conv2d_backward", _sparse_backward, mutates_args=()
+    "sparsebilevel::masked_conv2d_backward", _sparse_backward, mutates_args=(), tags=TAGS
 )
 
 

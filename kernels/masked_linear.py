@@ -11,11 +11,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import dense, gpu_products, plans, reference
 from .dispatch import sparse_grads, sparse_support
-from .gradient import Needs, check_dtypes, check_masked_operands, distribute_gradient, register_autocast
+from .gradient import TAGS, Needs, check_dtypes, check_masked_operands, distribute_gradient, register_autocast
 from .plans import Geometry
 
 
-@torch.library.custom_op("sparsebilevel::masked_linear", mutates_args=())
+@torch.library.custom_op("sparsebilevel::masked_linear", mutates_args=(), tags=TAGS)
 def _masked_linear(
     input: Tensor,
     weight: Tensor,
@@ -68,7 +68,7 @@ def _dense_backward(
     return grad_input, grad_weight, grad_scores, grad_sink, grad_bias
 
 
-@torch.library.custom_op("sparsebilevel::masked_linear_backward", mutates_args=())
+@torch.library.custom_op("sparsebilevel::masked_linear_backward", mutates_args=(), tags=TAGS)
 def _masked_linear_backward(
     grad_output: Tensor, input: Tensor, weight: Tensor, mask: Tensor, positions: Tensor | None, needs: Sequence[bool]
 ) -> list[Tensor]:
