@@ -84,7 +84,7 @@ def lies_alike(weight: Tensor, mask: Tensor, *others: Tensor) -> bool:
     if not triton_elementwise.takes(weight, mask, *others) or not all(_strides(t) == _strides(weight) for t in tensors):
         return False
     # Packed words are in row-major order, whatever the order in memory is.
-    return weight.is_contiguous() or (mask.dtype == torch.bool and is_dense(weight))
+    return is_dense(weight) if mask.dtype == torch.bool else weight.is_contiguous() and mask.is_contiguous()
 
 
 def _strides(tensor: Tensor) -> list[int]:
@@ -125,14 +125,17 @@ class _Copy:
 
     def wrote(self, weight: Tensor, mask: Tensor) -> None:
         """Say that the current stream has written ``mask * weight`` as it is now."""
-        self.seen, self.streams = _state(weight, mask), [_stream(weight.device)]
+        stream = _stream(weight.device)
+        if self.streams and stream not in self.streams:
+            self.tensor.record_stream(stream)
+        self.seen, self.streams = _state(weight, mask), [stream]
 
     def use(self) -> Tensor:
         """The copy, for the current stream, which waits for the one that wrote it if that is another."""
         stream = _stream(self.tensor.device)
         if stream not in self.streams:
-            stream.wait_stream(self.streams[0])
             self.tensor.record_stream(stream)
+            stream.wait_stream(self.streams[0])
             self.streams.append(stream)
         return self.tensor
 

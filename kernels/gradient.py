@@ -109,6 +109,11 @@ _library = torch.library.Library("sparsebilevel", "FRAGMENT")
 
 WEIGHT = 1
 """Position of the weight among the arguments of a masked op."""
+TAGS = (torch.Tag.cudagraph_unsafe,)
+"""Of masked ops: on a GPU they keep what they make of weights and masks, not to be had from the pool of a graph.
+
+``torch.compile(mode="reduce-overhead")`` then runs them between the graphs.
+"""
 
 
 def check_dtypes(input: Tensor, weight: Tensor) -> None:

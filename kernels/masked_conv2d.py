@@ -13,6 +13,7 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 from . import dense, gpu_products, plans, reference
 from .dispatch import sparse_grads, sparse_support
 from .gradient import (
+    TAGS,
     Needs,
     call,
     check_dtypes,
@@ -50,7 +51,7 @@ def _forward(
     return plans.conv2d(input, weight, support, bias, geometry, output)
 
 
-_masked_conv2d = torch.library.custom_op("sparsebilevel::masked_conv2d", _forward, mutates_args=())
+_masked_conv2d = torch.library.custom_op("sparsebilevel::masked_conv2d", _forward, mutates_args=(), tags=TAGS)
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
@@ -148,7 +149,7 @@ def _sparse_backward(
 
 
 _masked_conv2d_backward = torch.library.custom_op(
-    "sparsebilevel::masked_conv2d_backward", _sparse_backward, mutates_args=()
+    "sparsebilevel::masked_conv2d_backward", _sparse_backward, mutates_args=(), tags=TAGS
 )
 
 

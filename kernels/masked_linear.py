@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import dense, gpu_products, plans, reference
 from .dispatch import sparse_grads, sparse_support
 from .gradient import (
+    TAGS,
     Needs,
     call,
     check_dtypes,
@@ -44,7 +45,7 @@ def _forward(
     return output
 
 
-_masked_linear = torch.library.custom_op("sparsebilevel::masked_linear", _forward, mutates_args=())
+_masked_linear = torch.library.custom_op("sparsebilevel::masked_linear", _forward, mutates_args=(), tags=TAGS)
 
 
 def _maps(rows: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ def _sparse_backward(
 
 
 _masked_linear_backward = torch.library.custom_op(
-    "sparsebilevel::masked_linear_backward", _sparse_backward, mutates_args=()
+    "sparsebilevel::masked_linear_backward", _sparse_backward, mutates_args=(), tags=TAGS
 )
 
 

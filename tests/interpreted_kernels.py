@@ -88,6 +88,10 @@ def test_what_the_kernels_do_not_take_goes_to_torch():
     got = apply_mask([w.double(), w.t().contiguous().t()], [words, words])
     assert torch.equal(got[0], torch.where(m, w, 0).double())
     assert torch.equal(got[1], torch.where(m, w, 0))
+    big = torch.randn(3, 64)
+    words = reference.mask_words(big > 0)[0]
+    strided = torch.stack([words, ~words], 1)[:, 0]
+    assert torch.equal(apply_mask([big], [strided])[0], big.clamp(min=0))
 
 
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3))[1:], ids=str)
@@ -455,6 +459,11 @@ def test_compiles_whole_and_once():
             y.sum().backward()
             optimizer.step()
             model[0].set_mask(~model[0].mask, check=False)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_backward", "conv2d", "conv2d_backward"])
+def test_compilers_capture_no_op_that_keeps_memory(name):
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.sparsebilevel, f"masked_{name}").default.tags
 
 
 # -- products ----------------------------------------------------------------------------------------------------------
