@@ -9,11 +9,12 @@ d. the MLP of a transformer, 4096 -> 16384 -> 4096: unstructured masks and block
 e. the networks of a under torch.compile, last since compiling takes longer than all the rest.
 
 A step is: gradients to none, forward under bfloat16 autocast, loss, backward, and SGD with momentum on float32 weights
-(fused). The variants of a row take turns in one process; times are medians of CUDA events, and ratios are to the dense
-network of the same row. ``loss`` is that of the first step, and the same up to rounding for the same masks. ``FLOPs``
-is the part of the dense products that is left to do. The floor beside each time is a sum over convolutions and linear
-layers, of the larger of two for each of their three products: FLOPs at the speed of a dense product, and what it reads
-and writes in bfloat16 at the speed of a copy, both measured here. All else in a step comes on top of it.
+(fused). The variants of a row take turns in one process; times are medians, of steps one after another, and ratios are
+to the dense network of the same row. ``loss`` is that of the first step, and the same up to rounding for the same
+masks. ``FLOPs`` is the part of the dense products that is left to do. The floor beside each time is a sum over
+convolutions and linear layers, of the larger of two for each of their three products: FLOPs at the speed of a dense
+product, and what it reads and writes in bfloat16 at the speed of a copy, both measured here. All else in a step comes
+on top of it.
 
 Results go to ``benchmarks/results/gpu_training.json`` after each row, and tables to standard output. ``--device cpu
 --quick`` runs the same lines where there is no GPU; its figures mean nothing. Nobody has run this on a GPU yet.
@@ -45,7 +46,7 @@ import sparsebilevel as sb
 from sparsebilevel._torchvision import import_torchvision
 from sparsebilevel.costs import count_costs
 from sparsebilevel.export import slice_model
-from sparsebilevel.kernels import PASSES, measurements
+from sparsebilevel.kernels import PASSES
 
 STARTED = time.monotonic()
 SPARSITY = 0.9
@@ -210,7 +211,7 @@ class Bench:
             return found
 
         def sample(name: str) -> None:
-            samples[name].append(1e3 * measurements.seconds(steps[name], self.device, repeats=self.sizes.repeats))
+            samples[name].append(1e3 * self.seconds(steps[name]))
 
         for name in variants:
             rows[name] = self.guard(functools.partial(prepare, name))
@@ -235,6 +236,19 @@ class Bench:
             cells.append([name, *figures, failure(found)])
         header = ["", "ms", "over dense", "floor, ms", "FLOPs", "loss", ""]
         print(f"\n{title}\n\n{markdown_table(header, cells)}\n", flush=True)
+
+    def seconds(self, step: Callable[[], Tensor]) -> float:
+        """Of a step among others like it, one after another: with what the host does, where the device waits for it."""
+        self.wait()
+        begin = time.perf_counter()
+        for _ in range(self.sizes.repeats):
+            step()
+        self.wait()
+        return (time.perf_counter() - begin) / self.sizes.repeats
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def step(self, variant: Variant, task: Task) -> tuple[Callable[[], Tensor], dict[str, Any]]:
         """A training step that has been warmed up, and what is known of it."""
