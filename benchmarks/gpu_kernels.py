@@ -16,6 +16,7 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import statistics
 import time as clock
 from collections.abc import Callable
@@ -39,6 +40,12 @@ from sparsebilevel.kernels.block_sparse import BLOCKS, BlockLayout, occupied_til
 # In roundings. Tensor cores cut the running sum after every few products, so long sums of float32 are off by some; what
 # is left out of a sum, or counted twice, is off by thousands.
 MOST_ERROR = 64
+# ResNet-50's stages 3 and 4 at 224x224.
+CONVOLUTIONS = (
+    measurements.Convolution(256, 14, 14, 256, 256),
+    measurements.Convolution(256, 7, 7, 512, 512),
+)
+BLOCK_SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9)
 TOKENS = (512, 1024, 2048, 8192)
 SPARSITIES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99)
 WIDTH = 4096
@@ -120,7 +127,48 @@ def check(device: torch.device, *, small: bool = False, shard: tuple[int, int] =
         want = F.conv2d(x.double(), z, None, *geometry)
         scale = F.conv2d(x.double().abs(), z.abs(), None, *geometry)
         note(f"masked_conv2d {label}", triton_conv2d.masked_conv2d(x, w, m, None, geometry), want, scale)
+    small_layer = measurements.Convolution(2, 5, 4, 40, 33, stride=(2, 1), padding=(1, 0))
+    convolutions = [
+        measurements.Convolution(8, 14, 14, 256, 128),
+        measurements.Convolution(5, 15, 13, 136, 72, stride=(2, 2)),
+        measurements.Convolution(3, 9, 8, 64, 192, kernel=(3, 2), padding=(2, 0), dilation=(2, 1)),
+    ]
+    layers = [small_layer] if small else [small_layer, *convolutions]
+    for layer, dtype in itertools.islice(itertools.product(layers, dtypes), *shard[:1], None, shard[1]):
+        label = str(dtype).removeprefix("torch.")
+        if not triton_conv2d.takes(*(t[:1] for t in layer.operands(dtype, device))):
+            continue
+        for block in BLOCKS:
+            x, dy, w = layer.operands(dtype, device)
+            tiles = torch.rand(-(-layer.n // block), -(-layer.k // block), *layer.kernel, device=device) < 0.5
+            kept = tiles.repeat_interleave(block, 0).repeat_interleave(block, 1)[: layer.n, : layer.k]
+            kept = kept.contiguous(memory_format=torch.channels_last)
+            zeroed = torch.where(kept, w, 0).contiguous(memory_format=torch.channels_last)
+            blocks = BlockLayout(block, tiles, float(tiles.double().mean()))
+            wanted = {name: _conv64(layer, name, x, dy, zeroed) for name in ("forward", "input_grad", "weight_grad")}
+            runs = measurements.block_products(blocks, x, dy, zeroed, kept, layer.geometry)
+            for name, run in runs.items():
+                _poison(device, 2 * max(x.numel(), dy.numel()))
+                want, scale = wanted[name]
+                got = run()
+                if not torch.equal(got, run()):
+                    errors[f"block{block} conv2d {name} {label} differs between two runs"] = float("inf")
+                note(f"block{block} conv2d {name} {label}", got, want * kept if name == "weight_grad" else want, scale)
     return errors
+
+
+def _conv64(layer: measurements.Convolution, product: str, x: Tensor, dy: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """A product of a convolution in float64, and the same of absolute values."""
+
+    def compute(x: Tensor, dy: Tensor, w: Tensor) -> Tensor:
+        if product == "forward":
+            return F.conv2d(x, w, None, *layer.geometry)
+        if product == "input_grad":
+            return torch.nn.grad.conv2d_input(x.shape, w, dy, *layer.geometry)
+        return torch.nn.grad.conv2d_weight(x, w.shape, dy, *layer.geometry)
+
+    x, dy, w = (t.double() for t in (x, dy, w))
+    return compute(x, dy, w), compute(x.abs(), dy.abs(), w.abs())
 
 
 # -- speed -------------------------------------------------------------------------------------------------------------
@@ -258,6 +306,29 @@ def time(device: torch.device, *, quick: bool = False, budget: float = 240.0) ->
             floor = max(2 * t * WIDTH * WIDTH * (1 - sparsity) / flops, 4 * t * WIDTH / bandwidth)
             for product, run in measurements.block_products(blocks, x, dy, w, mask).items():
                 note(f"block{block} {product}, sparsity {sparsity}, {t} tokens", run, floor)
+    for layer, sparsity in itertools.product(CONVOLUTIONS, BLOCK_SPARSITIES[2:4] if quick else BLOCK_SPARSITIES):
+        x, dy, w = layer.operands(torch.bfloat16, device)
+        work, moved = 2 * dy.numel() * w[0].numel(), 2 * (x.numel() + dy.numel())
+        name = f"{layer.n} channels, {layer.height}x{layer.width}, batch {layer.images}"
+        if sparsity == (BLOCK_SPARSITIES[2] if quick else BLOCK_SPARSITIES[0]):
+            whole = torch.ones_like(w, dtype=torch.bool)
+            for product, runs in measurements.products(x, dy, w, whole, layer.geometry).items():
+                floor = max(work / flops, moved / bandwidth)
+                what = f"{product} and m*G, theta*G" if product == "weight_grad" else product
+                note(f"conv3x3 dense cuDNN {what}, {name}", runs["dense"], floor)
+        for block in BLOCKS:
+            shape = -(-layer.n // block), -(-layer.k // block), *layer.kernel
+            tiles = torch.zeros(math.prod(shape), dtype=torch.bool, device=device)
+            tiles[torch.randperm(len(tiles), device=device)[: round((1 - sparsity) * len(tiles))]] = True
+            tiles = tiles.view(shape)
+            blocks = BlockLayout(block, tiles, float(tiles.double().mean()))
+            mask = tiles.repeat_interleave(block, 0).repeat_interleave(block, 1)
+            mask = mask.contiguous(memory_format=torch.channels_last)
+            z = (w * mask).contiguous(memory_format=torch.channels_last)
+            floor = max(work * blocks.density / flops, moved / bandwidth)
+            products = measurements.block_products(blocks, x, dy, z, mask, layer.geometry)
+            for product, run in products.items():
+                note(f"conv3x3 block{block} {product}, sparsity {sparsity}, {name}", run, floor)
     layers = [torch.randn(WIDTH, WIDTH, device=device) for _ in range(4)]
     masks = [torch.rand(WIDTH, WIDTH, device=device) < 0.1 for _ in layers]
     copies = [torch.empty_like(w, dtype=torch.bfloat16) for w in layers]
@@ -295,6 +366,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("there is no GPU")
     device = torch.device("cuda")
+    torch.backends.cudnn.benchmark = True  # the library at its best
     wrong: dict[str, float] = {}
     result: dict[str, Any] = {}
     if options.what == "check":
@@ -307,7 +379,8 @@ def main() -> None:
         result = {"times": time(device, quick=options.quick, budget=options.budget)}
         print(table(result["times"]))
     else:
-        result = measurements.measure([(t, WIDTH, WIDTH) for t in TOKENS], torch.bfloat16, device)
+        matrices = [(t, WIDTH, WIDTH) for t in TOKENS]
+        result = measurements.measure([*matrices, *CONVOLUTIONS], torch.bfloat16, device)
         print(f"{len(result)} products measured; {measurements.path()}")
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,11 +1,13 @@
 """Lists of the tiles of a mask that hold a True, and products that touch no others.
 
-A mask of a block pattern is zero in whole tiles, and so is its weight; any other mask may be as well. The lists are
-made on the device, have the same length whatever the mask is, and are kept until the mask changes.
+A mask of a block pattern is zero in whole tiles, and so is its weight; any other mask may be as well. A tile is a
+square of outputs and inputs, of a convolution at one tap, as the groups of ``masks.Block`` are. The lists are made on
+the device, have the same length whatever the mask is, and are kept until the mask changes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,7 +27,8 @@ class TileList(NamedTuple):
     Attributes:
         order: ``[rows]``, all rows of tiles, those with the most kept tiles first.
         starts: ``[rows + 1]``, where those of a row begin in ``tiles``; the last is how many there are.
-        tiles: ``[rows * cols]``, column of each kept tile. What comes after the last is not to be used.
+        tiles: ``[rows * cols]``, column of each kept tile: of a convolution that of its channels times the number of
+            taps, plus the tap. What comes after the last is not to be used.
     """
 
     order: Tensor
@@ -45,28 +48,58 @@ def tile_list(occupied: Tensor) -> TileList:
 
 
 def occupied_tiles(mask: Tensor, block: int) -> Tensor:
-    """Which tiles of a bool mask ``[N, K]`` hold a True: bool ``[ceil(N / block), ceil(K / block)]``."""
-    mask = mask.flatten(1)
-    n, k = mask.shape
-    padded = F.pad(mask, (0, -k % block, 0, -n % block))
-    return padded.view(-(-n // block), block, -(-k // block), block).any(3).any(1)
+    """Which tiles of a bool mask ``[N, K, ...]`` hold a True: bool ``[ceil(N / block), ceil(K / block), ...]``."""
+    n, k, *taps = mask.shape
+    padded = F.pad(mask, (*[0, 0] * len(taps), 0, -k % block, 0, -n % block))
+    return padded.view(-(-n // block), block, -(-k // block), block, *taps).any(3).any(1)
+
+
+Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
+"""Stride, padding, dilation and groups of a convolution; here of one group."""
 
 
 class BlockLayout:
-    """The tiles of side ``block`` that a mask ``[N, K]`` keeps, from both sides.
+    """The tiles of side ``block`` that a mask keeps, from both sides.
 
     Attributes:
         block: the side.
-        density: fraction of tiles that are kept.
-        by_row, by_column: lists of the mask and of its transpose.
+        density: fraction of tiles that are kept; a hint, of how many parts the weight gradient is summed in.
+        occupied: bool, which tiles are kept: ``[ceil(N / block), ceil(K / block)]``, of a convolution with taps.
+        by_row: list of the mask.
         row_of: int32, the row of each tile of ``by_row``.
     """
 
     def __init__(self, block: int, occupied: Tensor, density: float) -> None:
-        self.block, self.density = block, density
-        self.by_row, self.by_column = tile_list(occupied), tile_list(occupied.t())
+        self.block, self.density, self.occupied = block, density, occupied
+        self.by_row = tile_list(occupied.flatten(1))
         kept = torch.arange(occupied.numel(), device=occupied.device, dtype=torch.int32)
         self.row_of = torch.searchsorted(self.by_row.starts, kept, right=True, out_int32=True) - 1
+        self._by_column: dict[tuple, TileList] = {}
+
+    @property
+    def by_column(self) -> TileList:
+        """List of the transposed mask."""
+        return self.for_input_grad(((1, 1), (0, 0), (1, 1), 1))
+
+    def for_input_grad(self, geometry: Geometry) -> TileList:
+        """List of the transposed mask for the input gradient of a convolution.
+
+        The taps that reach a pixel hang on its row and column modulo the stride. Pixels of one such phase have lists of
+        their own, of those taps alone: rows are (phase down, phase across, tile of inputs).
+        """
+        strides = tuple(geometry[0])
+        key = (strides, tuple(geometry[1]), tuple(geometry[2])) if max(strides) > 1 else ()
+        if key not in self._by_column:
+            kept = self.occupied.transpose(0, 1)
+            if key:
+                down, across = (
+                    (torch.arange(stride)[:, None] + padding - torch.arange(taps) * dilation) % stride == 0
+                    for stride, padding, dilation, taps in zip(*geometry[:3], kept.shape[2:], strict=True)
+                )
+                reached = down[:, None, :, None] & across[None, :, None, :]  # [phase, phase, tap, tap]
+                kept = (reached[:, :, None, None].to(kept.device) & kept).flatten(0, 2)
+            self._by_column[key] = tile_list(kept.flatten(1))
+        return self._by_column[key]
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x [T, K] @ weight.T + bias``; weight ``[N, K]`` has zeros where the mask is False."""
@@ -80,12 +113,48 @@ class BlockLayout:
 
         return triton_block_sparse.block_matmul(dy, weight, self.block, *self.by_column, input_grad=True)
 
-    def weight_grad(self, dy: Tensor, x: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-        """``mask * (dy.T @ x)`` in ``dtype``."""
+    def weight_grad(self, dy: Tensor, x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """``mask * (dy.T @ x)`` in ``dtype``; without a mask ``dy.T @ x`` in the kept tiles, and zero elsewhere."""
+        return self._weight_grad(dy, x, mask, (dy.shape[1], x.shape[1]), dtype, None)
+
+    def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        """Convolution of maps with ``weight [N, K, R, S]``, all in channels_last; zeros where the mask is False."""
+        from . import triton_block_sparse, triton_conv2d
+
+        size = triton_conv2d.output_size(x, weight, geometry)
+        return triton_block_sparse.block_conv2d(x, weight, self.block, *self.by_row, bias, size, geometry)
+
+    def conv2d_input_grad(self, dy: Tensor, weight: Tensor, size: Sequence[int], geometry: Geometry) -> Tensor:
+        """Gradient of its input, of ``size``, from that of its output."""
         from . import triton_block_sparse
 
-        starts, tiles = self.by_row.starts, self.by_row.tiles
-        return triton_block_sparse.block_weight_grad(dy, x, mask, self.block, starts, tiles, self.row_of, dtype)
+        lists = self.for_input_grad(geometry)
+        return triton_block_sparse.block_conv2d(dy, weight, self.block, *lists, None, size, geometry, input_grad=True)
+
+    def conv2d_weight_grad(
+        self, dy: Tensor, x: Tensor, mask: Tensor | None, taps: Sequence[int], dtype: torch.dtype, geometry: Geometry
+    ) -> Tensor:
+        """As :meth:`weight_grad`, of a convolution; maps and mask lie in channels_last, and so does the result."""
+        return self._weight_grad(dy, x, mask, (dy.shape[1], x.shape[1], *taps), dtype, geometry)
+
+    def _weight_grad(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        mask: Tensor | None,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        geometry: Geometry | None,
+    ) -> Tensor:
+        from . import triton_block_sparse
+
+        # Few tiles leave most of the device idle, unless the rows are split between several programs.
+        kept, rows = max(round(self.density * self.occupied.numel()), 1), dy.numel() // max(shape[0], 1)
+        splits = max(1, min(8, 2 * gpu.processors(x.device) // kept, rows // 512))
+        lists = self.by_row.starts, self.by_row.tiles, self.row_of
+        return triton_block_sparse.block_weight_grad(
+            dy, x, mask, shape, self.block, *lists, dtype, geometry, splits=splits
+        )
 
 
 class Slices:
@@ -137,20 +206,21 @@ def _expand(tensor: Tensor, dim: int, index: Tensor | None, size: int) -> Tensor
 
 class _Seen(NamedTuple):
     state: tuple
+    occupied: dict[int, Tensor]
     densities: dict[int, float]
     kept: tuple[int, int]
     layouts: dict[int, BlockLayout]
     slices: list[Slices]
+    holds: WeakTensorKeyDictionary  # of positions: (their state, the answers)
 
 
 _seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def tile_densities(mask: Tensor) -> dict[int, float] | None:
-    """Fraction of tiles of each of :data:`BLOCKS` that a bool mask ``[N, K]`` keeps; None if it may not be asked for.
+    """Fraction of tiles of each of :data:`BLOCKS` that a bool mask ``[N, K, ...]`` keeps; None if not to be asked for.
 
-    The mask of a 1x1 convolution, ``[N, K, 1, 1]``, is taken as it is, since what is known is kept by tensor. Asked for
-    once for every change of the mask, since it waits for the device; not while a CUDA graph is captured.
+    Asked for once for every change of the mask, since it waits for the device; not while a CUDA graph is captured.
     """
     seen = _look_at(mask)
     return None if seen is None else seen.densities
@@ -176,9 +246,37 @@ def layout(mask: Tensor, block: int) -> BlockLayout:
     seen = _look_at(mask)
     assert seen is not None
     if block not in seen.layouts:
-        occupied = occupied_tiles(mask, block)
-        seen.layouts[block] = BlockLayout(block, occupied, seen.densities[block])
+        seen.layouts[block] = BlockLayout(block, seen.occupied[block], seen.densities[block])
     return seen.layouts[block]
+
+
+def holds(mask: Tensor, positions: Tensor) -> dict[int, bool]:
+    """Whether all ``positions`` lie in tiles that ``mask`` keeps, by their side.
+
+    Under 0, whether they lie in outputs and inputs that are not dropped as a whole. Asked for once for every change of
+    mask or positions, since it waits for the device; of a mask whose :func:`tile_densities` are known.
+
+    Args:
+        mask: bool ``[N, K, ...]``.
+        positions: int64, flat and row-major in the mask; negative ones are padding.
+    """
+    seen = _look_at(mask)
+    assert seen is not None
+    if all(density == 1 for density in seen.densities.values()) and seen.kept == mask.shape[:2]:
+        return dict.fromkeys((0, *BLOCKS), True)
+    if positions.is_inference():  # it may change unseen
+        return dict.fromkeys((0, *BLOCKS), False)
+    state = positions._version, positions.data_ptr(), positions.shape
+    found = seen.holds.get(positions)
+    if found is None or found[0] != state:
+        at, k, taps = positions.clamp(min=0), mask.shape[1], mask.shape[2:].numel()
+        row, column, tap = at // (k * taps), at // taps % k, at % taps
+        inside = [mask.flatten(1).any(1)[row] & mask.transpose(0, 1).flatten(1).any(1)[column]]
+        for block, occupied in seen.occupied.items():
+            inside.append(occupied.reshape(*occupied.shape[:2], -1)[row // block, column // block, tap])
+        answers = torch.stack([(tile | (positions < 0)).all() for tile in inside]).tolist()
+        found = seen.holds[positions] = state, dict(zip((0, *BLOCKS), answers, strict=True))
+    return found[1]
 
 
 def _look_at(mask: Tensor) -> _Seen | None:
@@ -189,8 +287,11 @@ def _look_at(mask: Tensor) -> _Seen | None:
     seen = _seen.get(mask)
     if seen is None or seen.state != state:
         sides = mask.flatten(1).any(1).sum(), mask.transpose(0, 1).flatten(1).any(1).sum()
-        fractions = [occupied_tiles(mask, block).double().mean() for block in BLOCKS]
+        occupied = {block: occupied_tiles(mask, block) for block in BLOCKS}
+        fractions = [tiles.double().mean() for tiles in occupied.values()]
         *found, rows, columns = torch.stack([*fractions, *(side.double() for side in sides)]).tolist()
         densities = dict(zip(BLOCKS, found, strict=True))
-        seen = _seen[mask] = _Seen(state, densities, (int(rows), int(columns)), {}, [])
+        seen = _seen[mask] = _Seen(
+            state, occupied, densities, (int(rows), int(columns)), {}, [], WeakTensorKeyDictionary()
+        )
     return seen

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import gpu, measurements, native
 from .gradient import Needs
+from .measurements import Window
 from .plans import Support, active_support
 
 BACKENDS = ("dense", "sparse", "fused", "block", "slice")
@@ -71,7 +72,7 @@ class Structure(NamedTuple):
     """What a mask drops as a whole, as the choice on a GPU takes it."""
 
     tiles: tuple[tuple[int, float], ...] = ()
-    """Sides of tiles, and the fraction of each that is kept; nothing where the products have no kernels for tiles."""
+    """Sides of tiles, and the fraction of each that is kept; those for which the product has a kernel."""
     slices: float = 1.0
     """Fraction of the products that is left when outputs and inputs dropped as a whole are cut out."""
 
@@ -93,7 +94,7 @@ def choose_product(
     structure: Structure,
     *,
     dense_grad: bool = False,
-    matrix: bool = True,
+    window: Window | None = None,
 ) -> tuple[Backend, int]:
     """Backend of one product on a GPU, and the side of its tiles, or 0: by what was measured there, or by a rule.
 
@@ -104,8 +105,8 @@ def choose_product(
         weight_shape: ``[N, K, ...]``.
         structure: of the mask.
         dense_grad: as in :func:`choose_backend`.
-        matrix: whether it is a product of matrices: linear layers, 1x1 convolutions. Only those have kernels for tiles,
-            and measurements; other convolutions are fused where that is forced.
+        window: of a convolution that is no product of matrices. Its kernels for tiles are chosen where they were
+            measured to be faster than cuDNN, or forced.
     """
     forced = os.environ.get("SPARSEBILEVEL_BACKEND", "auto")
     if forced not in ("auto", *BACKENDS):
@@ -113,7 +114,7 @@ def choose_product(
     ours = gpu.available(device) and dtype in (torch.float32, torch.bfloat16, torch.float16)
     file = os.environ.get("SPARSEBILEVEL_MEASUREMENTS", ""), measurements.generation()
     return _choose_product(
-        forced, file, ours, product, dtype, device, rows, weight_shape, structure, dense_grad, matrix
+        forced, file, ours, product, dtype, device, rows, weight_shape, structure, dense_grad, window
     )
 
 
@@ -129,13 +130,13 @@ def _choose_product(
     weight_shape: tuple[int, ...],
     structure: Structure,
     dense_grad: bool,
-    matrix: bool,
+    window: Window | None,
 ) -> tuple[Backend, int]:
     """The choice itself, which takes longer than a launch; ``file`` says which measurements it is of."""
-    tiles = structure.tiles if ours and matrix and not (dense_grad and product == "weight_grad") else ()
+    tiles = structure.tiles if ours and not (dense_grad and product == "weight_grad") else ()
     can_slice = structure.slices < 1 and not (dense_grad and product == "weight_grad")
     n, k = weight_shape[:2]
-    measured = measurements.times(device, product, dtype, rows, n, k) if ours and matrix else {}
+    measured = measurements.times(device, product, dtype, rows, n, k, window) if ours else {}
     candidates: list[tuple[float, Backend, int]] = []  # (time or, where nothing was measured, fraction of dense)
     how = "measured on this device" if measured else "by an estimate, not measured on this device"
     dense = measured.get("dense", 1.0)
@@ -147,7 +148,7 @@ def _choose_product(
             cost = kept / (2 * _MOST_TILES[block])  # of the dense product, as far as anyone knows
             if name in measured:
                 cost = measurements.at_density(measured[name], kept)
-            elif forced == "auto" and kept > _MOST_TILES[block]:
+            elif forced == "auto" and (window is not None or kept > _MOST_TILES[block]):
                 continue
             reason = f"{kept:.0%} of the {block}x{block} tiles kept, {how}"
             candidates.append(
@@ -181,6 +182,7 @@ def choose_backend(
     passes: str | Sequence[str] = PASSES,
     dense_grad: bool = False,
     structure: Structure | None = None,
+    window: Window | None = None,
 ) -> Backend:
     """Backend for one op (``"masked_linear"`` or ``"masked_conv2d"``) on one layer.
 
@@ -194,6 +196,7 @@ def choose_backend(
         passes: one of :data:`PASSES`, or several that are to go the same way.
         dense_grad: the weight gradient is wanted everywhere, so that it is a dense product whatever the mask is.
         structure: of the mask, for layers on a GPU. There ``images`` times ``pixels`` is the size of the input.
+        window: as in :func:`choose_product`, for layers on a GPU.
 
     ``SPARSEBILEVEL_BACKEND`` forces a backend by name, where it can run.
 
@@ -207,9 +210,8 @@ def choose_backend(
     if not passes or not set(passes) <= set(PASSES):
         raise ValueError(f"passes={passes!r} is not known; allowed: {', '.join(PASSES)}")
     if structure is not None and gpu.available(device):
-        matrix = math.prod(weight_shape[2:]) == stride == groups == 1
         rows = images * (pixels or 1)
-        options: dict[str, Any] = {"dense_grad": dense_grad, "matrix": matrix}
+        options: dict[str, Any] = {"dense_grad": dense_grad, "window": window}
         found = [choose_product(name, dtype, device, rows, weight_shape, structure, **options)[0] for name in passes]
         return min(found, key=lambda backend: backend.estimate or 1.0)  # the one that gains the least
     geometry = stride, groups, images, pixels

@@ -8,6 +8,7 @@ the backend.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,22 +16,58 @@ from torch import Tensor
 from . import block_sparse, dense, gpu
 from .dispatch import Backend, Structure, choose_product
 from .gradient import Needs
+from .measurements import Window
 
+Conv = block_sparse.Geometry
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def structure_of(mask: Tensor, matrix: bool) -> Structure:
-    """What a mask drops as a whole; nothing where that is not known and may not be asked for."""
+def structure_of(mask: Tensor, tiles: bool = True, positions: Tensor | None = None) -> Structure:
+    """What a mask drops as a whole; nothing where that is not known and may not be asked for.
+
+    Args:
+        mask: of the layer.
+        tiles: whether there are kernels for tiles.
+        positions: at which a sink wants ``G``: only what drops none of them counts.
+    """
     slices = block_sparse.slice_density(mask)
     if slices is None:
         return Structure()
-    tiles = block_sparse.tile_densities(mask) if matrix else None
-    return Structure(tuple((tiles or {}).items()), slices)
+    densities = (tiles and block_sparse.tile_densities(mask)) or {}
+    if positions is not None:
+        held = block_sparse.holds(mask, positions)
+        densities = {block: density for block, density in densities.items() if held[block]}
+        slices = slices if held[0] else 1.0
+    return Structure(tuple(densities.items()), slices)
 
 
-def _choose(product: str, rows: Tensor, weight: Tensor, mask: Tensor, dense_grad: bool = False) -> tuple[Backend, int]:
-    structure, shape = structure_of(mask, True), tuple(weight.shape)
-    return choose_product(product, rows.dtype, rows.device, rows.shape[0], shape, structure, dense_grad=dense_grad)
+def window_of(weight: Tensor, geometry: Conv) -> Window | None:
+    """Of a convolution; None if it is a product of matrices."""
+    stride, padding, dilation, groups = geometry
+    if [*weight.shape[2:], *stride, groups] == [1] * 5 and not any(padding):
+        return None
+    kernel, stride, dilation = ((y, x) for y, x in (weight.shape[2:], stride, dilation))
+    return Window(kernel, stride, dilation, groups)
+
+
+def _choose(
+    product: str,
+    rows: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    needs: Needs | None = None,
+    positions: Tensor | None = None,
+    window: Window | None = None,
+    tiles: bool = True,
+) -> tuple[Backend, int]:
+    """Backend of a product of ``rows``, or of the pixels of maps, and the side of its tiles."""
+    at = positions if needs is not None and needs.sink else None
+    dense_grad = needs is not None and needs.dense_grad(positions)
+    grouped = window is not None and window.groups > 1
+    structure = Structure() if grouped else structure_of(mask, tiles, None if dense_grad else at)
+    count = rows.numel() // max(rows.shape[1], 1)
+    options: dict[str, Any] = {"dense_grad": dense_grad, "window": window}
+    return choose_product(product, rows.dtype, rows.device, count, tuple(weight.shape), structure, **options)
 
 
 def linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
@@ -71,13 +108,11 @@ def linear_weight_grad(
     dy: Tensor, x: Tensor, weight: Tensor, mask: Tensor, positions: Tensor | None, needs: Needs
 ) -> Grads:
     """Gradients of weight, scores and sink, in the shape of the weight, where ``needs`` asks."""
-    # Kernels of tiles give mask * G alone; a sink may ask for more than is kept.
-    dense_grad = needs.scores or needs.sink
-    backend, block = _choose("weight_grad", x, weight, mask, dense_grad)
+    backend, block = _choose("weight_grad", x, weight, mask, needs, positions)
     if backend.name == "block":
-        given = mask.flatten(1).contiguous()
-        grad = block_sparse.layout(mask, block).weight_grad(dy.contiguous(), x.contiguous(), given, weight.dtype)
-        return grad.view(weight.shape), None, None
+        given, dtype = _block_grad(mask.flatten(1).contiguous(), weight, needs)
+        grad = block_sparse.layout(mask, block).weight_grad(dy.contiguous(), x.contiguous(), given, dtype)
+        return _of_blocks(grad.view(weight.shape), weight, mask, positions, needs)
     if backend.name == "slice":
         cut = block_sparse.slices(mask)
         grad = torch.mm(cut.outputs(dy, 1).t(), cut.inputs(x, 1))
@@ -93,15 +128,13 @@ def linear_weight_grad(
     return dense.distribute(torch.mm(dy.t(), x).view(weight.shape), weight, mask, positions, needs)
 
 
-Conv = tuple[Sequence[int], Sequence[int], Sequence[int], int]
-"""Stride, padding, dilation, groups."""
+def _block_grad(mask: Tensor, weight: Tensor, needs: Needs) -> tuple[Tensor | None, torch.dtype]:
+    """Mask and type for the gradient in the kept tiles: with a sink ``G`` itself, unrounded, of which all follows."""
+    return (None, torch.float32) if needs.sink else (mask, weight.dtype)
 
 
-def _is_matrix(weight: Tensor, geometry: Conv, *maps: Tensor) -> bool:
-    """Whether a convolution is a product of matrices as the maps lie in memory."""
-    stride, padding, _, groups = geometry
-    plain = [*weight.shape[2:], *stride, groups] == [1] * 5 and not any(padding)
-    return plain and all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
+def _of_blocks(grad: Tensor, weight: Tensor, mask: Tensor, positions: Tensor | None, needs: Needs) -> Grads:
+    return dense.distribute(grad, weight, mask, positions, needs) if needs.sink else (grad, None, None)
 
 
 def _pixels(maps: Tensor) -> Tensor:
@@ -116,19 +149,29 @@ def _maps(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def _choose_conv(
-    product: str, input: Tensor, weight: Tensor, mask: Tensor, geometry: Conv, matrix: bool, dense_grad: bool = False
-) -> str:
-    groups = geometry[3]
-    structure = structure_of(mask, matrix) if groups == 1 else Structure()
-    rows = input.numel() // max(input.shape[1], 1)
-    options = {"dense_grad": dense_grad, "matrix": matrix}
-    return choose_product(product, input.dtype, input.device, rows, tuple(weight.shape), structure, **options)[0].name
+    product: str,
+    maps: Sequence[Tensor],
+    weight: Tensor,
+    mask: Tensor,
+    geometry: Conv,
+    needs: Needs | None = None,
+    positions: Tensor | None = None,
+) -> tuple[str, int, bool]:
+    """Backend, side of its tiles, and whether it is a product of matrices as the ``maps`` lie, of which one is read."""
+    window = window_of(weight, geometry)
+    if window is None:
+        matrix = all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
+        # As maps in another order it was not measured, and there are no kernels for it.
+        window, tiles = (None, True) if matrix else (Window((1, 1)), False)
+    else:
+        matrix, tiles = False, window.groups == 1 and _takes_conv(weight, mask, *maps)
+    backend, block = _choose(product, maps[0], weight, mask, needs, positions, window, tiles)
+    return backend.name, block, matrix
 
 
 def conv2d(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, geometry: Conv) -> Tensor:
     """``conv2d(input, mask * weight) + bias``."""
-    matrix = _is_matrix(weight, geometry, input)
-    name = _choose_conv("forward", input, weight, mask, geometry, matrix)
+    name, block, matrix = _choose_conv("forward", (input,), weight, mask, geometry)
     if matrix and name in ("fused", "block"):
         return _maps(linear(_pixels(input), weight, mask, bias), input)
     if name == "fused" and _takes_conv(weight, mask, input):
@@ -136,6 +179,8 @@ def conv2d(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, geo
 
         return triton_conv2d.masked_conv2d(input, weight, mask, bias, geometry)
     z = dense.effective_weight(weight, mask, input.dtype)
+    if name == "block":
+        return block_sparse.layout(mask, block).conv2d(input, z, bias, geometry)
     stride, padding, dilation, groups = geometry
     cut = block_sparse.slices(mask) if name == "slice" else None
     if cut is None or not cut.density:  # no library takes maps without channels
@@ -148,10 +193,12 @@ def conv2d(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, geo
 
 def conv2d_input_grad(dy: Tensor, input: Tensor, weight: Tensor, mask: Tensor, geometry: Conv) -> Tensor | None:
     """Gradient of the input if another backend than the dense one is chosen, else None."""
-    matrix = _is_matrix(weight, geometry, input, dy)
-    name = _choose_conv("input_grad", input, weight, mask, geometry, matrix)
+    name, block, matrix = _choose_conv("input_grad", (dy, input), weight, mask, geometry)
     if matrix and name in ("fused", "block"):
         return _maps(linear_input_grad(_pixels(dy), weight, mask), input)
+    if name == "block":
+        z = dense.effective_weight(weight, mask, dy.dtype)
+        return block_sparse.layout(mask, block).conv2d_input_grad(dy, z, input.shape, geometry)
     if name == "fused" and _takes_conv(weight, mask, dy):
         from . import triton_conv2d
 
@@ -175,10 +222,14 @@ def conv2d_weight_grad(
     needs: Needs,
 ) -> Grads | None:
     """Gradients of weight, scores and sink if another backend than the dense one is chosen, else None."""
-    matrix = _is_matrix(weight, geometry, input, dy)
-    name = _choose_conv("weight_grad", input, weight, mask, geometry, matrix, needs.scores or needs.sink)
+    name, block, matrix = _choose_conv("weight_grad", (input, dy), weight, mask, geometry, needs, positions)
     if matrix and name in ("fused", "block"):
         return linear_weight_grad(_pixels(dy), _pixels(input), weight, mask, positions, needs)
+    if name == "block":
+        given, dtype = _block_grad(mask, weight, needs)
+        blocks, taps = block_sparse.layout(mask, block), weight.shape[2:]
+        grad = blocks.conv2d_weight_grad(dy, input, given, taps, dtype, geometry)
+        return _of_blocks(grad, weight, mask, positions, needs)
     if name == "fused" and positions is None and _takes_conv(weight, mask, dy, input):
         from . import triton_conv2d
 

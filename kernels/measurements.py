@@ -1,7 +1,7 @@
 """Times of products on a GPU, measured once on a machine and kept in a file: what :mod:`.dispatch` chooses by.
 
 Nothing is measured on the way, since near the break-even one run would go one way and the next another. ``measure``
-does it when somebody asks (``benchmarks/gpu_kernels.py --tune``), and a process reads the file once. It lies in
+does it when somebody asks (``benchmarks/gpu_kernels.py tune``), and a process reads the file once. It lies in
 ``~/.cache/sparsebilevel/gpu.json``, or where ``SPARSEBILEVEL_MEASUREMENTS`` says.
 """
 
@@ -14,12 +14,15 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .gpu import on_device
+
+if TYPE_CHECKING:
+    from .block_sparse import BlockLayout, Geometry
 
 DENSITIES = (0.125, 0.5)
 """Fractions of tiles at which the products of blocks are timed; between and beyond, time is linear in it."""
@@ -39,9 +42,23 @@ def device_name(device: torch.device) -> str:
     return f"{name}, torch {torch.__version__}"
 
 
-def key(product: str, dtype: torch.dtype, rows: int, n: int, k: int) -> str:
-    """A product in the file: of ``rows``, to the next power of two, with a weight ``[n, k]``."""
-    return f"{product} {str(dtype).removeprefix('torch.')} {1 << max(rows - 1, 0).bit_length()} {n} {k}"
+class Window(NamedTuple):
+    """What a convolution looks at that is no product of matrices."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def __str__(self) -> str:
+        pairs = zip(("kernel", "stride", "dilation"), self[:3], strict=True)
+        return " ".join([*(f"{name} {y}x{x}" for name, (y, x) in pairs), f"groups {self.groups}"])
+
+
+def key(product: str, dtype: torch.dtype, rows: int, n: int, k: int, window: Window | None = None) -> str:
+    """A product in the file: of ``rows``, to the next power of two, with a weight ``[n, k]``, or such a convolution."""
+    name = f"{product} {str(dtype).removeprefix('torch.')} {1 << max(rows - 1, 0).bit_length()} {n} {k}"
+    return name if window is None else f"{name} {window}"
 
 
 @functools.lru_cache(maxsize=1)
@@ -60,9 +77,11 @@ def generation() -> int:
     return _saved
 
 
-def times(device: torch.device, product: str, dtype: torch.dtype, rows: int, n: int, k: int) -> dict[str, Any]:
+def times(
+    device: torch.device, product: str, dtype: torch.dtype, rows: int, n: int, k: int, window: Window | None = None
+) -> dict[str, Any]:
     """Seconds by backend (``dense``, ``fused``; of ``block128`` and so on a list, at :data:`DENSITIES`), or nothing."""
-    return _load(path()).get(device_name(device), {}).get(key(product, dtype, rows, n, k), {})
+    return _load(path()).get(device_name(device), {}).get(key(product, dtype, rows, n, k, window), {})
 
 
 def at_density(measured: list[float], density: float) -> float:
@@ -115,53 +134,125 @@ def _host_seconds(run: Callable[[], Any]) -> float:
 Run = Callable[[], Any]
 
 
-def products(x: Tensor, dy: Tensor, w: Tensor, mask: Tensor) -> dict[str, dict[str, Run]]:
-    """Calls that compute each product of a layer, by the dense library and by the fused kernel."""
-    from . import triton_matmul
+def products(
+    x: Tensor, dy: Tensor, w: Tensor, mask: Tensor, geometry: Geometry | None = None
+) -> dict[str, dict[str, Run]]:
+    """Calls that compute each product of a layer, by the dense library and by the fused kernel.
+
+    Args:
+        x, dy, w, mask: matrices; or with a ``geometry`` maps and weight of a convolution, all in channels_last.
+        geometry: stride, padding, dilation and groups.
+    """
+    from . import triton_conv2d, triton_matmul
     from .split_gradient import split_gradient
 
-    masked = triton_matmul.masked_matmul
+    if geometry is None:
+        masked = triton_matmul.masked_matmul
+        return {
+            "forward": {"dense": lambda: x @ w.t(), "fused": functools.partial(masked, x, w, mask)},
+            "input_grad": {"dense": lambda: dy @ w, "fused": functools.partial(masked, dy, w, mask, input_grad=True)},
+            "weight_grad": {
+                "dense": lambda: split_gradient([dy.t() @ x], [w], [mask]),
+                "fused": functools.partial(triton_matmul.weight_grad, dy, x, w, mask),
+            },
+        }
+    stride, padding, dilation, groups = geometry
+    options = None, stride, padding, dilation, False, [0, 0], groups
+    backward = functools.partial(torch.ops.aten.convolution_backward, dy, x, w, *options)
     return {
-        "forward": {"dense": lambda: x @ w.t(), "fused": functools.partial(masked, x, w, mask)},
-        "input_grad": {"dense": lambda: dy @ w, "fused": functools.partial(masked, dy, w, mask, input_grad=True)},
+        "forward": {
+            "dense": functools.partial(torch.ops.aten.convolution, x, w, *options),
+            "fused": functools.partial(triton_conv2d.masked_conv2d, x, w, mask, None, geometry),
+        },
+        "input_grad": {
+            "dense": functools.partial(backward, [True, False, False]),
+            "fused": functools.partial(triton_conv2d.input_grad, dy, x, w, mask, geometry),
+        },
         "weight_grad": {
-            "dense": lambda: split_gradient([dy.t() @ x], [w], [mask]),
-            "fused": functools.partial(triton_matmul.weight_grad, dy, x, w, mask),
+            "dense": lambda: split_gradient([backward([False, True, False])[1]], [w], [mask]),
+            "fused": functools.partial(triton_conv2d.weight_grad, dy, x, w, mask, geometry),
         },
     }
 
 
-def block_products(blocks: Any, x: Tensor, dy: Tensor, w: Tensor, mask: Tensor) -> dict[str, Run]:
-    """The same over the tiles of a ``BlockLayout``."""
+def block_products(
+    blocks: BlockLayout, x: Tensor, dy: Tensor, w: Tensor, mask: Tensor, geometry: Geometry | None = None
+) -> dict[str, Run]:
+    """The same over the tiles of a layout."""
+    if geometry is None:
+        return {
+            "forward": functools.partial(blocks.forward, x, w),
+            "input_grad": functools.partial(blocks.input_grad, dy, w),
+            "weight_grad": functools.partial(blocks.weight_grad, dy, x, mask, w.dtype),
+        }
     return {
-        "forward": functools.partial(blocks.forward, x, w),
-        "input_grad": functools.partial(blocks.input_grad, dy, w),
-        "weight_grad": functools.partial(blocks.weight_grad, dy, x, mask, w.dtype),
+        "forward": functools.partial(blocks.conv2d, x, w, None, geometry),
+        "input_grad": functools.partial(blocks.conv2d_input_grad, dy, w, x.shape, geometry),
+        "weight_grad": functools.partial(blocks.conv2d_weight_grad, dy, x, mask, w.shape[2:], w.dtype, geometry),
     }
 
 
+class Convolution(NamedTuple):
+    """A layer that is timed: maps ``[images, k, height, width]``, weight ``[n, k, *kernel]``."""
+
+    images: int
+    height: int
+    width: int
+    n: int
+    k: int
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.stride, self.padding, self.dilation, 1
+
+    @property
+    def window(self) -> Window:
+        return Window(self.kernel, self.stride, self.dilation)
+
+    def operands(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Maps, gradient of the output and weight, in channels_last."""
+        x = torch.randn(self.images, self.k, self.height, self.width, device=device)
+        w = torch.randn(self.n, self.k, *self.kernel, device=device)
+        dy = torch.randn_like(torch.nn.functional.conv2d(x, w, None, *self.geometry))
+        x, dy, w = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in (x, dy, w))
+        return x, dy, w
+
+
 def measure(
-    shapes: Iterable[tuple[int, int, int]], dtype: torch.dtype, device: torch.device, repeats: int = 20
+    shapes: Iterable[tuple[int, int, int] | Convolution], dtype: torch.dtype, device: torch.device, repeats: int = 20
 ) -> dict[str, dict[str, Any]]:
     """Time every backend on products of ``rows`` with weights ``[n, k]``, for each (rows, n, k); and save the times.
 
-    Random values: zeros would let the clock go faster.
+    Of a :class:`Convolution` too. Random values: zeros would let the clock go faster.
     """
     from .block_sparse import BLOCKS, BlockLayout
 
     found: dict[str, dict[str, Any]] = {}
-    for rows, n, k in shapes:
-        x, dy, w = (torch.randn(size, device=device).to(dtype) for size in ((rows, k), (rows, n), (n, k)))
-        mask = torch.rand(n, k, device=device) < 0.5
-        entries = {name: found.setdefault(key(name, dtype, rows, n, k), {}) for name in products(x, dy, w, mask)}
-        for product, runs in products(x, dy, w, mask).items():
-            for name, run in runs.items():
+    for shape in shapes:
+        geometry: Geometry | None = None
+        window: Window | None = None
+        if isinstance(shape, Convolution):
+            x, dy, w = shape.operands(dtype, device)
+            rows, n, k = x.numel() // shape.k, shape.n, shape.k
+            geometry, window = shape.geometry, shape.window
+        else:
+            rows, n, k = shape
+            x, dy, w = (torch.randn(size, device=device).to(dtype) for size in ((rows, k), (rows, n), (n, k)))
+        mask = torch.rand_like(w, dtype=torch.float32) < 0.5
+        runs = products(x, dy, w, mask, geometry)
+        entries = {name: found.setdefault(key(name, dtype, rows, n, k, window), {}) for name in runs}
+        for product, by_backend in runs.items():
+            for name, run in by_backend.items():
                 entries[product][name] = seconds(run, device, repeats)
         for block in BLOCKS:
-            tiles = torch.rand(-(-n // block), -(-k // block), device=device)
+            tiles = torch.rand(-(-n // block), -(-k // block), *w.shape[2:], device=device)
             for density in DENSITIES:
                 blocks = BlockLayout(block, tiles <= tiles.flatten().quantile(density), density)
-                for product, run in block_products(blocks, x, dy, w, mask).items():
+                for product, run in block_products(blocks, x, dy, w, mask, geometry).items():
                     entries[product].setdefault(f"block{block}", []).append(seconds(run, device, repeats))
     save(device, found)
     return found

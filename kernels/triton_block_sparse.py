@@ -1,10 +1,14 @@
 """Products with weights that are zero in whole tiles, in Triton: what is summed are the tiles of a list.
 
-Weights lie dense in memory, ``[N, K]`` row-major; when the mask changes only the lists do (:mod:`.block_sparse`).
-Imported where it is needed, since it imports Triton.
+Weights lie dense in memory, ``[N, K]`` row-major; when the mask changes only the lists do (:mod:`.block_sparse`). A
+weight of a convolution, in channels_last ``[N, R, S, K]``, is one such matrix for each tap, side by side; the rows of
+the other operand are pixels, gathered where the tap looks. Imported where it is needed, since it imports Triton.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -13,9 +17,21 @@ from torch import Tensor
 
 from . import gpu
 from .gpu import on_device
-from .triton_matmul import block_c, load_mask, load_tile, operands, precision, start, upcast
+from .triton_conv2d import Geometry, empty_maps
+from .triton_matmul import add_in_turn, block_c, load_tile, operand, operands, precision, start, upcast
 
 BLOCK_T = 128
+
+
+@triton.jit
+def _pixels(t, y0, x0, H, W, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr):
+    """Image, row and column of the ``t``-th of the pixels of maps ``[H, W]`` that are a stride apart, from (y0, x0).
+
+    And how many of them there are in a map, which may be none.
+    """
+    height, width = tl.cdiv(H - y0, STRIDE_Y), tl.cdiv(W - x0, STRIDE_X)
+    row = t // max(width, 1) % max(height, 1)
+    return t // max(height * width, 1), y0 + row * STRIDE_Y, x0 + t % max(width, 1) * STRIDE_X, height * width
 
 
 @triton.jit
@@ -30,6 +46,20 @@ def _block_matmul(
     T,
     N,
     K,
+    images,
+    H,
+    W,
+    SH,
+    SW,
+    pad_y,
+    pad_x,
+    dil_y,
+    dil_x,
+    CONV: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_Y: tl.constexpr,
+    STRIDE_X: tl.constexpr,
     INPUT_GRAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
@@ -42,31 +72,66 @@ def _block_matmul(
     """A tile of ``x @ weight.T``, or of ``x @ weight``: summed over the kept tiles of its rows, or columns.
 
     The longest lists come first, so that no program is still busy with one when the others are done.
+
+    CONV: ``x`` are maps ``[SH, SW]``, and ``out`` maps ``[H, W]``. Pixels of the gradient of the input that are a
+    stride apart are reached by the same taps, at the same distance: such a phase has its own lists, and its pixels,
+    of which T is the most, look at neighbours as those of a convolution of stride 1 do.
     """
     if INPUT_GRAD:
         M, C = K, N
     else:
         M, C = N, K
-    tiles_t = tl.cdiv(T, BLOCK_T)
-    m_tile = tl.load(order + tl.program_id(0) // tiles_t)
-    t0 = tl.program_id(0) % tiles_t * BLOCK_T
-    m0 = m_tile * BLOCK
+    TAPS: tl.constexpr = R * S
     STEPS: tl.constexpr = BLOCK // BLOCK_C
-    acc = tl.zeros([BLOCK_T, BLOCK], tl.float32)
-    for i in range(tl.load(starts + m_tile) * STEPS, tl.load(starts + m_tile + 1) * STEPS):
-        c = tl.load(index + i // STEPS) * BLOCK + i % STEPS * BLOCK_C
-        a = load_tile(x, t0, c, T, C, BLOCK_T, BLOCK_C, DESCRIPTOR, UPCAST)
+    tiles_t = tl.cdiv(T, BLOCK_T)
+    row = tl.load(order + tl.program_id(0) // tiles_t)
+    t0 = tl.program_id(0) % tiles_t * BLOCK_T
+    t, c_local = t0 + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_C)
+    m0 = row * BLOCK
+    if CONV:
         if INPUT_GRAD:
-            b = load_tile(weight, c, m0, N, K, BLOCK_C, BLOCK, DESCRIPTOR, UPCAST)
+            tiles_m = tl.cdiv(M, BLOCK)
+            m0 = row % tiles_m * BLOCK
+            y0, x0 = row // tiles_m // STRIDE_X, row // tiles_m % STRIDE_X
+            image, y, x_, area = _pixels(t, y0, x0, H, W, STRIDE_Y, STRIDE_X)
+            top, left = y // STRIDE_Y, x_ // STRIDE_X
         else:
-            b = load_tile(weight, m0, c, N, K, BLOCK, BLOCK_C, DESCRIPTOR, UPCAST).T
+            image, y, x_, area = _pixels(t, 0, 0, H, W, 1, 1)
+            top, left = y * STRIDE_Y - pad_y, x_ * STRIDE_X - pad_x
+        is_pixel = t < images * area
+        source = x + ((image.to(tl.int64) * SH + top) * SW + left)[:, None] * C + c_local[None, :]
+    acc = tl.zeros([BLOCK_T, BLOCK], tl.float32)
+    for i in range(tl.load(starts + row) * STEPS, tl.load(starts + row + 1) * STEPS):
+        tile = tl.load(index + i // STEPS)
+        c, tap = tile // TAPS * BLOCK + i % STEPS * BLOCK_C, tile % TAPS
+        if CONV:
+            if INPUT_GRAD:
+                down, right = (y0 + pad_y - tap // S * dil_y) // STRIDE_Y, (x0 + pad_x - tap % S * dil_x) // STRIDE_X
+            else:
+                down, right = tap // S * dil_y, tap % S * dil_x
+            up, across = top + down, left + right
+            inside = is_pixel & (up >= 0) & (up < SH) & (across >= 0) & (across < SW)
+            inside = inside[:, None] & (c + c_local[None, :] < C)
+            a = tl.load(source + (start(down * SW + right, 0, C) + c), mask=inside, other=0.0)
+            if UPCAST:
+                a = a.to(tl.float32)
+        else:
+            a = load_tile(x, t0, c, T, C, BLOCK_T, BLOCK_C, DESCRIPTOR, UPCAST)
+        if INPUT_GRAD:
+            b = load_tile(weight, c, m0, N, K, BLOCK_C, BLOCK, DESCRIPTOR, UPCAST, TAPS, tap)
+        else:
+            b = load_tile(weight, m0, c, N, K, BLOCK, BLOCK_C, DESCRIPTOR, UPCAST, TAPS, tap).T
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    t, m = t0 + tl.arange(0, BLOCK_T), m0 + tl.arange(0, BLOCK)
+    m = m0 + tl.arange(0, BLOCK)
     if HAS_BIAS:
         acc += tl.load(bias + m, mask=m < M, other=0.0).to(tl.float32)[None, :]
-    inside = (t[:, None] < T) & (m[None, :] < M)
-    local = tl.arange(0, BLOCK_T)[:, None] * M + tl.arange(0, BLOCK)[None, :]
-    tl.store(out + start(t0, m0, M) + local, acc.to(out.dtype.element_ty), mask=inside)
+    if CONV:
+        pixel = ((image.to(tl.int64) * H + y) * W + x_)[:, None] * M
+        tl.store(out + pixel + m[None, :], acc.to(out.dtype.element_ty), mask=is_pixel[:, None] & (m[None, :] < M))
+    else:
+        inside = (t[:, None] < T) & (m[None, :] < M)
+        local = tl.arange(0, BLOCK_T)[:, None] * M + tl.arange(0, BLOCK)[None, :]
+        tl.store(out + start(t0, m0, M) + local, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -74,41 +139,113 @@ def _block_weight_grad(
     dy,
     x,
     mask,
-    grad_weight,
+    grad,
+    workspace,
+    turns,
     starts,
     index,
     rows,
     T,
     N,
     K,
+    split_rows,
+    H,
+    W,
+    SH,
+    SW,
+    pad_y,
+    pad_x,
+    dil_y,
+    dil_x,
+    CONV: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_Y: tl.constexpr,
+    STRIDE_X: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """``mask * (dy.T @ x)`` in the kept tiles; the rest of ``grad_weight`` is left as it is.
+    """``dy.T @ x``, with HAS_MASK times ``mask``, in the kept tiles; the rest of ``grad`` is left as it is.
 
-    How many tiles there are is known to the device alone: a program takes every so many-th.
+    How many tiles there are is known to the device alone: a program takes every so many-th. With SPLITS > 1 the rows
+    of a tile are split between as many programs, which add up in turn; there must be a program for each part then.
+    CONV: ``x`` are maps ``[SH, SW]``, and ``dy`` maps ``[H, W]``.
     """
-    tiles_n = tl.cdiv(N, BLOCK)
-    for i in range(tl.program_id(0), tl.load(starts + tiles_n), tl.num_programs(0)):
-        n0, k0 = tl.load(rows + i) * BLOCK, tl.load(index + i) * BLOCK
-        acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-        for t in range(0, T, BLOCK_T):
-            a = load_tile(dy, t, n0, T, N, BLOCK_T, BLOCK, DESCRIPTOR, UPCAST)
-            b = load_tile(x, t, k0, T, K, BLOCK_T, BLOCK, DESCRIPTOR, UPCAST)
-            acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
+    TAPS: tl.constexpr = R * S
+    for part in range(tl.program_id(0), tl.load(starts + tl.cdiv(N, BLOCK)) * SPLITS, tl.num_programs(0)):
+        i, split = part // SPLITS, part % SPLITS
+        tile = tl.load(index + i)
+        n0, k0, tap = tl.load(rows + i) * BLOCK, tile // TAPS * BLOCK, tile % TAPS
+        first = split * split_rows
         n, k = n0 + tl.arange(0, BLOCK), k0 + tl.arange(0, BLOCK)
-        inside = (n[:, None] < N) & (k[None, :] < K)
-        acc = tl.where(load_mask(mask, n0, k0, N, K, BLOCK, BLOCK, False), acc, 0.0)
-        local = tl.arange(0, BLOCK)[:, None] * K + tl.arange(0, BLOCK)[None, :]
-        tl.store(grad_weight + start(n0, k0, K) + local, acc.to(grad_weight.dtype.element_ty), mask=inside)
+        if CONV:
+            down, right = tap // S * dil_y - pad_y, tap % S * dil_x - pad_x
+            image, y, x_, _ = _pixels(first + tl.arange(0, BLOCK_T), 0, 0, H, W, 1, 1)
+        acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+        for t in range(first, min(T, first + split_rows), BLOCK_T):
+            a = load_tile(dy, t, n0, T, N, BLOCK_T, BLOCK, DESCRIPTOR, UPCAST)
+            if CONV:
+                up, left = y * STRIDE_Y + down, x_ * STRIDE_X + right
+                inside = (up >= 0) & (up < SH) & (left >= 0) & (left < SW) & (t + tl.arange(0, BLOCK_T) < T)
+                source = x + ((image.to(tl.int64) * SH + up) * SW + left)[:, None] * K + k[None, :]
+                b = tl.load(source, mask=inside[:, None] & (k[None, :] < K), other=0.0)
+                if UPCAST:
+                    b = b.to(tl.float32)
+                # The pixels BLOCK_T further on, without the divisions.
+                x_ += BLOCK_T % W
+                y += BLOCK_T // W % H + (x_ >= W).to(tl.int32)
+                x_ = tl.where(x_ >= W, x_ - W, x_)
+                image += BLOCK_T // (H * W) + (y >= H).to(tl.int32)
+                y = tl.where(y >= H, y - H, y)
+            else:
+                b = load_tile(x, t, k0, T, K, BLOCK_T, BLOCK, DESCRIPTOR, UPCAST)
+            acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
+        is_last = True
+        if SPLITS > 1:
+            acc, is_last = add_in_turn(acc, workspace, turns, i, split, SPLITS, BLOCK, BLOCK)
+        if is_last:
+            inside = (n[:, None] < N) & (k[None, :] < K)
+            at = start(n0, tap * K + k0, TAPS * K)
+            local = tl.arange(0, BLOCK)[:, None] * (TAPS * K) + tl.arange(0, BLOCK)[None, :]
+            if HAS_MASK:
+                acc = tl.where(tl.load(mask + at + local, mask=inside, other=0) != 0, acc, 0.0)
+            tl.store(grad + at + local, acc.to(grad.dtype.element_ty), mask=inside)
 
 
-def options(block: int) -> dict[str, int]:
-    """How the product for tiles of a side is compiled. Two of the stages go to the list, which is read ahead."""
-    return {"num_warps": 8 if block == 128 else 4, "num_stages": 5 if block == 128 else 6}
+def options(block: int, conv: bool = False) -> dict[str, int]:
+    """How the product for tiles of a side is compiled. Two of the stages go to the list, which is read ahead.
+
+    The addresses of pixels take registers too: those of a convolution are spread over more threads.
+    """
+    is_large = block == 128 or (conv and block == 64)
+    return {"num_warps": 8 if is_large else 4, "num_stages": 5 if block == 128 else 6}
+
+
+def tile_rows(dtype: torch.dtype, conv: bool) -> int:
+    """Rows of a tile of the result: half as many where registers would spill."""
+    return BLOCK_T // 2 if conv and dtype == torch.float32 else BLOCK_T
+
+
+_NO_MAPS: dict[str, Any] = dict.fromkeys(("images", "H", "W", "SH", "SW", "pad_y", "pad_x", "dil_y", "dil_x"))
+_MATRIX = {"CONV": False, "R": 1, "S": 1, "STRIDE_Y": 1, "STRIDE_X": 1}
+
+
+def _maps(of: Tensor, source: Tensor, taps: Sequence[int], geometry: Geometry) -> dict[str, Any]:
+    """Arguments of the kernels for a convolution that writes, or reads, ``of`` where it looks at ``source``."""
+    (stride_y, stride_x), (pad_y, pad_x), (dil_y, dil_x), _ = geometry
+    sizes = of.shape[0], *of.shape[2:], *source.shape[2:], pad_y, pad_x, dil_y, dil_x
+    window = {"CONV": True, "R": taps[0], "S": taps[1], "STRIDE_Y": stride_y, "STRIDE_X": stride_x}
+    return dict(zip(_NO_MAPS, sizes, strict=True)) | window
+
+
+def _pixels_of(maps: Tensor) -> Tensor:
+    """Maps, or a weight, in channels_last as a matrix ``[pixels, C]``."""
+    return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
 
 
 def block_matmul(
@@ -137,47 +274,142 @@ def block_matmul(
     summed = min(block, block_c(x.dtype))
     tile = (summed, block) if input_grad else (block, summed)
     (x_operand, w_operand), is_descriptor = operands((x, BLOCK_T, summed), (weight, *tile))
-    with on_device(x.device):
-        _block_matmul[(triton.cdiv(out.shape[0], BLOCK_T) * len(order),)](
-            *(x_operand, w_operand, bias, out, order, starts, index, x.shape[0], n, k),
+    lists = order, starts, index
+    sizes = x.shape[0], n, k
+    _launch(x_operand, w_operand, bias, out, lists, sizes, block, input_grad, is_descriptor, _NO_MAPS | _MATRIX)
+    return out
+
+
+def block_conv2d(
+    source: Tensor,
+    weight: Tensor,
+    block: int,
+    order: Tensor,
+    starts: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    size: Sequence[int],
+    geometry: Geometry,
+    *,
+    input_grad: bool = False,
+) -> Tensor:
+    """A convolution, or with ``input_grad`` the gradient of its input, where other tiles are zero.
+
+    Args:
+        source: ``[B, K, H, W]``, or the gradient of the output; in channels_last, float32, bfloat16 or float16.
+        weight: ``[N, K, R, S]`` in channels_last, of the type of ``source``, zeros in place.
+        block: side of a tile: 128, 64 or 32.
+        order, starts, index: a ``TileList`` of rows of tiles; with ``input_grad`` of columns, phase by phase.
+        bias: ``[N]`` or None.
+        size: of the result.
+        geometry: one group.
+    """
+    out = empty_maps(size, source)
+    if not out.numel():
+        return out
+    n, k, *taps = weight.shape
+    stride = geometry[0] if input_grad else (1, 1)
+    rows = out.shape[0] * triton.cdiv(out.shape[2], stride[0]) * triton.cdiv(out.shape[3], stride[1])
+    summed = min(block, block_c(source.dtype))
+    tile = (summed, block) if input_grad else (block, summed)
+    matrix = _pixels_of(weight).view(n, -1)
+    w_operand, is_descriptor = operand(matrix, *tile) if k % summed == 0 else (matrix, False)
+    maps = _maps(out, source, taps, geometry)
+    lists = order, starts, index
+    _launch(source, w_operand, bias, out, lists, (rows, n, k), block, input_grad, is_descriptor, maps)
+    return out
+
+
+def _launch(
+    x: Any,
+    weight: Any,
+    bias: Tensor | None,
+    out: Tensor,
+    lists: tuple[Tensor, Tensor, Tensor],
+    sizes: tuple[int, int, int],
+    block: int,
+    input_grad: bool,
+    is_descriptor: bool,
+    maps: dict[str, Any],
+) -> None:
+    block_t = tile_rows(out.dtype, maps["CONV"])
+    with on_device(out.device):
+        _block_matmul[(triton.cdiv(sizes[0], block_t) * len(lists[0]),)](
+            *(x, weight, bias, out, *lists, *sizes),
+            **maps,
             INPUT_GRAD=input_grad,
             HAS_BIAS=bias is not None,
             DESCRIPTOR=is_descriptor,
             BLOCK=block,
-            BLOCK_T=BLOCK_T,
-            BLOCK_C=summed,
-            PRECISION=precision(x.dtype),
+            BLOCK_T=block_t,
+            BLOCK_C=min(block, block_c(out.dtype)),
+            PRECISION=precision(out.dtype),
             UPCAST=upcast(),
-            **options(block),
+            **options(block, maps["CONV"]),
         )
-    return out
 
 
 def block_weight_grad(
-    dy: Tensor, x: Tensor, mask: Tensor, block: int, starts: Tensor, index: Tensor, rows: Tensor, dtype: torch.dtype
+    dy: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    weight_shape: Sequence[int],
+    block: int,
+    starts: Tensor,
+    index: Tensor,
+    rows: Tensor,
+    dtype: torch.dtype,
+    geometry: Geometry | None = None,
+    *,
+    splits: int = 1,
 ) -> Tensor:
-    """``mask * (dy.T @ x)`` in ``dtype``, of which only the tiles that hold a True are computed.
+    """``mask * G`` in ``dtype``, of which only the tiles that hold a True are computed; without a mask G, in those.
 
     Args:
-        dy, x: contiguous ``[T, N]`` and ``[T, K]``, of one type: float32, bfloat16 or float16.
-        mask: contiguous bool ``[N, K]``.
+        dy, x: contiguous ``[T, N]`` and ``[T, K]``, of one type: float32, bfloat16 or float16. With a ``geometry`` maps
+            in channels_last.
+        mask: bool, contiguous or in channels_last, or None.
+        weight_shape: ``[N, K]``, or of a convolution ``[N, K, R, S]``.
         block, starts, index: as in :func:`block_matmul`, of rows of tiles.
         rows: of each tile of the list, the row.
+        geometry: of a convolution with one group.
+        splits: parts of T that are summed side by side.
     """
-    (t, n), k = dy.shape, x.shape[1]
-    grad = torch.zeros(n, k, dtype=dtype, device=x.device)
-    if grad.numel():
-        summed = block_c(x.dtype)
+    n, k, *taps = weight_shape
+    is_conv = geometry is not None
+    memory_format = torch.channels_last if is_conv else torch.contiguous_format
+    grad = torch.empty(tuple(weight_shape), dtype=dtype, device=x.device, memory_format=memory_format).zero_()
+    if not grad.numel() or not dy.numel():
+        return grad
+    summed = block_c(x.dtype)
+    if geometry is not None:
+        maps = _maps(dy, x, taps, geometry)
+        dy_operand, is_descriptor = operand(_pixels_of(dy), summed, block)
+        x_operand: Any = x
+    else:
+        maps = _NO_MAPS | _MATRIX
         (dy_operand, x_operand), is_descriptor = operands((dy, summed, block), (x, summed, block))
-        with on_device(x.device):
-            _block_weight_grad[(min(len(index), 2 * gpu.processors(x.device)),)](
-                *(dy_operand, x_operand, mask.view(torch.int8), grad, starts, index, rows, t, n, k),
-                DESCRIPTOR=is_descriptor,
-                BLOCK=block,
-                BLOCK_T=summed,
-                PRECISION=precision(x.dtype),
-                UPCAST=upcast(),
-                num_warps=options(block)["num_warps"],
-                num_stages=3,
-            )
+    maps = {name: value for name, value in maps.items() if name != "images"}
+    t = dy.numel() // n
+    workspace = turns = None
+    programs = min(len(index), 2 * gpu.processors(x.device))
+    if splits > 1:
+        programs = len(index) * splits
+        workspace = torch.empty(len(index) * block * block, dtype=torch.float32, device=x.device)
+        turns = torch.zeros(len(index), dtype=torch.int32, device=x.device)
+    with on_device(x.device):
+        _block_weight_grad[(programs,)](
+            *(dy_operand, x_operand, None if mask is None else mask.view(torch.int8), grad, workspace, turns),
+            *(starts, index, rows, t, n, k, triton.cdiv(triton.cdiv(t, splits), summed) * summed),
+            **maps,
+            SPLITS=splits,
+            HAS_MASK=mask is not None,
+            DESCRIPTOR=is_descriptor,
+            BLOCK=block,
+            BLOCK_T=summed,
+            PRECISION=precision(x.dtype),
+            UPCAST=upcast(),
+            num_warps=options(block)["num_warps"],
+            num_stages=3,
+        )
     return grad

@@ -184,7 +184,15 @@ def _sizes(weight: Tensor, geometry: Geometry) -> tuple[int, ...]:
     return (n // groups, c, r, s, groups, *stride, *padding, *dilation)
 
 
-def _empty(size: Sequence[int], like: Tensor) -> Tensor:
+def output_size(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, ...]:
+    """Of the convolution of maps ``x`` with a weight."""
+    stride, padding, dilation, _ = geometry
+    sides = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    return x.shape[0], weight.shape[0], *((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sides)
+
+
+def empty_maps(size: Sequence[int], like: Tensor) -> Tensor:
+    """Maps in channels_last, of the type and on the device of ``like``."""
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
@@ -235,17 +243,12 @@ def masked_conv2d(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, 
         weight, mask: ``[N, C / groups, R, S]`` and bool, in channels_last; the weight is rounded to the type of ``x``.
         bias: ``[N]`` or None.
     """
-    stride, padding, dilation, _ = geometry
-    height, width = (
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    )
-    return _run(x, weight, mask, bias, _empty((x.shape[0], weight.shape[0], height, width), x), geometry, False)
+    return _run(x, weight, mask, bias, empty_maps(output_size(x, weight, geometry), x), geometry, False)
 
 
 def input_grad(dy: Tensor, x: Tensor, weight: Tensor, mask: Tensor, geometry: Geometry) -> Tensor:
     """Gradient of ``x`` from that of the output, ``dy``."""
-    return _run(dy, weight, mask, None, _empty(x.shape, dy), geometry, True)
+    return _run(dy, weight, mask, None, empty_maps(x.shape, dy), geometry, True)
 
 
 def weight_grad(

@@ -31,16 +31,30 @@ def start(row, col, cols):
 
 @triton.jit
 def load_tile(
-    source, row, col, rows, cols, R: tl.constexpr, C: tl.constexpr, DESCRIPTOR: tl.constexpr, UPCAST: tl.constexpr
+    source,
+    row,
+    col,
+    rows,
+    cols,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    UPCAST: tl.constexpr,
+    TAPS: tl.constexpr = 1,
+    tap=0,
 ):
-    """The tile ``[R, C]`` at (row, col) of a row-major matrix ``[rows, cols]``; zero where it sticks out."""
+    """The tile ``[R, C]`` at (row, col) of a row-major matrix ``[rows, cols]``; zero where it sticks out.
+
+    Of one of TAPS such matrices, if those lie side by side. A descriptor knows nothing of that: there ``cols`` must be
+    a multiple of C, or what sticks out must not matter.
+    """
     if DESCRIPTOR:
-        tile = source.load([row, col])
+        tile = source.load([row, tap * cols + col])
     else:
         r, c = row + tl.arange(0, R), col + tl.arange(0, C)
         inside = (r[:, None] < rows) & (c[None, :] < cols)
-        local = tl.arange(0, R)[:, None] * cols + tl.arange(0, C)[None, :]
-        tile = tl.load(source + start(row, col, cols) + local, mask=inside, other=0.0)
+        local = tl.arange(0, R)[:, None] * (TAPS * cols) + tl.arange(0, C)[None, :]
+        tile = tl.load(source + start(row, tap * cols + col, TAPS * cols) + local, mask=inside, other=0.0)
     if UPCAST:  # the interpreter multiplies the bits of bfloat16 as integers
         tile = tile.to(tl.float32)
     return tile
@@ -144,6 +158,26 @@ def _masked_matmul(
 
 
 @triton.jit
+def add_in_turn(acc, workspace, turns, tile, split, SPLITS: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    """The sums ``acc [N, K]`` of a part of a tile and of the parts before it, whose turn is waited for.
+
+    And whether it is the last of them, which has the whole sum.
+    """
+    local = tl.arange(0, N)[:, None] * K + tl.arange(0, K)[None, :]
+    sums = workspace + start(tile, 0, N * K) + local
+    if split > 0:
+        while tl.atomic_cas(turns + tile, split, split, sem="acquire") != split:
+            pass
+        acc += tl.load(sums, cache_modifier=".cg")  # not from the L1 cache, which others do not write to
+    is_last = split == SPLITS - 1
+    if not is_last:
+        tl.store(sums, acc)
+        tl.debug_barrier()
+    tl.atomic_xchg(turns + tile, (split + 1) % SPLITS, sem="release")  # zero again for the next launch
+    return acc, is_last
+
+
+@triton.jit
 def _weight_grad(
     dy,
     x,
@@ -188,17 +222,7 @@ def _weight_grad(
             acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
         is_last = True
         if SPLITS > 1:
-            local = tl.arange(0, BLOCK_N)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-            sums = workspace + start(tile, 0, BLOCK_N * BLOCK_K) + local
-            if split > 0:
-                while tl.atomic_cas(turns + tile, split, split, sem="acquire") != split:
-                    pass
-                acc += tl.load(sums, cache_modifier=".cg")  # not from the L1 cache, which others do not write to
-            is_last = split == SPLITS - 1
-            if not is_last:
-                tl.store(sums, acc)
-                tl.debug_barrier()
-            tl.atomic_xchg(turns + tile, (split + 1) % SPLITS, sem="release")  # zero again for the next launch
+            acc, is_last = add_in_turn(acc, workspace, turns, tile, split, SPLITS, BLOCK_N, BLOCK_K)
         if is_last:
             n, k = n0 + tl.arange(0, BLOCK_N), k0 + tl.arange(0, BLOCK_K)
             at = start(n0, k0, K)

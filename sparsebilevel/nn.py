@@ -24,7 +24,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .kernels import PASSES, Backend, choose_backend, describe, gpu, make_grad_sink, masked_conv2d, masked_linear
 from .kernels.batch_norm import batch_norm_for_uses
-from .kernels.gpu_products import structure_of
+from .kernels.gpu_products import structure_of, window_of
+from .kernels.measurements import Window
 from .kernels.reference import effective_weight
 from .masks import NM, Pattern, Unstructured, global_masks, parse_pattern, random_mask
 from .schedules import layer_counts
@@ -180,7 +181,7 @@ class SparseMaskedModule(nn.Module):
         return {
             "forward": self._choose("forward"),
             "input_grad": self._choose("input_grad"),
-            "weight_grad": self._choose("weight_grad", learning, dense_grad),
+            "weight_grad": self._choose("weight_grad", learning, dense_grad, self._positions),
         }
 
     @property
@@ -188,22 +189,37 @@ class SparseMaskedModule(nn.Module):
         """The choice for all passes together, as where maps stay in the layout of the sparse kernels."""
         return self._choose(PASSES)
 
-    def _choose(self, passes: str | Sequence[str], learning: int = 0, dense_grad: bool = False) -> Backend:
+    def _choose(
+        self,
+        passes: str | Sequence[str],
+        learning: int = 0,
+        dense_grad: bool = False,
+        positions: Tensor | None = None,
+    ) -> Backend:
         weight = self.weight
         if weight.is_meta:
             non_zeros = round(weight.numel() * self.num_kept / self.pattern.num_groups(weight.shape))
             device = torch.device("cpu")
         else:
             non_zeros, device = int(self.mask.sum()), weight.device
-        on_gpu = gpu.available(device) and getattr(self, "groups", 1) == 1
+        structure = window = None
+        if gpu.available(device) and getattr(self, "groups", 1) == 1:
+            window = self._window()
+            tiles = window is None or weight.is_contiguous(memory_format=torch.channels_last)
+            structure = structure_of(self.mask, tiles, positions)
         return choose_backend(
             *(self._op, tuple(weight.shape), weight.dtype, device, max(non_zeros, learning)),
-            structure=structure_of(self.mask, math.prod(weight.shape[2:]) == 1) if on_gpu else None,
+            structure=structure,
+            window=window,
             stride=math.prod(getattr(self, "stride", (1,))),
             groups=getattr(self, "groups", 1),
             passes=passes,
             dense_grad=dense_grad,
         )
+
+    def _window(self) -> Window | None:
+        """What the choice on a GPU knows of a convolution; None if it is a product of matrices."""
+        return None
 
     def effective_weight(self) -> Tensor:
         """``mask * weight``, differentiable in weight."""
@@ -348,6 +364,10 @@ class SparseMaskedConv2d(SparseMaskedModule, nn.Conv2d):  # type: ignore[misc]
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         geometry = (self.stride, padding, self.dilation, self.groups)
         return masked_conv2d(input, self.weight, self.mask, self.bias, *geometry, **self._sink_arguments())
+
+    def _window(self) -> Window | None:
+        padding = (0, 0) if isinstance(self.padding, str) else self.padding  # "same" pads no 1x1
+        return window_of(self.weight, (self.stride, padding, self.dilation, self.groups))
 
 
 class FusedBatchNorm2d(nn.BatchNorm2d):

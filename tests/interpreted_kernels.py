@@ -17,12 +17,14 @@ from torch.testing import assert_close
 import sparsebilevel as sb
 from sparsebilevel.kernels import (
     PASSES,
+    block_sparse,
     gpu,
     make_grad_sink,
     masked_conv2d,
     masked_linear,
     measurements,
     reference,
+    triton_block_sparse,
     triton_conv2d,
     triton_elementwise,
     triton_matmul,
@@ -31,6 +33,7 @@ from sparsebilevel.kernels.apply_mask import apply_mask, compute_copy
 from sparsebilevel.kernels.block_sparse import BlockLayout, layout, occupied_tiles, tile_densities
 from sparsebilevel.kernels.dispatch import Structure, choose_product
 from sparsebilevel.kernels.split_gradient import split_gradient
+from sparsebilevel.masks import Block
 
 apply_mask_module = sys.modules[compute_copy.__module__]
 DEVICE = torch.device(os.environ.get("SPARSEBILEVEL_TEST_DEVICE", "cpu"))
@@ -575,6 +578,79 @@ def test_block_products(block, density, dtype):
     assert_close(got, (dy.float().t() @ x.float()) * m)
 
 
+CONVOLUTIONS = [  # images, inputs, height, width; outputs, kernel, stride, padding, dilation
+    ((2, 37, 7, 6), (40, 3, 3), (1, 1), (1, 1), (1, 1)),
+    ((3, 32, 8, 5), (72, 3, 3), (2, 2), (1, 1), (1, 1)),
+    ((2, 70, 6, 9), (33, 3, 2), (2, 3), (0, 2), (1, 2)),
+    ((1, 64, 9, 1), (32, 2, 2), (1, 1), (1, 3), (2, 3)),
+    ((2, 40, 5, 5), (36, 1, 1), (2, 2), (0, 0), (1, 1)),  # phases that no tap reaches
+    ((1, 33, 1, 4), (5, 2, 2), (3, 1), (2, 1), (3, 2)),  # a stride beyond the map: phases without pixels
+]
+
+
+@pytest.mark.parametrize(("density", "dtype"), [(0.0, torch.float32), (0.4, torch.float32), (0.4, torch.bfloat16)])
+@pytest.mark.parametrize(("size", "kernel", "stride", "padding", "dilation"), CONVOLUTIONS, ids=str)
+def test_block_convolutions(size, kernel, stride, padding, dilation, density, dtype):
+    last, block = {"memory_format": torch.channels_last}, 32
+    geometry = stride, padding, dilation, 1
+    shape = kernel[0], size[1], *kernel[1:]
+    pattern = Block(block, block)
+    m = pattern.expand(torch.rand(pattern.num_groups(shape)) < density, shape)
+    blocks = BlockLayout(block, occupied_tiles(m, block), density)
+    assert torch.equal(blocks.occupied.flatten(), pattern.group_scores(m.float()) > 0)
+    m = (m & (torch.rand(shape) < 0.9)).contiguous(**last)  # what a kept tile drops is dropped
+    x, w = ((torch.randint(-8, 9, s) / 8).to(dtype).contiguous(**last) for s in (size, shape))
+    b = torch.randint(-8, 9, (shape[0],)).to(dtype)
+    z = torch.where(m, w, 0).contiguous(**last)
+    x2, z2 = x.double().requires_grad_(), z.double().requires_grad_()
+    expected = F.conv2d(x2, z2, b.double(), *geometry)
+    dy = (torch.randint(-8, 9, expected.shape) / 8).to(dtype).contiguous(**last)
+    expected.backward(dy.double())
+    close(blocks.conv2d(x, z, b, geometry), expected)
+    close(blocks.conv2d_input_grad(dy, z, size, geometry), x2.grad)
+    got = blocks.conv2d_weight_grad(dy, x, m, kernel[1:], torch.float32, geometry)
+    assert got.is_contiguous(**last)
+    close(got, z2.grad * m)
+    kept = pattern.expand(blocks.occupied.flatten(), shape)
+    close(blocks.conv2d_weight_grad(dy, x, None, kernel[1:], torch.float32, geometry), z2.grad * kept)
+
+
+@pytest.mark.parametrize("block", [64, 128])
+def test_block_convolutions_of_large_tiles_and_whole_channel_blocks(block, monkeypatch):
+    """Blocks that hold all taps; weights by descriptors; rows in several parts."""
+    monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
+    last, geometry = {"memory_format": torch.channels_last}, ((1, 1), (1, 1), (1, 1), 1)
+    n, k = block + 8, 2 * block
+    x, w = ((torch.randint(-8, 9, s) / 8).bfloat16().contiguous(**last) for s in ((5, k, 18, 15), (n, k, 3, 3)))
+    m = block_mask((n, k, 3, 3), block, 0.5).contiguous(**last)
+    m[:block, :block] = True
+    z = torch.where(m, w, 0).contiguous(**last)
+    blocks = BlockLayout(block, occupied_tiles(m, block), 0.1)
+    assert blocks.by_row.starts.diff().remainder(9).eq(0).all()
+    x2, z2 = x.double().requires_grad_(), z.double().requires_grad_()
+    expected = F.conv2d(x2, z2, None, *geometry)
+    dy = (torch.randint(-8, 9, expected.shape) / 8).bfloat16().contiguous(**last)
+    expected.backward(dy.double())
+    launched = []
+    monkeypatch.setattr(
+        triton_block_sparse, "operand", lambda *given: launched.append(triton_matmul.operand(*given)) or launched[-1]
+    )
+    close(blocks.conv2d(x, z, None, geometry), expected)
+    close(blocks.conv2d_input_grad(dy, z, x.shape, geometry), x2.grad)
+    close(blocks.conv2d_weight_grad(dy, x, m, (3, 3), torch.float32, geometry), z2.grad * m)
+    assert [is_descriptor for _, is_descriptor in launched] == [True] * 3
+
+
+@pytest.mark.parametrize("splits", [2, 3, 8])
+def test_block_weight_grad_in_parts(splits):
+    x, dy, _, _ = matrices((150, 70, 40), torch.float32)
+    m = block_mask((70, 40), 32, 0.6)
+    blocks = BlockLayout(32, occupied_tiles(m, 32), 0.6)
+    lists = blocks.by_row.starts, blocks.by_row.tiles, blocks.row_of
+    got = triton_block_sparse.block_weight_grad(dy, x, m, (70, 40), 32, *lists, torch.float32, splits=splits)
+    assert_close(got, dy.t() @ x * m)
+
+
 def test_block_lists():
     m = torch.zeros(100, 70, dtype=torch.bool)
     m[5, 33] = m[99, 69] = m[99, 0] = True
@@ -610,7 +686,7 @@ def block_mask(shape, block, density):
     return mask if len(shape) == 2 else mask[:, :, None, None].expand(shape).contiguous()
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv1x1", "conv3x3"])
+@pytest.mark.parametrize("kind", ["linear", "conv1x1", "conv3x3", "conv3x3 stride 2"])
 @pytest.mark.parametrize(
     ("pattern", "backend"),
     [("unstructured", "dense"), ("unstructured", "fused"), ("unstructured", "slice"), ("block", "auto")]
@@ -619,7 +695,8 @@ def block_mask(shape, block, density):
 def test_every_backend_keeps_the_contract(backend, kind, pattern, monkeypatch):
     monkeypatch.setenv("SPARSEBILEVEL_BACKEND", backend)
     kernel = () if kind == "linear" else (1, 1) if kind == "conv1x1" else (3, 3)
-    shape = (40, 72, *kernel)
+    shape, is_last = (40, 72, *kernel), kind.endswith("stride 2")  # weights elsewhere lie as they are made
+    options = {"stride": 2, "padding": 1} if is_last else {}
     x = (
         torch.randn(9, 72)
         if kind == "linear"
@@ -634,17 +711,26 @@ def test_every_backend_keeps_the_contract(backend, kind, pattern, monkeypatch):
         m[:, torch.rand(72) < 0.5] = False
     elif pattern == "empty":
         m[:] = False
+    if is_last:
+        w, s, m = (t.contiguous(memory_format=torch.channels_last) for t in (w, s, m))
     x, w, b, s = (t.requires_grad_() for t in (x, w, b, s))
     masked, plain = (masked_linear, F.linear) if kind == "linear" else (masked_conv2d, F.conv2d)
     z = torch.where(m, w, 0).detach().requires_grad_()
     x2, b2 = (t.detach().requires_grad_() for t in (x, b))
-    expected = plain(x2, z, b2)
+    expected = plain(x2, z, b2, **options)
     dy = torch.randn_like(expected)
     expected.backward(dy)
     tolerance = {"rtol": 1e-4, "atol": 1e-4}
+    kept = torch.cat([m.reshape(-1).nonzero().squeeze(1), torch.tensor([-1])])
+    for positions in (kept, torch.arange(-1, w.numel(), 7)):
+        sink = make_grad_sink(w, positions)
+        masked(x, w, m, b, grad_sink=sink, positions=positions, **options).backward(dy)
+        assert_close(sink.grad, torch.where(positions < 0, 0, z.grad.reshape(-1)[positions]), **tolerance)
+        assert_close(w.grad, z.grad * m, **tolerance)
+        x.grad = b.grad = w.grad = None
     for with_scores in (False, True):
         sink = make_grad_sink(w) if with_scores else None
-        y = masked(x, w, m, b, mask_scores=s if with_scores else None, grad_sink=sink)
+        y = masked(x, w, m, b, mask_scores=s if with_scores else None, grad_sink=sink, **options)
         y.backward(dy)
         assert_close(y, expected, **tolerance)
         for got, want in ((x.grad, x2.grad), (b.grad, b2.grad), (w.grad, z.grad * m)):
@@ -652,6 +738,85 @@ def test_every_backend_keeps_the_contract(backend, kind, pattern, monkeypatch):
         x.grad = b.grad = w.grad = None
     assert_close(sink.grad, z.grad, **tolerance)
     assert_close(s.grad, w.detach() * sink.grad)
+
+
+@pytest.fixture
+def block_grads(monkeypatch):
+    """Masks that the kernels for the weight gradient in tiles got, call by call."""
+    given = []
+    original = triton_block_sparse.block_weight_grad
+
+    def counted(dy, x, mask, *args, **kwargs):
+        given.append(mask)
+        return original(dy, x, mask, *args, **kwargs)
+
+    monkeypatch.setattr(triton_block_sparse, "block_weight_grad", counted)
+    return given
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_sink_within_the_kept_tiles_leaves_the_weight_gradient_in_tiles(kind, block_grads, monkeypatch):
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "block")
+    monkeypatch.setattr(block_sparse, "BLOCKS", (32,))
+    size = (5, 96) if kind == "linear" else (2, 96, 4, 5)
+    model = torch.nn.Sequential(torch.nn.Linear(96, 64) if kind == "linear" else torch.nn.Conv2d(96, 64, 3))
+    layer = sb.sparsify(model, 0.5).to(memory_format=torch.channels_last)[0]
+    x = torch.randn(size)
+    x = x if kind == "linear" else x.contiguous(memory_format=torch.channels_last)
+    layer.mask.copy_(torch.rand(layer.weight.shape) < 0.5)
+    layer.mask[:32, :64] = layer.mask[32:, 64:] = False
+    layer.mask[0, 64] = False
+    kept, taps = layer.mask.reshape(-1).nonzero().squeeze(1), layer.weight[0, 0].numel()
+    dropped, far = torch.tensor([64 * taps, -1]), torch.tensor([63 * taps, -1])  # in a kept tile, and in no such
+    for support, positions, in_tiles in (
+        ("none", None, True),
+        ("active", None, True),
+        ("search", torch.cat([kept, dropped]), True),
+        ("search", torch.cat([kept, far]), False),  # in the same buffer
+        ("search", torch.cat([kept, dropped]), True),
+        ("all", None, False),
+    ):
+        layer.collect(support, positions)
+        layer.zero_grad()
+        block_grads.clear()
+        y = layer(x)
+        dy = torch.randn_like(y)
+        y.backward(dy)
+        assert len(block_grads) == in_tiles, support
+        assert layer.backends["weight_grad"].name == ("block" if in_tiles else "dense")
+        z = layer.effective_weight().detach().requires_grad_()
+        (F.linear(x, z, layer.bias) if kind == "linear" else F.conv2d(x, z, layer.bias)).backward(dy)
+        assert_close(layer.weight.grad, z.grad * layer.mask, rtol=1e-4, atol=1e-4)
+        if support != "none":
+            at = layer.support_positions
+            want = z.grad if at is None else torch.where(at < 0, 0, z.grad.reshape(-1)[at])
+            assert_close(layer.effective_grad, want, rtol=1e-4, atol=1e-4)
+
+
+def test_convolutions_go_by_tiles_where_that_was_measured(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSEBILEVEL_MEASUREMENTS", str(tmp_path / "gpu.json"))
+    cpu, window = DEVICE, measurements.Window((3, 3))
+
+    def choose(**kwargs):
+        structure = Structure(((32, 0.1),))
+        return choose_product("forward", torch.float32, cpu, 2 * 4 * 5, (32, 64, 3, 3), structure, **kwargs)[0]
+
+    assert choose().name == "block"
+    assert choose(window=window).name == "dense"
+    assert "not measured" in choose(window=window).reason
+    layer = measurements.Convolution(2, 4, 5, 32, 64)
+    found = measurements.measure([layer], torch.float32, cpu, repeats=1)
+    name = "forward float32 64 32 64 kernel 3x3 stride 1x1 dilation 1x1 groups 1"
+    assert set(found[name]) == {"dense", "fused", "block128", "block64", "block32"}
+    assert len(found) == 3
+    assert "not measured" in choose().reason
+    assert "not measured" in choose(window=window._replace(stride=(2, 2))).reason
+    for seconds, backend in ((0.5, "block"), (2.0, "dense")):
+        measurements.save(cpu, {name: {"dense": 1.0, "block32": [seconds, seconds]}})
+        assert choose(window=window).name == backend
+        assert "measured on this device" in choose(window=window).reason
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "block")
+    assert choose(window=window).name == "block"
 
 
 def test_choices_without_and_with_measurements(monkeypatch, tmp_path):
@@ -669,7 +834,7 @@ def test_choices_without_and_with_measurements(monkeypatch, tmp_path):
     assert choose(half)[0].name == "block"
     assert choose(half)[1] == 32
     assert choose(half, product="weight_grad", dense_grad=True)[0].name == "dense"
-    assert choose(half, matrix=False)[0].name == "dense"
+    assert choose(half, window=measurements.Window((3, 3)))[0].name == "dense"
     assert choose(slices=0.5)[0].name == "slice"
     assert choose(slices=0.9)[0].name == "dense"
     name = measurements.key("forward", torch.bfloat16, 30, 64, 64)
@@ -772,7 +937,7 @@ def test_the_checks_for_gpus_pass_here(monkeypatch):
     import gpu_kernels
 
     errors = gpu_kernels.check(DEVICE, small=True)
-    assert len(errors) == 48
+    assert len(errors) == 75
     assert max(errors.values()) <= 4, errors
 
 

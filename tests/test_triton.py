@@ -9,11 +9,13 @@ import pytest
 
 pytest.importorskip("triton")
 
+import torch  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from ahead_of_time import MOST_SHARED, compile_kernel  # noqa: E402
 
 from sparsebilevel.kernels import triton_block_sparse, triton_conv2d, triton_elementwise, triton_matmul  # noqa: E402
+from sparsebilevel.kernels.block_sparse import BLOCKS  # noqa: E402
 
 # Spills depend on the version of the compiler: with these numbers of registers, version 3.6 has none.
 GATED = triton.__version__.startswith("3.6.")
@@ -58,17 +60,28 @@ MAPS = ("N C", "pixels H W SH SW R S groups stride_y stride_x pad_y pad_x dil_y 
 TENSOR_CORES = r"HGMMA|HMMA|UTCHMMA"
 
 
-def _block(block, input_grad=False, descriptor=False):
+def _maps(conv, stride=1):
+    """Types and constants of the maps of a convolution 3x3, or of a product of matrices."""
+    names = "images H W SH SW pad_y pad_x dil_y dil_x"
+    window = {"CONV": conv, "R": 3 if conv else 1, "S": 3 if conv else 1, "STRIDE_Y": stride, "STRIDE_X": stride}
+    return ("", window | dict.fromkeys(names.split())) if not conv else (names, window)
+
+
+def _block(block, input_grad=False, descriptor=False, conv=False, stride=1):
     summed = min(block, 64)
     x, w = ("x=*bf16", "weight=*bf16")
     constants = {"INPUT_GRAD": input_grad, "HAS_BIAS": False, "BLOCK": block, "BLOCK_T": 128, "BLOCK_C": summed}
     constants |= {"bias": None, **MATMUL, "DESCRIPTOR": descriptor}
     if descriptor:
         shape = (summed, block) if input_grad else (block, summed)
-        x, w = f"x=tensordesc<bf16[128,{summed}]>", f"weight=tensordesc<bf16[{shape[0]},{shape[1]}]>"
-    types = _types(f"{x} {w} out=*bf16 {LISTS}", "T N K")
+        x = x if conv else f"x=tensordesc<bf16[128,{summed}]>"
+        w = f"weight=tensordesc<bf16[{shape[0]},{shape[1]}]>"
+    i32, window = _maps(conv, stride)
+    constants |= window
+    types = _types(f"{x} {w} out=*bf16 {LISTS}", "T N K", i32=i32)
     needs = (TENSOR_CORES, "UTMALDG" if descriptor else "LDGSTS|UTMALDG")
-    options = triton_block_sparse.options(block)
+    needs += (r"LDGSTS\.E\S*\.128",) if conv else ()  # pixels, 16 bytes at a time
+    options = triton_block_sparse.options(block, conv)
     kernel = triton_block_sparse._block_matmul
     return Kernel(kernel, types, constants, 192, needs, options["num_warps"], options["num_stages"])
 
@@ -78,6 +91,26 @@ def _conv(input_grad=False):
     constants |= {"BLOCK_T": triton_conv2d.BLOCK_T, "BLOCK_M": triton_conv2d.BLOCK_M, "BLOCK_C": 64}
     types = _types("source=*bf16 weight=*bf16 mask=*i8 out=*bf16", MAPS[0], i32=MAPS[1])
     return Kernel(triton_conv2d._masked_conv2d, types, constants, 255, (TENSOR_CORES,), 8)
+
+
+def _block_grad(block, descriptor=False, conv=False, splits=1):
+    i32, window = _maps(conv)
+    window = {name: value for name, value in window.items() if name != "images"}
+    constants = {"BLOCK": block, "BLOCK_T": 64, "HAS_MASK": True, "SPLITS": splits, **MATMUL, **window}
+    constants["DESCRIPTOR"] = descriptor
+    x, dy = ("x=*bf16", "dy=*bf16")
+    if descriptor:
+        x, dy = x if conv else f"x=tensordesc<bf16[64,{block}]>", f"dy=tensordesc<bf16[64,{block}]>"
+    pointers = f"{dy} {x} mask=*i8 grad=*fp32 starts=*i32 index=*i32 rows=*i32"
+    if splits > 1:
+        pointers += " workspace=*fp32 turns=*i32"
+    else:
+        constants |= {"workspace": None, "turns": None}
+    types = _types(pointers, "T N K split_rows", i32=i32.replace("images ", ""))
+    needs = (TENSOR_CORES if block >= 64 else "HMMA|UTCHMMA", "UTMALDG" if descriptor else "LDGSTS|UTMALDG")
+    needs += (r"LDGSTS\.E\S*\.128",) if conv else ()
+    warps = triton_block_sparse.options(block)["num_warps"]
+    return Kernel(triton_block_sparse._block_weight_grad, types, constants, 255, needs, warps)
 
 
 def _grad(splits=1, descriptor=False, rows=None):
@@ -102,11 +135,11 @@ def _fixed(types, constants, rows):
     return {name: type for name, type in types.items() if name != "T"}, constants | {"T": rows}
 
 
-def _masked(input_grad=False, bits=True, descriptor=False, rows=None):
+def _masked(input_grad=False, bits=True, descriptor=False, rows=None, block_t=128):
     pointers = PRODUCT if bits else PRODUCT.replace("*i32", "*i8")
     if descriptor:
-        pointers = pointers.replace("x=*bf16", "x=tensordesc<bf16[128,64]>")
-    constants = MASKED | {"INPUT_GRAD": input_grad, "BITS": bits, "DESCRIPTOR": descriptor}
+        pointers = pointers.replace("x=*bf16", f"x=tensordesc<bf16[{block_t},64]>")
+    constants = MASKED | {"BLOCK_T": block_t} | {"INPUT_GRAD": input_grad, "BITS": bits, "DESCRIPTOR": descriptor}
     needs = (TENSOR_CORES, "UTMALDG" if descriptor else "LDGSTS|UTMALDG")
     fixed = _fixed(_types(pointers, "T N K"), constants, rows)
     return Kernel(triton_matmul._masked_matmul, *fixed, 255, needs, 8)
@@ -175,6 +208,15 @@ KERNELS = {
     "masked_matmul_descriptor": _masked(descriptor=True),
     "masked_matmul_input_grad": _masked(input_grad=True),
     "masked_matmul_one_row": _masked(rows=1),
+    **{
+        f"masked_matmul_{rows}_rows{name}": _masked(block_t=rows, **options)
+        for rows in (16, 32, 64)
+        for name, options in (
+            ("", {}),
+            ("_descriptor", {"descriptor": True}),
+            ("_bytes_input_grad", {"input_grad": True, "bits": False}),
+        )
+    },
     "weight_grad": _grad(),
     "weight_grad_one_row": _grad(rows=1),
     "weight_grad_split": _grad(splits=2),
@@ -194,13 +236,22 @@ KERNELS = {
         255,
         (TENSOR_CORES,),
     ),
-    "block_weight_grad_64": Kernel(
-        triton_block_sparse._block_weight_grad,
-        _types("dy=*bf16 x=*bf16 mask=*i8 grad_weight=*fp32 starts=*i32 index=*i32 rows=*i32", "T N K"),
-        {"BLOCK": 64, "BLOCK_T": 64, **MATMUL},
-        255,
-        (TENSOR_CORES, "LDGSTS|UTMALDG"),
-    ),
+    "block_weight_grad_64": _block_grad(64),
+    "block_weight_grad_32": _block_grad(32),  # HGMMA takes 64 rows
+    "block_weight_grad_128_split_descriptor": _block_grad(128, descriptor=True, splits=2),
+    **{f"block_conv2d_{block}": _block(block, conv=True) for block in BLOCKS},
+    **{f"block_conv2d_{block}_descriptor": _block(block, descriptor=True, conv=True) for block in BLOCKS},
+    "block_conv2d_64_stride_2": _block(64, conv=True, stride=2),
+    **{
+        f"block_conv2d_{block}_input_grad{name}": _block(block, input_grad=True, conv=True, **options)
+        for block in BLOCKS
+        for name, options in (("_descriptor", {"descriptor": True}), ("_stride_2", {"stride": 2}))
+    },
+    **{f"block_conv2d_weight_grad_{block}": _block_grad(block, conv=True, splits=2) for block in BLOCKS},
+    **{
+        f"block_conv2d_weight_grad_{block}_descriptor": _block_grad(block, descriptor=True, conv=True)
+        for block in BLOCKS
+    },
 }
 
 
@@ -210,18 +261,22 @@ def _float32(kernel):
     constants = dict(kernel.constants)
     summed = "BLOCK_T" if "dy" in types else "BLOCK_C"
     constants[summed] //= 2
+    if kernel.kernel is triton_block_sparse._block_matmul:
+        constants["BLOCK_T"] = triton_block_sparse.tile_rows(torch.float32, constants["CONV"])
     return Kernel(kernel.kernel, types, constants, 255, ("FFMA",), *kernel.options.values())
 
 
 KERNELS |= {
     f"{name}_float32": _float32(KERNELS[name])
     for name in ("masked_matmul", "masked_matmul_input_grad", "weight_grad", "block_matmul_128", "masked_conv2d")
+    + ("block_conv2d_128", "block_conv2d_64_input_grad_stride_2", "block_conv2d_weight_grad_128")
 }
 
 # Of those the others are much alike.
 FEW = {"apply_mask", "split_gradient", "adamw_step", "masked_matmul_descriptor", "masked_matmul_input_grad"}
 FEW |= {"weight_grad_split", "weight_grad_descriptor", "block_matmul_64_input_grad_descriptor", "block_weight_grad_64"}
-FEW |= {"masked_conv2d", "conv2d_weight_grad"}
+FEW |= {"masked_conv2d", "conv2d_weight_grad", "masked_matmul_16_rows_descriptor"}
+FEW |= {"block_conv2d_64_descriptor", "block_conv2d_64_input_grad_stride_2", "block_conv2d_weight_grad_64_descriptor"}
 
 
 @pytest.mark.parametrize(
@@ -235,7 +290,7 @@ FEW |= {"masked_conv2d", "conv2d_weight_grad"}
 def test_ahead_of_time(name, arch, tmp_path, monkeypatch):
     if "descriptor" in name and arch < 90:
         pytest.skip("the hardware has no descriptors")
-    if name == "masked_conv2d_float32" and arch == 100:
+    if "conv2d" in name and name.endswith("_float32") and arch == 100:
         pytest.skip("compiled to TF32: triton_conv2d.takes refuses float32 there")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = KERNELS[name]
