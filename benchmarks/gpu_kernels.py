@@ -133,13 +133,13 @@ def check(device: torch.device, *, small: bool = False, shard: tuple[int, int] =
         measurements.Convolution(5, 15, 13, 136, 72, stride=(2, 2)),
         measurements.Convolution(3, 9, 8, 64, 192, kernel=(3, 2), padding=(2, 0), dilation=(2, 1)),
     ]
-    layers = [small_layer] if small else [small_layer, *convolutions]
+    layers = [small_layer] if small else convolutions
     for layer, dtype in itertools.islice(itertools.product(layers, dtypes), *shard[:1], None, shard[1]):
         label = str(dtype).removeprefix("torch.")
-        if not triton_conv2d.takes(*(t[:1] for t in layer.operands(dtype, device))):
+        x, dy, w = layer.operands(dtype, device)
+        if not triton_conv2d.takes(w, x, dy):
             continue
         for block in BLOCKS:
-            x, dy, w = layer.operands(dtype, device)
             tiles = torch.rand(-(-layer.n // block), -(-layer.k // block), *layer.kernel, device=device) < 0.5
             kept = tiles.repeat_interleave(block, 0).repeat_interleave(block, 1)[: layer.n, : layer.k]
             kept = kept.contiguous(memory_format=torch.channels_last)

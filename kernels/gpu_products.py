@@ -42,7 +42,7 @@ def structure_of(mask: Tensor, tiles: bool = True, positions: Tensor | None = No
 
 
 def window_of(weight: Tensor, geometry: Conv) -> Window | None:
-    """Of a convolution; None if it is a product of matrices."""
+    """What measurements and choices know a convolution by; None if it is a product of matrices."""
     stride, padding, dilation, groups = geometry
     if [*weight.shape[2:], *stride, groups] == [1] * 5 and not any(padding):
         return None
@@ -157,7 +157,7 @@ def _choose_conv(
     needs: Needs | None = None,
     positions: Tensor | None = None,
 ) -> tuple[str, int, bool]:
-    """Backend, side of its tiles, and whether it is a product of matrices as the ``maps`` lie, of which one is read."""
+    """Backend, side of its tiles, and whether it is a product of matrices as the ``maps`` lie, the input first."""
     window = window_of(weight, geometry)
     if window is None:
         matrix = all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
@@ -193,7 +193,7 @@ def conv2d(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, geo
 
 def conv2d_input_grad(dy: Tensor, input: Tensor, weight: Tensor, mask: Tensor, geometry: Conv) -> Tensor | None:
     """Gradient of the input if another backend than the dense one is chosen, else None."""
-    name, block, matrix = _choose_conv("input_grad", (dy, input), weight, mask, geometry)
+    name, block, matrix = _choose_conv("input_grad", (input, dy), weight, mask, geometry)
     if matrix and name in ("fused", "block"):
         return _maps(linear_input_grad(_pixels(dy), weight, mask), input)
     if name == "block":
