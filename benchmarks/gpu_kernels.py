@@ -154,6 +154,8 @@ def check(device: torch.device, *, small: bool = False, shard: tuple[int, int] =
                 if not torch.equal(got, run()):
                     errors[f"block{block} conv2d {name} {label} differs between two runs"] = float("inf")
                 note(f"block{block} conv2d {name} {label}", got, want * kept if name == "weight_grad" else want, scale)
+    if not shard[0]:
+        _check_steps(device, [(n, k) for _, n, k in shapes], note)
     return errors
 
 
@@ -169,6 +171,63 @@ def _conv64(layer: measurements.Convolution, product: str, x: Tensor, dy: Tensor
 
     x, dy, w = (t.double() for t in (x, dy, w))
     return compute(x, dy, w), compute(x.abs(), dy.abs(), w.abs())
+
+
+# Exact in float32, so that rounding them is no part of an error.
+_SGD = {"lr": 0.125, "momentum": 0.875, "dampening": 0.25, "weight_decay": 0.5, "nesterov": False, "maximize": False}
+_ADAMW = {"lr": 0.125, "betas": (0.875, 0.96875), "eps": 2.0**-20, "weight_decay": 0.5, "maximize": False}
+_STEP = 3  # AdamW's number of the step
+
+
+def _step64(value: Tensor, grad: Tensor, state: list[Tensor], settings: dict[str, Any], sign: int = -1) -> list[Tensor]:
+    """New values and state in float64; given absolute values and the sign 1, what was summed for them."""
+    lr, decay = settings["lr"], settings["weight_decay"]
+    if "momentum" in settings:
+        momentum = settings["momentum"] * state[0] + (1 - settings["dampening"]) * (grad + decay * value)
+        return [value + sign * lr * momentum, momentum]
+    beta1, beta2 = settings["betas"]
+    average, square = beta1 * state[0] + (1 - beta1) * grad, beta2 * state[1] + (1 - beta2) * grad * grad
+    root = (square / (1 - beta2**_STEP)).sqrt() + settings["eps"]
+    return [value * (1 - lr * decay) + sign * lr / (1 - beta1**_STEP) * average / root, average, square]
+
+
+def _check_steps(
+    device: torch.device, shapes: list[tuple[int, int]], note: Callable[[str, Tensor, Tensor, Tensor], None]
+) -> None:
+    """The steps of SGD and AdamW, of weights alone and with scores from one gradient."""
+    for name, settings in (("sgd_step", _SGD), ("adamw_step", _ADAMW)):
+        of_scores = settings | {"lr": 0.25, "weight_decay": 0.25}
+        for with_scores in (False, True):
+            weights, scores, grads = ([torch.randn(size, device=device) for size in shapes] for _ in range(3))
+            masks = [torch.rand(size, device=device) < 0.3 for size in shapes]
+            copies = [torch.full_like(w, float("nan"), dtype=torch.bfloat16) for w in weights]
+            moments = 1 if name == "sgd_step" else 2
+            state, state2 = ([[torch.rand_like(w) for w in weights] for _ in range(moments)] for _ in range(2))
+            wanted: list[tuple[str, Tensor, list[Tensor], list[Tensor]]] = []
+            for i, (w, s, g, m) in enumerate(zip(weights, scores, grads, masks, strict=True)):
+                w64, s64, g64 = (t.double() for t in (w, s, g))
+                for what, value, grad, column, group in (
+                    ("weights", w64, torch.where(m, g64, 0), state, settings),
+                    ("scores", s64, w64 * g64, state2, of_scores),
+                )[: 1 + with_scores]:
+                    held = [moment[i].double() for moment in column]
+                    tensors = [(weights if what == "weights" else scores)[i], *(moment[i] for moment in column)]
+                    results = _step64(value, grad, held, group)
+                    scales = _step64(value.abs(), grad.abs(), [h.abs() for h in held], group, 1)
+                    wanted += [
+                        (f"{name} {what if j == 0 else f'state of {what}'}", tensor, results[j], scales[j])
+                        for j, tensor in enumerate(tensors)
+                    ]
+            steps = [torch.full((), float(_STEP), device=device)] * len(weights)
+            stepped = triton_elementwise.Scores(scores, state2, of_scores, steps) if with_scores else None
+            if name == "sgd_step":
+                triton_elementwise.sgd_step(weights, grads, masks, copies, state[0], stepped, fresh=False, **settings)
+            else:
+                triton_elementwise.adamw_step(weights, grads, masks, copies, *state, steps, stepped, **settings)
+            for what, got, want, scale in wanted:
+                note(what, got, want, scale)
+            for w, m, copy in zip(weights, masks, copies, strict=True):
+                note(f"{name} copies", copy, torch.where(m, w, 0).double(), w.double().abs())
 
 
 # -- speed -------------------------------------------------------------------------------------------------------------
@@ -343,6 +402,20 @@ def time(device: torch.device, *, quick: bool = False, budget: float = 240.0) ->
     step = triton_elementwise.sgd_step
     run = lambda: step(layers, grads, masks, copies, buffers, fresh=False, **settings)  # noqa: E731
     note("sgd_step", run, 23 * size / bandwidth)
+    scores, held = ([torch.zeros_like(w) for w in layers] for _ in range(2))
+    of_scores = triton_elementwise.Scores(scores, [held], settings)
+    run = lambda: step(layers, grads, masks, copies, buffers, of_scores, fresh=False, **settings)  # noqa: E731
+    note("sgd_step of weights and scores from one gradient", run, 39 * size / bandwidth)
+    by_torch = torch.optim.SGD(scores, **settings, fused=True)
+    for tensor, grad, buffer in zip(scores, outs[1], held, strict=True):
+        tensor.grad, by_torch.state[tensor]["momentum_buffer"] = grad, buffer
+
+    def apart() -> None:
+        split(grads, layers, masks, *outs, None)
+        step(layers, outs[0], masks, copies, buffers, fresh=False, **settings)
+        by_torch.step()
+
+    note("split_gradient, sgd_step, torch's SGD on the scores", apart, 60 * size / bandwidth, graph=False)
     return rows
 
 

@@ -12,6 +12,10 @@ gradient of      value
 
 The sink is what the methods of this library use: at an inactive position theta and m are both zero and neither of the
 first two carries any signal. All three are linear in ``G``, so gradient accumulation is exact.
+
+The sink may be the weight itself. Its gradient is then ``G``, in place of ``m * G``: one that goes as any Parameter's
+through accumulation, DistributedDataParallel, GradScaler and clipping, and from which an optimizer that knows of it
+makes both others.
 """
 
 from __future__ import annotations
@@ -107,8 +111,8 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | tor
 _library = torch.library.Library("sparsebilevel", "FRAGMENT")
 
 
-WEIGHT = 1
-"""Position of the weight among the arguments of a masked op."""
+WEIGHT, SINK = 1, 5
+"""Positions of the weight and of the sink among the arguments of a masked op."""
 TAGS = (torch.Tag.cudagraph_unsafe,)
 """Of masked ops: on a GPU they keep what they make of weights and masks, not to be had from the pool of a graph.
 
@@ -130,6 +134,8 @@ def _cast_operands(operands: frozenset[int], args: tuple, device_type: str) -> l
     """
     dtype = torch.get_autocast_dtype(device_type)
     to_cast = operands - {WEIGHT} if gpu.available(args[WEIGHT].device) else operands
+    if WEIGHT in to_cast and args[SINK] is args[WEIGHT]:  # the gradient of the cast one would be added
+        args = (*args[:WEIGHT], args[WEIGHT].detach(), *args[WEIGHT + 1 :])
     return [
         arg.to(dtype)
         if i in to_cast and isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64

@@ -273,6 +273,7 @@ class Convolve(Step):
             if self.norm is None:
                 back.grads[self.source] = grad_source
         grad_weight = grad_scores = grad_sink = None
+        need_weight = need_weight and c.grad_sink is not c.weight
         needs = Needs(False, need_weight, need_scores, need_sink, False)
         if need_scores or (need_sink and c.positions is None):
             # A dense G is a matter for the dense library.

@@ -162,15 +162,16 @@ def _(grad_output, input, weight, mask, positions, stride, padding, dilation, gr
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    input, weight, mask, _bias, _scores, _sink, positions, *geometry = inputs
+    input, weight, mask, _bias, _scores, sink, positions, *geometry = inputs
     ctx.save_for_backward(input, weight, mask, positions)
+    ctx.sink_is_weight = sink is weight
     ctx.geometry = geometry
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, mask, positions = ctx.saved_tensors
     need_input, need_weight, _, need_bias, need_scores, need_sink = ctx.needs_input_grad[:6]
-    needs = Needs(need_input, need_weight, need_scores, need_sink, need_bias)
+    needs = Needs(need_input, need_weight and not ctx.sink_is_weight, need_scores, need_sink, need_bias)
     if torch.is_grad_enabled():  # somebody will differentiate the gradients
         grads = _dense_backward(grad_output, input, weight, mask, positions, ctx.geometry, needs)
     else:
@@ -230,7 +231,8 @@ def masked_conv2d(
         bias: ``[N]`` or None.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``, padding strings included.
         mask_scores: of the weight's shape; takes no part in the forward, its gradient is ``weight * G``.
-        grad_sink: leaf made by :func:`~sparsebilevel.kernels.make_grad_sink`; its ``.grad`` accumulates ``G``.
+        grad_sink: leaf made by :func:`~sparsebilevel.kernels.make_grad_sink`; its ``.grad`` accumulates ``G``. Or the
+            weight itself, whose gradient then is ``G``.
         positions: int64 ``[capacity]`` flat positions at which the sink wants ``G``, negative = padding; None is dense.
 
     Returns:

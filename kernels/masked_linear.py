@@ -126,14 +126,15 @@ def _(grad_output, input, weight, mask, positions, needs):
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    input, weight, mask, _bias, _scores, _sink, positions = inputs
+    input, weight, mask, _bias, _scores, sink, positions = inputs
     ctx.save_for_backward(input, weight, mask, positions)
+    ctx.sink_is_weight = sink is weight
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, mask, positions = ctx.saved_tensors
     need_input, need_weight, _, need_bias, need_scores, need_sink, _ = ctx.needs_input_grad
-    needs = Needs(need_input, need_weight, need_scores, need_sink, need_bias)
+    needs = Needs(need_input, need_weight and not ctx.sink_is_weight, need_scores, need_sink, need_bias)
     if torch.is_grad_enabled():  # somebody will differentiate the gradients
         grads = _dense_backward(grad_output, input, weight, mask, positions, needs)
     else:
@@ -186,7 +187,8 @@ def masked_linear(
         mask: ``[N, K]``, bool, True = kept.
         bias: ``[N]`` or None.
         mask_scores: ``[N, K]``; takes no part in the forward, its gradient is ``weight * G``.
-        grad_sink: leaf made by :func:`~sparsebilevel.kernels.make_grad_sink`; its ``.grad`` accumulates ``G``.
+        grad_sink: leaf made by :func:`~sparsebilevel.kernels.make_grad_sink`; its ``.grad`` accumulates ``G``. Or the
+            weight itself, whose gradient then is ``G``.
         positions: int64 ``[capacity]`` flat positions at which the sink wants ``G``, negative = padding; None is dense.
 
     Returns:

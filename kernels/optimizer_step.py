@@ -9,7 +9,7 @@ the same pass over memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -109,6 +109,16 @@ class MaskedWeight(NamedTuple):
     state: Sequence[Tensor]
     step: Tensor | None = None
     """AdamW: number of this step, counted from 1, a float32 on the device."""
+    scores: SteppedScores | None = None
+    """Scores to step beside it; the gradient is then ``G``."""
+
+
+class SteppedScores(NamedTuple):
+    """Scores of a :class:`MaskedWeight`: tensors like its weight."""
+
+    scores: Tensor
+    state: Sequence[Tensor]
+    step: Tensor | None = None
 
 
 def masked_weight(weight: Tensor, mask: Tensor, state: Sequence[Tensor]) -> MaskedWeight | None:
@@ -124,6 +134,14 @@ def masked_weight(weight: Tensor, mask: Tensor, state: Sequence[Tensor]) -> Mask
     return MaskedWeight(weight, grad, mask, copy, state)
 
 
+def with_scores(masked: MaskedWeight, of_scores: SteppedScores) -> MaskedWeight | None:
+    """The same with its scores, or None where these cannot be stepped beside it."""
+    tensors = (of_scores.scores, *of_scores.state)
+    if any(t.dtype != torch.float32 for t in tensors) or not lies_alike(masked.weight, masked.mask, *tensors):
+        return None
+    return masked._replace(scores=of_scores)
+
+
 def _by_type(weights: Sequence[MaskedWeight]) -> Iterable[list[MaskedWeight]]:
     groups: dict[tuple, list[MaskedWeight]] = {}
     for w in weights:
@@ -135,24 +153,42 @@ def _columns(group: Sequence[MaskedWeight]) -> tuple[list[Tensor], list[Tensor],
     return [w.weight for w in group], [w.grad for w in group], [w.mask for w in group], [w.copy for w in group]
 
 
-def masked_sgd_step(weights: Sequence[MaskedWeight], **settings: Any) -> None:
-    """:func:`sgd_step` on a GPU; the state is there."""
+def _scores(group: Sequence[MaskedWeight], settings: Mapping[str, Any] | None) -> Any:
+    from . import triton_elementwise
+
+    if settings is None:
+        return None
+    found = [w.scores for w in group if w.scores is not None]
+    state = list(zip(*(s.state for s in found), strict=True))
+    return triton_elementwise.Scores(
+        [s.scores for s in found], state, settings, [s.step for s in found if s.step is not None]
+    )
+
+
+def masked_sgd_step(
+    weights: Sequence[MaskedWeight], settings: Mapping[str, Any], scores_settings: Mapping[str, Any] | None = None
+) -> None:
+    """:func:`sgd_step` on a GPU; the state is there. With settings of scores, on those as well, which all then have."""
     from . import triton_elementwise
 
     for group in _by_type(weights):
         buffers = [w.state[0] for w in group] if group[0].state else None
-        triton_elementwise.sgd_step(*_columns(group), buffers, fresh=False, **settings)
+        scores = _scores(group, scores_settings)
+        triton_elementwise.sgd_step(*_columns(group), buffers, scores, fresh=False, **settings)
     for w in weights:
         note_written(w.weight, w.mask, w.copy)
 
 
-def masked_adamw_step(weights: Sequence[MaskedWeight], **settings: Any) -> None:
-    """:func:`adamw_step` on a GPU; the state is there."""
+def masked_adamw_step(
+    weights: Sequence[MaskedWeight], settings: Mapping[str, Any], scores_settings: Mapping[str, Any] | None = None
+) -> None:
+    """:func:`adamw_step` on a GPU, otherwise as :func:`masked_sgd_step`."""
     from . import triton_elementwise
 
     for group in _by_type(weights):
         averages, squares = ([w.state[i] for w in group] for i in (0, 1))
         steps = [w.step for w in group if w.step is not None]
-        triton_elementwise.adamw_step(*_columns(group), averages, squares, steps, **settings)
+        scores = _scores(group, scores_settings)
+        triton_elementwise.adamw_step(*_columns(group), averages, squares, steps, scores, **settings)
     for w in weights:
         note_written(w.weight, w.mask, w.copy)

@@ -12,7 +12,8 @@ tensor has a launch of its own, and so has a single one always, which is faster.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -210,28 +211,11 @@ def _split_gradient_one(
 
 
 @triton.jit
-def _finish_step(
-    weight, mask, copy, at, first, size, w, HAS_COPY: tl.constexpr, ROWS: tl.constexpr, FULL: tl.constexpr
-):
-    _store(weight, at, size, w, FULL)
-    if HAS_COPY:
-        _store(copy, at, size, tl.where(_keep(mask, first, at, size, ROWS, FULL), w, 0.0), FULL)
-
-
-@triton.jit
-def _masked_grad(grad, mask, at, first, size, SIGN: tl.constexpr, ROWS: tl.constexpr, FULL: tl.constexpr):
-    keep = _keep(mask, first, at, size, ROWS, FULL)
-    return tl.where(keep, SIGN * _load(grad, at, size, FULL), 0.0)
-
-
-@triton.jit
-def _sgd_chunk(
-    grad,
-    weight,
-    mask,
-    copy,
+def _sgd(
+    value,
+    g,
     buffer,
-    first,
+    at,
     size,
     lr,
     momentum,
@@ -240,14 +224,10 @@ def _sgd_chunk(
     NESTEROV: tl.constexpr,
     MOMENTUM: tl.constexpr,
     FRESH: tl.constexpr,
-    SIGN: tl.constexpr,
-    HAS_COPY: tl.constexpr,
-    ROWS: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    at = _at(first, ROWS)
-    w = _load(weight, at, size, FULL)
-    g = _masked_grad(grad, mask, at, first, size, SIGN, ROWS, FULL) + weight_decay * w
+    """What SGD makes of values with the gradient ``g``; the momentum is written."""
+    g += weight_decay * value
     if MOMENTUM:
         if FRESH:
             b = g
@@ -258,7 +238,57 @@ def _sgd_chunk(
             g += momentum * b
         else:
             g = b
-    _finish_step(weight, mask, copy, at, first, size, w - lr * g, HAS_COPY, ROWS, FULL)
+    return value - lr * g
+
+
+@triton.jit
+def _sgd_chunk(
+    grad,
+    weight,
+    mask,
+    copy,
+    buffer,
+    scores,
+    scores_buffer,
+    first,
+    size,
+    lr,
+    momentum,
+    dampening,
+    weight_decay,
+    scores_lr,
+    scores_momentum,
+    scores_dampening,
+    scores_weight_decay,
+    NESTEROV: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    SIGN: tl.constexpr,
+    HAS_SCORES: tl.constexpr,
+    SCORES_NESTEROV: tl.constexpr,
+    SCORES_MOMENTUM: tl.constexpr,
+    SCORES_SIGN: tl.constexpr,
+    FRESH: tl.constexpr,
+    HAS_COPY: tl.constexpr,
+    ROWS: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    at = _at(first, ROWS)
+    keep = _keep(mask, first, at, size, ROWS, FULL)
+    g, w = _load(grad, at, size, FULL), _load(weight, at, size, FULL)
+    if HAS_SCORES:
+        s = _sgd(
+            *(_load(scores, at, size, FULL), SCORES_SIGN * (w * g), scores_buffer, at, size),
+            *(scores_lr, scores_momentum, scores_dampening, scores_weight_decay),
+            *(SCORES_NESTEROV, SCORES_MOMENTUM, FRESH, FULL),
+        )
+        _store(scores, at, size, s, FULL)
+    w = _sgd(
+        *(w, tl.where(keep, SIGN * g, 0.0), buffer, at, size),
+        *(lr, momentum, dampening, weight_decay, NESTEROV, MOMENTUM, FRESH, FULL),
+    )
+    _store(weight, at, size, w, FULL)
+    if HAS_COPY:
+        _store(copy, at, size, tl.where(keep, w, 0.0), FULL)
 
 
 @triton.jit
@@ -269,34 +299,78 @@ def _sgd_step(
     momentum,
     dampening,
     weight_decay,
+    scores_lr,
+    scores_momentum,
+    scores_dampening,
+    scores_weight_decay,
     GRAD: tl.constexpr,
     MASK: tl.constexpr,
     COPY: tl.constexpr,
     NESTEROV: tl.constexpr,
     MOMENTUM: tl.constexpr,
-    FRESH: tl.constexpr,
     SIGN: tl.constexpr,
+    HAS_SCORES: tl.constexpr,
+    SCORES_NESTEROV: tl.constexpr,
+    SCORES_MOMENTUM: tl.constexpr,
+    SCORES_SIGN: tl.constexpr,
+    FRESH: tl.constexpr,
     HAS_COPY: tl.constexpr,
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """``torch.optim.SGD`` on float32 weights with gradient ``mask * G``, which also writes ``mask * weight``."""
-    row = table + tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64) * 6
+    """``torch.optim.SGD`` on float32 weights with gradient ``mask * G``, which also writes ``mask * weight``.
+
+    And on scores with gradient ``weight * G``, of the weight before the step, if there are any.
+    """
+    row = table + tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64) * 8
     first = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64)
     size = tl.load(row)
     grad, weight = _address(row, 1, GRAD, ALIGN), _address(row, 2, tl.float32, ALIGN)
     mask, copy = _address(row, 3, MASK, ALIGN), _address(row, 4, COPY, ALIGN)
-    buffer = _address(row, 5, tl.float32, ALIGN)
+    buffer, scores = _address(row, 5, tl.float32, ALIGN), _address(row, 6, tl.float32, ALIGN)
+    scores_buffer = _address(row, 7, tl.float32, ALIGN)
     if (first + 1) * (32 * ROWS) <= size:
         _sgd_chunk(
-            *(grad, weight, mask, copy, buffer, first, size, lr, momentum, dampening, weight_decay),
-            *(NESTEROV, MOMENTUM, FRESH, SIGN, HAS_COPY, ROWS, True),
+            *(grad, weight, mask, copy, buffer, scores, scores_buffer, first, size),
+            *(lr, momentum, dampening, weight_decay),
+            *(scores_lr, scores_momentum, scores_dampening, scores_weight_decay),
+            *(NESTEROV, MOMENTUM, SIGN, HAS_SCORES, SCORES_NESTEROV, SCORES_MOMENTUM, SCORES_SIGN),
+            *(FRESH, HAS_COPY, ROWS, True),
         )
     else:
         _sgd_chunk(
-            *(grad, weight, mask, copy, buffer, first, size, lr, momentum, dampening, weight_decay),
-            *(NESTEROV, MOMENTUM, FRESH, SIGN, HAS_COPY, ROWS, False),
+            *(grad, weight, mask, copy, buffer, scores, scores_buffer, first, size),
+            *(lr, momentum, dampening, weight_decay),
+            *(scores_lr, scores_momentum, scores_dampening, scores_weight_decay),
+            *(NESTEROV, MOMENTUM, SIGN, HAS_SCORES, SCORES_NESTEROV, SCORES_MOMENTUM, SCORES_SIGN),
+            *(FRESH, HAS_COPY, ROWS, False),
         )
+
+
+@triton.jit
+def _adamw(
+    value,
+    g,
+    average,
+    square,
+    at,
+    size,
+    step_size,
+    root_correction,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    FULL: tl.constexpr,
+):
+    """What AdamW makes of values with the gradient ``g``; the moments are written."""
+    a = _load(average, at, size, FULL)
+    a += (1 - beta1) * (g - a)
+    q = beta2 * _load(square, at, size, FULL) + (1 - beta2) * g * g
+    _store(average, at, size, a, FULL)
+    _store(square, at, size, q, FULL)
+    return value * (1 - lr * weight_decay) - step_size * a / (tl.sqrt(q) / root_correction + eps)
 
 
 @triton.jit
@@ -307,30 +381,46 @@ def _adamw_chunk(
     copy,
     average,
     square,
+    scores,
+    scores_average,
+    scores_square,
+    corrections,
     first,
     size,
-    step_size,
-    root_correction,
     lr,
     beta1,
     beta2,
     eps,
     weight_decay,
+    scores_lr,
+    scores_beta1,
+    scores_beta2,
+    scores_eps,
+    scores_weight_decay,
     SIGN: tl.constexpr,
+    HAS_SCORES: tl.constexpr,
+    SCORES_SIGN: tl.constexpr,
     HAS_COPY: tl.constexpr,
     ROWS: tl.constexpr,
     FULL: tl.constexpr,
 ):
     at = _at(first, ROWS)
-    w = _load(weight, at, size, FULL)
-    g = _masked_grad(grad, mask, at, first, size, SIGN, ROWS, FULL)
-    a = _load(average, at, size, FULL)
-    a += (1 - beta1) * (g - a)
-    s = beta2 * _load(square, at, size, FULL) + (1 - beta2) * g * g
-    _store(average, at, size, a, FULL)
-    _store(square, at, size, s, FULL)
-    w = w * (1 - lr * weight_decay) - step_size * a / (tl.sqrt(s) / root_correction + eps)
-    _finish_step(weight, mask, copy, at, first, size, w, HAS_COPY, ROWS, FULL)
+    keep = _keep(mask, first, at, size, ROWS, FULL)
+    g, w = _load(grad, at, size, FULL), _load(weight, at, size, FULL)
+    if HAS_SCORES:
+        s = _adamw(
+            *(_load(scores, at, size, FULL), SCORES_SIGN * (w * g), scores_average, scores_square, at, size),
+            *(tl.load(corrections + 2), tl.load(corrections + 3)),
+            *(scores_lr, scores_beta1, scores_beta2, scores_eps, scores_weight_decay, FULL),
+        )
+        _store(scores, at, size, s, FULL)
+    w = _adamw(
+        *(w, tl.where(keep, SIGN * g, 0.0), average, square, at, size),
+        *(tl.load(corrections), tl.load(corrections + 1), lr, beta1, beta2, eps, weight_decay, FULL),
+    )
+    _store(weight, at, size, w, FULL)
+    if HAS_COPY:
+        _store(copy, at, size, tl.where(keep, w, 0.0), FULL)
 
 
 @triton.jit
@@ -343,32 +433,45 @@ def _adamw_step(
     beta2,
     eps,
     weight_decay,
+    scores_lr,
+    scores_beta1,
+    scores_beta2,
+    scores_eps,
+    scores_weight_decay,
     GRAD: tl.constexpr,
     MASK: tl.constexpr,
     COPY: tl.constexpr,
     SIGN: tl.constexpr,
+    HAS_SCORES: tl.constexpr,
+    SCORES_SIGN: tl.constexpr,
     HAS_COPY: tl.constexpr,
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """``torch.optim.AdamW`` likewise. ``corrections``: of each tensor those for the number of its step."""
+    """``torch.optim.AdamW`` likewise. ``corrections``: of each tensor two, two of its scores."""
     tensor = tl.load(chunks + 2 * tl.program_id(0)).to(tl.int64)
-    row = table + tensor * 7
+    row = table + tensor * 10
     first = tl.load(chunks + 2 * tl.program_id(0) + 1).to(tl.int64)
     size = tl.load(row)
     grad, weight = _address(row, 1, GRAD, ALIGN), _address(row, 2, tl.float32, ALIGN)
     mask, copy = _address(row, 3, MASK, ALIGN), _address(row, 4, COPY, ALIGN)
     average, square = _address(row, 5, tl.float32, ALIGN), _address(row, 6, tl.float32, ALIGN)
-    step_size, root_correction = tl.load(corrections + 2 * tensor), tl.load(corrections + 2 * tensor + 1)
+    scores = _address(row, 7, tl.float32, ALIGN)
+    scores_average, scores_square = _address(row, 8, tl.float32, ALIGN), _address(row, 9, tl.float32, ALIGN)
+    corrections += tensor * 4
     if (first + 1) * (32 * ROWS) <= size:
         _adamw_chunk(
-            *(grad, weight, mask, copy, average, square, first, size, step_size, root_correction),
-            *(lr, beta1, beta2, eps, weight_decay, SIGN, HAS_COPY, ROWS, True),
+            *(grad, weight, mask, copy, average, square, scores, scores_average, scores_square),
+            *(corrections, first, size, lr, beta1, beta2, eps, weight_decay),
+            *(scores_lr, scores_beta1, scores_beta2, scores_eps, scores_weight_decay),
+            *(SIGN, HAS_SCORES, SCORES_SIGN, HAS_COPY, ROWS, True),
         )
     else:
         _adamw_chunk(
-            *(grad, weight, mask, copy, average, square, first, size, step_size, root_correction),
-            *(lr, beta1, beta2, eps, weight_decay, SIGN, HAS_COPY, ROWS, False),
+            *(grad, weight, mask, copy, average, square, scores, scores_average, scores_square),
+            *(corrections, first, size, lr, beta1, beta2, eps, weight_decay),
+            *(scores_lr, scores_beta1, scores_beta2, scores_eps, scores_weight_decay),
+            *(SIGN, HAS_SCORES, SCORES_SIGN, HAS_COPY, ROWS, False),
         )
 
 
@@ -473,38 +576,74 @@ def split_gradient(
             _split_gradient[(len(chunks),)](table, chunks, ALIGN=align, **_FIXED, **types, **wanted)
 
 
+class Scores(NamedTuple):
+    """What a step takes of scores that it steps beside their weights, with the gradient ``weight * G``."""
+
+    scores: Sequence[Tensor | None]
+    state: Sequence[Sequence[Tensor | None]]
+    """Columns: of the momentum, or of the two moments."""
+    settings: Mapping[str, Any]
+    steps: Sequence[Tensor] = ()
+
+
+def _sgd_settings(settings: Mapping[str, Any]) -> list[float]:
+    return [float(settings[name]) for name in ("lr", "momentum", "dampening", "weight_decay")]
+
+
 def sgd_step(
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
     masks: Sequence[Tensor],
     copies: Sequence[Tensor] | None,
     buffers: Sequence[Tensor] | None,
+    scores: Scores | None = None,
     *,
     fresh: bool,
-    lr: float,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
+    **settings: Any,
 ) -> None:
-    """One step of ``torch.optim.SGD`` in place; ``fresh``: the buffers hold nothing yet."""
-    outs = _column(copies, len(weights))
-    held = _column(buffers, len(weights))
-    table, chunks = _table([grads, weights, masks, outs, held])
+    """One step of ``torch.optim.SGD`` in place, on weights and, with settings of their own, on scores.
+
+    Args:
+        weights, masks, copies: float32 weights, their masks, and what ``mask * weight`` is written to.
+        grads: ``G``, or ``mask * G`` where there are no scores.
+        buffers: of the momentum, or None without.
+        scores: likewise, the state is the buffers or nothing.
+        fresh: the buffers hold nothing yet.
+        settings: lr, momentum, dampening, weight_decay, nesterov, maximize.
+    """
+    none = [None] * len(weights)
+    of_scores = scores or Scores(none, [], settings)
+    columns = [grads, weights, masks, copies or none, buffers or none, of_scores.scores, *(of_scores.state or [none])]
+    table, chunks = _table(columns)
     if len(chunks):
         with on_device(table.device):
             _sgd_step[(len(chunks),)](
-                *(table, chunks, lr, momentum, dampening, weight_decay, _type(grads), _type(masks), _type(outs)),
-                NESTEROV=nesterov,
+                *(table, chunks, *_sgd_settings(settings), *_sgd_settings(of_scores.settings)),
+                *(_type(grads), _type(masks), _type(columns[3])),
+                NESTEROV=settings["nesterov"],
                 MOMENTUM=buffers is not None,
+                SIGN=_sign(settings),
+                HAS_SCORES=scores is not None,
+                SCORES_NESTEROV=of_scores.settings["nesterov"],
+                SCORES_MOMENTUM=bool(of_scores.state),
+                SCORES_SIGN=_sign(of_scores.settings),
                 FRESH=fresh,
-                SIGN=-1 if maximize else 1,
                 HAS_COPY=copies is not None,
-                ALIGN=_alignment(grads, weights, masks, outs, held),
+                ALIGN=_alignment(*columns),
                 **_FIXED,
             )
-    torch.autograd.graph.increment_version([*weights, *(copies or ()), *(buffers or ())])
+    _tell_autograd(weights, *columns[3:])
+
+
+def _adamw_settings(settings: Mapping[str, Any]) -> list[float]:
+    return [float(value) for value in (settings["lr"], *settings["betas"], settings["eps"], settings["weight_decay"])]
+
+
+def _adamw_corrections(settings: Mapping[str, Any], steps: Sequence[Tensor]) -> list[Tensor]:
+    # Torch keeps the numbers on the device. In float64: 1 - 0.999 ** step loses half of the digits of a float32.
+    step = torch.stack(list(steps)).double()
+    beta1, beta2 = settings["betas"]
+    return [settings["lr"] / (1 - beta1**step), (1 - beta2**step).sqrt()]
 
 
 def adamw_step(
@@ -515,26 +654,42 @@ def adamw_step(
     averages: Sequence[Tensor],
     squares: Sequence[Tensor],
     steps: Sequence[Tensor],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
+    scores: Scores | None = None,
+    **settings: Any,
 ) -> None:
-    """One step of ``torch.optim.AdamW`` in place; ``steps``: numbers of this step, float32 on the device."""
-    outs = _column(copies, len(weights))
-    table, chunks = _table([grads, weights, masks, outs, averages, squares])
-    # Torch keeps the numbers on the device. In float64: 1 - 0.999 ** step loses half of the digits of a float32.
-    step = torch.stack(list(steps)).double()
-    corrections = torch.stack([lr / (1 - betas[0] ** step), (1 - betas[1] ** step).sqrt()], 1).float()
+    """One step of ``torch.optim.AdamW`` in place, otherwise as :func:`sgd_step`.
+
+    Args:
+        weights, grads, masks, copies, scores: as there; the state of scores is averages and squares.
+        averages, squares: the moments.
+        steps: numbers of this step, float32 on the device.
+        settings: lr, betas, eps, weight_decay, maximize.
+    """
+    none = [None] * len(weights)
+    of_scores = scores or Scores(none, [none, none], settings)
+    columns = [grads, weights, masks, copies or none, averages, squares, of_scores.scores, *of_scores.state]
+    table, chunks = _table(columns)
+    corrections = _adamw_corrections(settings, steps)
+    corrections += corrections if scores is None else _adamw_corrections(scores.settings, scores.steps)
     if len(chunks):
         with on_device(table.device):
             _adamw_step[(len(chunks),)](
-                *(table, chunks, corrections, lr, *betas, eps, weight_decay, _type(grads), _type(masks), _type(outs)),
-                SIGN=-1 if maximize else 1,
+                *(table, chunks, torch.stack(corrections, 1).float()),
+                *(*_adamw_settings(settings), *_adamw_settings(of_scores.settings)),
+                *(_type(grads), _type(masks), _type(columns[3])),
+                SIGN=_sign(settings),
+                HAS_SCORES=scores is not None,
+                SCORES_SIGN=_sign(of_scores.settings),
                 HAS_COPY=copies is not None,
-                ALIGN=_alignment(grads, weights, masks, outs, averages, squares),
+                ALIGN=_alignment(*columns),
                 **_FIXED,
             )
-    torch.autograd.graph.increment_version([*weights, *(copies or ()), *averages, *squares])
+    _tell_autograd(weights, *columns[3:])
+
+
+def _sign(settings: Mapping[str, Any]) -> int:
+    return -1 if settings["maximize"] else 1
+
+
+def _tell_autograd(*columns: Sequence[Tensor | None]) -> None:
+    torch.autograd.graph.increment_version([t for column in columns for t in column if t is not None])

@@ -393,7 +393,10 @@ def _layer_inputs(model: nn.Module, example_input: Tensor) -> dict[str, Tensor]:
 
 def _layer_runs(layer: nn.Module, x: Tensor) -> dict[str, Callable[[], None]]:
     """The whole layer in training, and its passes one by one, of those that training asks for."""
-    leaves: dict[str, list[Tensor]] = {"input_grad": [x], "weight_grad": list(layer.parameters())}
+    parameters = dict(layer.named_parameters())
+    if isinstance(layer, SparseMaskedModule) and layer.shares_gradient:
+        del parameters["mask_scores"]  # which backward leaves out
+    leaves: dict[str, list[Tensor]] = {"input_grad": [x], "weight_grad": list(parameters.values())}
     if isinstance(layer, SparseMaskedModule) and layer._grad_sink is not None:
         leaves["weight_grad"].append(layer._grad_sink)
     leaves = {name: [leaf for leaf in of_pass if leaf.requires_grad] for name, of_pass in leaves.items()}

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .kernels import BinaryMask, cuda
 from .kernels.pack import bytes_of, gather_values, mask_to_bits, scatter_values
-from .nn import SparseMaskedModule, mask_of
+from .nn import SparseMaskedModule, gradient_mask_of
 
 
 class _Positions(NamedTuple):
@@ -46,8 +46,8 @@ class SparseAllReduce:
 
     The gradient of a sparse layer's weight is zero outside of the mask. Of each bucket the other elements go into one
     vector, which is reduced and written back: no positions are sent. Parameters without a mask (scores that are
-    Parameters among them) travel whole beside them, as do weights that another kind of module uses too. The averages
-    are those of DDP without a hook.
+    Parameters among them) travel whole beside them, as do weights that another kind of module uses too and those that
+    share their gradient with scores. The averages are those of DDP without a hook.
 
     Once for each change of a bucket's masks the ranks compare their hashes. So masks must change on all ranks between
     the same two backward passes, which methods (:class:`Sparsifier`) see to. The gradients of scores that methods
@@ -103,7 +103,7 @@ class SparseAllReduce:
 
     def _positions_of(self, bucket: Any) -> _Positions:
         parameters, buffer = bucket.parameters(), bucket.buffer()
-        masks = [mask_of(parameter) for parameter in parameters]
+        masks = [gradient_mask_of(parameter) for parameter in parameters]
         known = self._positions.get(bucket.index())
         if known is None or not known.hold_for(parameters, masks, buffer.numel()):
             known = self._positions[bucket.index()] = self._compute(bucket, masks)
@@ -139,7 +139,9 @@ class SparseAllReduce:
         dist.all_reduce(ends, dist.ReduceOp.MAX, group=self._group)
         self.bytes_sent += ends.numel() * ends.itemsize
         if not torch.equal(ends[: mine.numel()], ~ends[mine.numel() :]):
-            names = ", ".join(self._names[parameter] for parameter in parameters if mask_of(parameter) is not None)
+            names = ", ".join(
+                self._names[parameter] for parameter in parameters if gradient_mask_of(parameter) is not None
+            )
             raise RuntimeError(f"ranks disagree on the masks of {names}; change masks on all ranks together")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import functools
 import math
 import warnings
 import weakref
@@ -20,6 +21,7 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .kernels import PASSES, Backend, choose_backend, describe, gpu, make_grad_sink, masked_conv2d, masked_linear
@@ -50,6 +52,7 @@ class SparseMaskedModule(nn.Module):
     """
 
     _dense_class: type[nn.Module]
+    _wants_shared_gradient = False  # set by share_gradient
     _op: str
     weight: nn.Parameter
     mask: Tensor
@@ -70,6 +73,8 @@ class SparseMaskedModule(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:  # of copies and unpickled layers
         super().__setstate__(state)
         _note_weight(self)
+        if self._wants_shared_gradient:
+            note_sharing(self, True)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:  # every assignment comes here
         super().register_parameter(name, param)
@@ -131,6 +136,8 @@ class SparseMaskedModule(nn.Module):
         """
         if support not in _SUPPORTS:
             raise ValueError(f"support={support!r} is not known; allowed: {', '.join(_SUPPORTS)}")
+        if support != "none" and self.shares_gradient:
+            raise ValueError(f"support={support!r}: the layer shares its gradient (share_gradient); allowed: none")
         if (positions is not None) != (support == "search"):
             raise ValueError(f"positions must be given for support='search' and for no other, got support={support!r}")
         if positions is not None:
@@ -165,6 +172,11 @@ class SparseMaskedModule(nn.Module):
         """Forget the collected ``G``."""
         if self._grad_sink is not None:
             self._grad_sink.grad = None
+
+    @property
+    def shares_gradient(self) -> bool:
+        """Whether ``weight.grad`` is ``G``, see :func:`sparsebilevel.optim.share_gradient`."""
+        return self._wants_shared_gradient and isinstance(self.mask_scores, nn.Parameter)
 
     # -- what a reader sees -------------------------------------------------------------------------------------------
 
@@ -289,6 +301,8 @@ class SparseMaskedModule(nn.Module):
         self._refit_collection()  # assign=True may have put a weight of another device or dtype in place
 
     def _sink_arguments(self) -> dict[str, Any]:
+        if self.shares_gradient:
+            return {"mask_scores": None, "grad_sink": self.weight, "positions": None}
         scores = self.mask_scores if isinstance(self.mask_scores, nn.Parameter) else None
         return {"mask_scores": scores, "grad_sink": self._grad_sink, "positions": self._positions}
 
@@ -481,6 +495,54 @@ def mask_of(weight: Tensor) -> Tensor | None:
     return masks[0] if masks and all(mask is masks[0] for mask in masks) else None
 
 
+# Layers whose weight.grad is G. Nothing is kept alive.
+_SHARING: weakref.WeakSet[SparseMaskedModule] = weakref.WeakSet()
+
+
+def note_sharing(layer: SparseMaskedModule, enabled: bool) -> None:
+    """Whether backward is to leave ``G`` in the weight's gradient, see :func:`sparsebilevel.optim.share_gradient`."""
+    layer._wants_shared_gradient = enabled
+    if enabled:
+        _SHARING.add(layer)
+        _watch_optimizers()
+    else:
+        _SHARING.discard(layer)
+
+
+def is_gradient_shared() -> bool:
+    """Whether any layer does."""
+    return len(_SHARING) > 0
+
+
+def layers_sharing_gradient() -> list[SparseMaskedModule]:
+    """Those that there are, of whatever models."""
+    # A layer that has been made dense is of another class.
+    return [layer for layer in _SHARING if isinstance(layer, SparseMaskedModule) and layer.shares_gradient]
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """From now on, refuse steps that would take ``G`` for the gradient of a weight."""
+
+    def refuse(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not is_gradient_shared() or getattr(optimizer, "splits_gradients", False):
+            return
+        weights = {id(layer.weight) for layer in layers_sharing_gradient()}
+        if any(id(p) in weights for group in optimizer.param_groups for p in group["params"]):
+            raise RuntimeError(
+                f"optimizer is a {type(optimizer).__module__}.{type(optimizer).__name__}, which does not know that a "
+                "weight shares its gradient with its scores (share_gradient); expected one of sparsebilevel.optim"
+            )
+
+    register_optimizer_step_pre_hook(refuse)
+
+
+def gradient_mask_of(weight: Tensor) -> Tensor | None:
+    """The mask outside of which the gradient of the weight is zero, None where there is none."""
+    sharing = any(layer.weight is weight for layer in layers_sharing_gradient())
+    return None if sharing else mask_of(weight)
+
+
 _SPARSE_CLASSES: dict[type[nn.Module], type[SparseMaskedModule]] = {
     nn.Linear: SparseMaskedLinear,
     nn.Conv2d: SparseMaskedConv2d,
@@ -516,6 +578,7 @@ def _convert_to_dense(layer: Any) -> nn.Module:
         "score_support",
         "_positions",
         "_grad_sink",
+        "_wants_shared_gradient",
     ):
         layer.__dict__.pop(name, None)
     layer.__class__ = layer._dense_class

@@ -140,6 +140,54 @@ def test_sgd_step(momentum, nesterov, maximize):
         close(c, torch.where(m, w, 0))
 
 
+SGD_PAIRS = [
+    ({"momentum": 0.9, "weight_decay": 0.01, "nesterov": True}, {"lr": 0.3, "maximize": True}),
+    ({}, {"lr": 0.3, "momentum": 0.8, "dampening": 0.1, "weight_decay": 0.02}),
+    ({"momentum": 0.9, "maximize": True}, {"momentum": 0.5, "nesterov": True}),
+]
+ADAMW_PAIRS = [
+    ({"weight_decay": 0.01}, {"lr": 0.3, "betas": (0.5, 0.8), "eps": 1e-4, "weight_decay": 0.1}),
+    ({"maximize": True}, {"lr": 0.01}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "of_weights", "of_scores"),
+    [("SGD", *pair) for pair in SGD_PAIRS] + [("AdamW", *pair) for pair in ADAMW_PAIRS],
+    ids=str,
+)
+def test_steps_of_weights_and_scores(name, of_weights, of_scores):
+    weights, scores = ([torch.randn(size) for size in SIZES] for _ in range(2))
+    masks = [torch.rand(size) < 0.5 for size in SIZES]
+    expected = [[t.clone().requires_grad_() for t in tensors] for tensors in (weights, scores)]
+    groups = [{"params": expected[0], **of_weights}, {"params": expected[1], **of_scores}]
+    optimizer = getattr(torch.optim, name)(groups, lr=0.1, foreach=False)
+    copies = [torch.full_like(w, float("nan"), dtype=torch.bfloat16) for w in weights]
+    state = [[[torch.zeros_like(w) for w in weights] for _ in range(2)] for _ in range(2)]
+    for step in range(3):
+        grads = [torch.randn(size) for size in SIZES]
+        for w, s, g, m in zip(*expected, grads, masks, strict=True):
+            w.grad, s.grad = torch.where(m, g, 0), w.detach() * g
+        optimizer.step()
+        settings, scores_settings = optimizer.param_groups
+        names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+        names = names if name == "SGD" else ("lr", "betas", "eps", "weight_decay", "maximize")
+        first, second = ({name: group[name] for name in names} for group in optimizer.param_groups)
+        if name == "SGD":
+            held = state[0][0] if first["momentum"] else None
+            stepped = triton_elementwise.Scores(scores, state[1][:1] if second["momentum"] else [], second)
+            triton_elementwise.sgd_step(weights, grads, masks, copies, held, stepped, fresh=step == 0, **first)
+        else:
+            steps = [torch.tensor(step + 1.0)] * len(SIZES)
+            stepped = triton_elementwise.Scores(scores, state[1], second, steps)
+            triton_elementwise.adamw_step(weights, grads, masks, copies, *state[0], steps, stepped, **first)
+    for got, want in zip((weights, scores), expected, strict=True):
+        for a, b in zip(got, want, strict=True):
+            assert_close(a, b.detach(), rtol=1e-5, atol=1e-5)
+    for w, m, c in zip(weights, masks, copies, strict=True):
+        close(c, torch.where(m, w, 0))
+
+
 @pytest.mark.parametrize("maximize", [False, True])
 def test_adamw_step(maximize):
     weights = [torch.randn(size) for size in SIZES]
@@ -894,6 +942,46 @@ def test_optimizers_step_as_torch_does_and_write_the_copies(name, launches):
         assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_weights_and_scores_are_stepped_from_one_gradient(name, launches, monkeypatch):
+    settings = {"momentum": 0.9, "weight_decay": 0.01} if name == "SGD" else {"weight_decay": 0.1}
+    x = torch.randn(2, 3, 4, 4)
+    split, results = [], []
+    original = triton_elementwise.split_gradient
+    monkeypatch.setattr(triton_elementwise, "split_gradient", lambda *args: (split.append(args[3:]), original(*args)))
+    for shared in (False, True):
+        torch.manual_seed(1)
+        model = small_model()
+        layers = [layer for _, layer in sb.sparse_layers(model)]
+        for layer in layers:
+            layer.set_mask_scores(torch.nn.Parameter(torch.randn_like(layer.weight)))
+        if shared:
+            sb.optim.share_gradient(model)
+        scores = [layer.mask_scores for layer in layers]
+        others = [p for p in model.parameters() if all(p is not s for s in scores)]
+        groups = [{"params": others}, {"params": scores, "lr": 0.05, "weight_decay": 0.0}]
+        optimizer = getattr(sb.optim, name)(groups, lr=0.01, **settings)
+        for step in range(4):
+            launches.clear()
+            split.clear()
+            model(x).square().sum().backward()
+            model(x).square().sum().backward()
+            if shared and step > 1:
+                assert launches == []  # the optimizer has written the copies
+            backward = len(split)
+            optimizer.step()
+            if shared:
+                assert all(grads[:2] == (None, None) for grads in split[:backward])  # G alone
+                assert len(split) == backward + (step == 0)  # torch makes the state
+                assert all(layer.weight.grad.count_nonzero() > layer.mask.sum() for layer in layers[1:])
+                assert all(layer.mask_scores.grad is None for layer in layers)
+            optimizer.zero_grad()
+        results.append([p.detach() for p in model.parameters()])
+        results[-1] += [state[key] for state in optimizer.state.values() for key in state if state[key] is not None]
+    for got, want in zip(*reversed(results), strict=True):
+        assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 # -- convolutions ------------------------------------------------------------------------------------------------------
 
 
@@ -937,7 +1025,7 @@ def test_the_checks_for_gpus_pass_here(monkeypatch):
     import gpu_kernels
 
     errors = gpu_kernels.check(DEVICE, small=True)
-    assert len(errors) == 75
+    assert len(errors) == 85
     assert max(errors.values()) <= 4, errors
 
 

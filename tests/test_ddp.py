@@ -122,3 +122,50 @@ def test_a_network_in_layout_gives_the_same_averages(tmp_path, monkeypatch):
     for ours, others, expected in zip(first, second, plain, strict=True):
         assert torch.equal(ours, others)
         assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def learner(shared):
+    torch.manual_seed(0)
+    model = sb.sparsify(nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)), 0.5, seed=0)
+    layers = [layer for _, layer in sb.sparse_layers(model)]
+    for layer in layers:
+        layer.set_mask_scores(nn.Parameter(torch.randn_like(layer.weight)))
+    if shared:
+        sb.optim.share_gradient(model)
+        for layer in layers:
+            layer.mask_scores.requires_grad_(False)
+    return model, sb.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def work_with_scores(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    trained = []
+    for shared, hook in ((False, False), (True, False), (True, True)):
+        model, optimizer = learner(shared)
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        sparse = sb.SparseAllReduce(ddp) if hook else None
+        for step in range(3):
+            optimizer.zero_grad()
+            with ddp.no_sync():
+                ddp(batch(4 * step + rank)).square().sum().backward()
+            ddp(batch(4 * step + 2 + rank)).square().sum().backward()
+            optimizer.step()
+        trained.append([p.detach() for p in model.parameters()])
+        if sparse is not None:
+            assert sparse.bytes_sent == sparse.dense_bytes
+    torch.save(trained, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_weights_and_scores_that_share_a_gradient(tmp_path):
+    torch.multiprocessing.spawn(work_with_scores, (str(tmp_path),), nprocs=2)
+    (plain, *shared), others = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    start = [p.detach() for p in learner(False)[0].parameters()]
+    assert all((a - b).abs().max() > 0.01 for a, b in zip(plain, start, strict=True))
+    for got in shared:
+        for a, b in zip(got, plain, strict=True):
+            assert_close(a, b)
+    for a, b in zip(others[0], plain, strict=True):
+        assert torch.equal(a, b)

@@ -142,6 +142,7 @@ def test_opcheck(memory_format):
     op, geometry = torch.ops.sparsebilevel.masked_conv2d.default, ([2, 1], [1, 0], [1, 2], 2)
     torch.library.opcheck(op, (x, w, m, b, s, make_grad_sink(w), None, *geometry))
     torch.library.opcheck(op, (x, w, m, None, None, make_grad_sink(w, positions), positions, *geometry))
+    torch.library.opcheck(op, (x, w, m, b, None, w, None, *geometry))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

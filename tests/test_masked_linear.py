@@ -107,6 +107,7 @@ def test_opcheck():
     op = torch.ops.sparsebilevel.masked_linear.default
     torch.library.opcheck(op, (x, w, m, b, s, make_grad_sink(w), None))
     torch.library.opcheck(op, (x[0, 0], w, m, None, None, make_grad_sink(w, positions), positions))
+    torch.library.opcheck(op, (x, w, m, b, None, w, None))
     torch.library.opcheck(op, (x.detach(), w.detach(), m, b.detach(), None, None, None))
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 import sparsebilevel as sb
 from sparsebilevel import optim
+from sparsebilevel.costs import measure_layers
 from sparsebilevel.kernels import native, optimizer_step
 
 needs_extension = pytest.mark.skipif(not native.available(), reason="the C++ extension is not there")
@@ -432,3 +433,212 @@ def test_compiled_training_step(calls):
         trained.append(model)
     for a, b in zip(trained[0].parameters(), trained[1].parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+# -- one gradient for weights and scores -------------------------------------------------------------------------------
+
+
+def learner(setting: str, shared: bool, dtype=torch.float32, **kwargs):
+    """A model that learns weights and scores, and our optimizer, which steps them with settings of their own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 6), nn.Linear(6, 4)).to(dtype)
+    sb.sparsify(model, 0.5, seed=0)
+    layers = [layer for _, layer in sb.sparse_layers(model)]
+    for layer in layers:
+        layer.set_mask_scores(nn.Parameter(torch.randn_like(layer.weight)))
+    if shared:
+        assert optim.share_gradient(model) == ["0", "3", "4"]
+    scores = [layer.mask_scores for layer in layers]
+    others = [p for p in model.parameters() if all(p is not s for s in scores)]
+    groups = [{"params": others}, {"params": scores, "lr": 0.03, "weight_decay": 0.1}]
+    return model, layers, make(setting, optim, groups, **kwargs)
+
+
+def images(step: int, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(step)).to(dtype)
+
+
+def backward(model, step: int, factor: float = 1.0) -> torch.Tensor:
+    loss = F.cross_entropy(model(images(step, next(model.parameters()).dtype)), torch.arange(4)) * factor
+    loss.backward()
+    return loss
+
+
+def assert_learned_alike(plain, shared, **tolerance) -> None:
+    for a, b in zip(plain[0].parameters(), shared[0].parameters(), strict=True):
+        torch.testing.assert_close(b.detach(), a.detach(), **tolerance)
+        states = shared[2].state[b], plain[2].state[a]
+        assert states[0].keys() == states[1].keys()
+        torch.testing.assert_close(dict(states[0]), dict(states[1]), **tolerance)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_shared_gradient_gives_the_numbers_of_two(setting):
+    trained = []
+    for shared in (False, True):
+        model, layers, optimizer = learner(setting, shared, torch.float64)
+        for step in range(6):
+            optimizer.zero_grad()
+            for part in range(3):  # accumulation
+                backward(model, 3 * step + part)
+            held = [layer.weight.grad for layer in layers]
+            optimizer.step()
+            assert all(layer.weight.grad is grad for layer, grad in zip(layers, held, strict=True))
+            assert all((layer.mask_scores.grad is None) == shared for layer in layers)
+        trained.append((model, layers, optimizer))
+    assert_learned_alike(*trained, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", [None, "lines"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_shared_gradient_is_that_of_the_effective_weight(layout, autocast):
+    found = []
+    for shared in (False, True):
+        model, layers, _ = learner("sgd", shared)
+        if not shared:
+            for layer in layers:
+                layer.set_mask_scores(None)
+                layer.collect("all")
+        model = model if layout is None else sb.optimize_for_cpu(model, layout=layout)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            for step in range(2):
+                model(images(step).repeat(5, 1, 1, 1)).square().sum().backward()
+        found.append([layer.weight.grad if shared else layer.effective_grad for layer in layers])
+    for got, want, layer in zip(*reversed(found), layers, strict=True):
+        assert got.dtype == torch.float32
+        assert torch.equal(got, want)
+        assert got[~layer.mask].any()
+        assert layer.mask_scores.grad is None
+
+
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("setting", ["momentum", "adamw"])
+def test_a_shared_gradient_with_a_scaler_that_skips_a_step(setting, fused):
+    trained = []
+    for shared in (False, True):
+        model, layers, optimizer = learner(setting, shared, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for step in range(4):
+            optimizer.zero_grad()
+            scaler.scale(F.cross_entropy(model(images(step)), torch.arange(4)) * (1e300 if step == 1 else 1)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.get_scale() == 512
+        trained.append((model, layers, optimizer))
+    assert_learned_alike(*trained, rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_clips_the_shared_gradient():
+    trained = []
+    for shared in (False, True):
+        model, layers, optimizer = learner("momentum", shared, torch.float64)
+        if not shared:
+            for layer in layers:
+                layer.collect("all")
+        for step in range(3):
+            optimizer.zero_grad()
+            backward(model, step, 10.0)
+            norms = [layer.weight.grad if shared else layer.effective_grad for layer in layers]
+            norms += [layer.bias.grad for layer in layers]
+            norm = torch.linalg.vector_norm(torch.cat([grad.flatten() for grad in norms]))
+            assert norm > 1
+            if shared:
+                torch.testing.assert_close(nn.utils.clip_grad_norm_(model.parameters(), 1.0), norm)
+            else:
+                for parameter in model.parameters():
+                    parameter.grad /= norm + 1e-6
+                for layer in layers:
+                    layer.zero_effective_grad()
+            optimizer.step()
+        trained.append((model, layers, optimizer))
+    assert_learned_alike(*trained, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("setting", ["momentum", "adamw"])
+def test_checkpoints_with_and_without_a_shared_gradient(setting):
+    expected = learner(setting, False)
+    for step in range(4):
+        expected[2].zero_grad()
+        backward(expected[0], step)
+        expected[2].step()
+    model, layers, optimizer = learner(setting, False)
+    for step in range(4):  # after each step the other way, and in a copy
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+        state = model.state_dict(), optimizer.state_dict()
+        model, layers, optimizer = learner(setting, step % 2 == 0)
+        model.load_state_dict(state[0])
+        optimizer.load_state_dict(state[1])
+        if step == 0:
+            model, layers, optimizer = pickle.loads(pickle.dumps((model, layers, optimizer)))
+            assert all(layer.shares_gradient for layer in layers)
+    assert_learned_alike(expected, (model, layers, optimizer), rtol=1e-5, atol=1e-6)
+
+
+def test_a_shared_gradient_with_a_closure_compiled_and_with_a_penalty_on_scores():
+    def train_learner(shared):
+        model, layers, optimizer = learner("adamw", shared, torch.float64)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        compiled_step = torch.compile(optimizer.step, backend="eager")
+
+        def closure():
+            optimizer.zero_grad()
+            loss = backward(model if step < 2 else compiled, step)
+            if step % 2:
+                sum(layer.mask_scores.sigmoid().sum() for layer in layers).backward()
+            return loss
+
+        for step in range(6):
+            if step < 4:
+                assert optimizer.step(closure).requires_grad
+            else:
+                closure()
+                compiled_step()
+        return model, layers, optimizer
+
+    assert_learned_alike(*map(train_learner, (False, True)), rtol=1e-10, atol=1e-12)
+
+
+def test_who_may_step_a_shared_gradient():
+    model, layers, _ = learner("sgd", True)
+    backward(model, 0)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"torch\.optim\.sgd\.SGD, which does not know.*sparsebilevel\.optim"):
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match=r"optimizer has the weight of a layer of shape \[8, 3, 3, 3\].*mask_scores"):
+        optim.SGD([layers[0].weight, layers[0].bias], lr=0.1).step()
+    with pytest.raises(RuntimeError, match=r"optimizer has the mask_scores of a layer of shape \[6, 128\].*weight"):
+        optim.AdamW([layers[1].mask_scores]).step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    torch.optim.SGD([layers[0].bias], lr=0.1).step()
+    optim.SGD([layers[0].bias], lr=0.1).step()
+    sb.densify(model, inplace=True)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+def test_which_layers_share_their_gradient():
+    model, layers, _ = learner("sgd", False)
+    layers[0].set_mask_scores(None)  # none to train
+    layers[1].collect("all")  # a method's
+    layers[2].mask_scores = nn.Parameter(layers[2].mask_scores.detach().double())
+    with pytest.raises(ValueError, match="model has no sparse layer that can share its gradient; expected one whose"):
+        optim.share_gradient(model)
+    layers[1].collect("none")
+    assert optim.share_gradient(model) == ["3"]
+    assert [layer.shares_gradient for layer in layers] == [False, True, False]
+    assert len(measure_layers(model, images(0), repeats=1)) == 3
+    with pytest.raises(ValueError, match=r"support='all': the layer shares its gradient .*; allowed: none"):
+        layers[1].collect("all")
+    assert optim.share_gradient(model, False) == ["3"]
+    layers[1].collect("all")
+    backward(model, 0)
+    assert not layers[1].weight.grad[~layers[1].mask].any()
+    assert layers[1].mask_scores.grad.any()
+
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    sb.sparsify(tied, 0.5)
+    for layer in tied:
+        layer.set_mask_scores(nn.Parameter(torch.zeros(4, 4)))
+    assert optim.share_gradient(tied) == ["2"]

@@ -47,7 +47,11 @@ def _types(pointers, numbers="", scalars="", i32=""):
 TABLE = "table=*i64 chunks=*i32"
 ELEMENTWISE = {"ALIGN": 16, "ROWS": triton_elementwise.ROWS}
 WARPS = triton_elementwise._WARPS
-SGD = {"GRAD": tl.bfloat16, "MASK": tl.int8, "COPY": tl.bfloat16, "HAS_COPY": True, "SIGN": 1, **ELEMENTWISE}
+STEP = {"GRAD": tl.float32, "MASK": tl.int8, "COPY": tl.bfloat16, "HAS_COPY": True, **ELEMENTWISE}
+STEP |= {"SIGN": 1, "HAS_SCORES": False, "SCORES_SIGN": 1}
+SGD = STEP | {"NESTEROV": False, "MOMENTUM": True, "SCORES_NESTEROV": False, "SCORES_MOMENTUM": True, "FRESH": False}
+SGD_NUMBERS = "lr momentum dampening weight_decay"
+ADAMW_NUMBERS = "lr beta1 beta2 eps weight_decay"
 MATMUL = {"DESCRIPTOR": False, "PRECISION": "ieee", "UPCAST": False}
 MASKED = {"BLOCK_T": 128, "BLOCK_M": 128, "BLOCK_C": 64, "GROUP": 8, "HAS_BIAS": True, **MATMUL}
 GRAD = {"BLOCK_T": 64, "BLOCK_N": 128, "BLOCK_K": 128, "BITS": False, **MATMUL}
@@ -57,7 +61,23 @@ LISTS = "order=*i32 starts=*i32 index=*i32"
 GRADS = "weight=*fp32 mask=*i8 grad_weight=*fp32 grad_scores=*fp32"
 # Channels are multiples of 16; the rest is not.
 MAPS = ("N C", "pixels H W SH SW R S groups stride_y stride_x pad_y pad_x dil_y dil_x")
+WIDE = (r"LDG\.E\.128", r"STG\.E\.128")  # 16 bytes
 TENSOR_CORES = r"HGMMA|HMMA|UTCHMMA"
+
+
+def _both(numbers):
+    """Settings of weights, and of scores."""
+    return " ".join([numbers, *(f"scores_{number}" for number in numbers.split())])
+
+
+def _sgd(most, **constants):
+    types = _types(TABLE, scalars=_both(SGD_NUMBERS))
+    return Kernel(triton_elementwise._sgd_step, types, SGD | constants, most, WIDE, WARPS)
+
+
+def _adamw(most, **constants):
+    types = _types(f"{TABLE} corrections=*fp32", scalars=_both(ADAMW_NUMBERS))
+    return Kernel(triton_elementwise._adamw_step, types, STEP | constants, most, WIDE, WARPS)
 
 
 def _maps(conv, stride=1):
@@ -175,7 +195,7 @@ KERNELS = {
         _types(TABLE),
         {"WEIGHT": tl.bfloat16, "MASK": tl.int32, "OUT": tl.bfloat16, **ELEMENTWISE},
         64,
-        (r"LDG\.E\.128", r"STG\.E\.128"),
+        WIDE,
         WARPS,
     ),
     "split_gradient": Kernel(
@@ -184,25 +204,13 @@ KERNELS = {
         {"GRAD": tl.float32, "WEIGHT": tl.float32, "MASK": tl.int8, "GRAD_WEIGHT": tl.float32, **ELEMENTWISE}
         | {"HAS_WEIGHT": True, "HAS_SCORES": True, "HAS_SINK": True},
         80,
-        (r"LDG\.E\.128", r"STG\.E\.128"),
+        WIDE,
         WARPS,
     ),
-    "sgd_step": Kernel(
-        triton_elementwise._sgd_step,
-        _types(TABLE, scalars="lr momentum dampening weight_decay"),
-        SGD | {"NESTEROV": False, "MOMENTUM": True, "FRESH": False},
-        128,
-        (r"LDG\.E\.128", r"STG\.E\.128"),
-        WARPS,
-    ),
-    "adamw_step": Kernel(
-        triton_elementwise._adamw_step,
-        _types(f"{TABLE} corrections=*fp32", scalars="lr beta1 beta2 eps weight_decay"),
-        SGD,
-        200,
-        (r"LDG\.E\.128", r"STG\.E\.128"),
-        WARPS,
-    ),
+    "sgd_step": _sgd(128),
+    "sgd_step_scores": _sgd(200, HAS_SCORES=True),
+    "adamw_step": _adamw(128),
+    "adamw_step_scores": _adamw(200, HAS_SCORES=True),
     "masked_matmul": _masked(),
     "masked_matmul_bytes": _masked(bits=False),
     "masked_matmul_descriptor": _masked(descriptor=True),
@@ -273,7 +281,7 @@ KERNELS |= {
 }
 
 # Of those the others are much alike.
-FEW = {"apply_mask", "split_gradient", "adamw_step", "masked_matmul_descriptor", "masked_matmul_input_grad"}
+FEW = {"apply_mask", "split_gradient", "adamw_step_scores", "masked_matmul_descriptor", "masked_matmul_input_grad"}
 FEW |= {"weight_grad_split", "weight_grad_descriptor", "block_matmul_64_input_grad_descriptor", "block_weight_grad_64"}
 FEW |= {"masked_conv2d", "conv2d_weight_grad", "masked_matmul_16_rows_descriptor"}
 FEW |= {"block_conv2d_64_descriptor", "block_conv2d_64_input_grad_stride_2", "block_conv2d_weight_grad_64_descriptor"}
