@@ -21,7 +21,7 @@ from torch import Tensor
 
 DEVICES = frozenset({"cuda"})
 """Types of devices that the kernels run on. The tests have them emulated on the CPU."""
-SHORT_ROW = 64
+SHORT_ROW = 16
 """The longest slices that the kernel can step over what lies inside of, as ``kShortRow`` in csrc/cuda/binarize.cu."""
 _CHUNK = 1024
 _SCORE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}

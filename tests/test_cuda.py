@@ -148,7 +148,7 @@ def test_several_blocks(kind, emulated):
 
 def test_a_sample_that_misleads_costs_time_only(emulated):
     """All that is not zero hides from the sample, and is next to zero or far away."""
-    n, count = 40_000, 16_384
+    n, count = 40_000, 8192
     first = [i * (n // count) + min(i, n % count) for i in range(count + 1)]
     drawn = [((i + 1) * 0x9E3779B97F4A7C15 % (1 << 64) >> 33) * (first[i + 1] - first[i]) >> 31 for i in range(count)]
     hidden = torch.ones(n, dtype=torch.bool)
@@ -184,7 +184,22 @@ def test_many_tensors(emulated):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows(dtype, emulated):
-    shapes = [(70, 2), (5, 4), (9, 8), (33, 5), (3, 64), (4, 65), (2, 300), (2, 2500), (300, 1), (4, 0), (3, 6, 5)]
+    shapes = [
+        (70, 2),
+        (5, 4),
+        (9, 8),
+        (33, 5),
+        (33, 16),
+        (9, 17),
+        (5, 64),
+        (4, 65),
+        (2, 300),
+        (3, 1030),
+        (2, 4097),
+        (300, 1),
+        (4, 0),
+        (3, 6, 5),
+    ]
     for shape in shapes:
         for fill in (torch.randn, lambda *s: torch.randn(*s).round()):
             scores = fill(*shape).to(dtype)
