@@ -589,14 +589,26 @@ struct Rows {
   const int64_t* k_pointer;
   int64_t k;
   uint8_t* mask;
-  int32_t* errors;  // [2]: NaNs; and whether k was out of range
+  int32_t* errors;  // [3]: NaNs; whether k was out of range; whether neither was so
 
   __device__ int64_t checked_k() const {
     const int64_t asked = k_pointer ? *k_pointer : k, used = asked < 0 ? 0 : asked > length ? length : asked;
-    if (asked != used && blockIdx.x == 0 && threadIdx.x == 0) errors[1] = 1;
+    if (asked != used && blockIdx.x == 0 && threadIdx.x == 0) {
+      errors[1] = 1;
+      errors[2] = 0;
+    }
     return used;
   }
+  __device__ void count_nans(int nans) const {
+    if (nans == 0) return;
+    atomicAdd(&errors[0], nans);
+    errors[2] = 0;
+  }
 };
+
+__global__ void clear_errors(Rows r) {
+  if (threadIdx.x < 3) r.errors[threadIdx.x] = threadIdx.x == 2;
+}
 
 // What a thread reads or writes at once.
 template <class Element, int kLength>
@@ -652,7 +664,7 @@ __global__ void __launch_bounds__(kThreads) rank_rows(Rows r) {
     for (int i = 0; i < kLength; ++i)
       if (i < length) r.mask[offset + i * r.inner] = ranks[i] < k;
   }
-  if (nans) atomicAdd(&r.errors[0], nans);
+  r.count_nans(nans);
 }
 
 // A group of threads, a part of a warp, a warp or a block, has a row in its registers; inner is 1.
@@ -686,7 +698,7 @@ __global__ void __launch_bounds__(kThreads) bisect_rows(Rows r) {
     keys[i] = valid ? to_key<Type>(keys[i]) : 0;
     nans += valid && keys[i] == 0;
   });
-  if (nans) atomicAdd(&r.errors[0], nans);
+  r.count_nans(nans);
 
   Window w{kGreatest<Type>, kGreatest<Type>, 0, 0};
   if (k > 0 && has_row) w = {0, kGreatest<Type>, 0, static_cast<uint32_t>(length)};
@@ -754,11 +766,12 @@ __global__ void __launch_bounds__(kThreads) select_rows(Rows r) {
     __syncthreads();
     if (i < r.length) mask[i] = key > w.high || (tie && rank < k);
   }
-  if (nans) atomicAdd(&r.errors[0], nans);
+  r.count_nans(nans);
 }
 
 template <class Type>
 void launch_rows(const Rows& r, void* stream) {
+  SPARSEBILEVEL_LAUNCH(clear_errors, 1, kLanes, stream, r);
   const auto launch = [&](auto kernel, int64_t threads_of_row) {
     SPARSEBILEVEL_LAUNCH(kernel, divide_up(r.outer * r.inner * threads_of_row, kThreads), kThreads, stream, r);
   };
@@ -963,8 +976,8 @@ SPARSEBILEVEL_API sparsebilevel_binarize(const int64_t* table, int64_t tensors, 
 }
 
 // scores and mask [outer, length, inner], none of them 0: the k largest along the middle dimension. inner is 1, or
-// length at most 16. length is below 2^32. errors [2], which must be 0, receives the number of NaNs, and whether k was
-// not in [0, length].
+// length at most 16. length is below 2^32. errors [3] receives the number of NaNs, whether k was not in
+// [0, length], and whether neither was so.
 SPARSEBILEVEL_API sparsebilevel_binarize_rows(const void* scores, int64_t outer, int64_t length, int64_t inner,
                                               int type, const int64_t* k_pointer, int64_t k, void* mask,
                                               int32_t* errors, void* stream) {
