@@ -78,7 +78,7 @@ class NinjaBuildExt(build_ext):
         except (CompileError, ImportError, OSError, subprocess.CalledProcessError) as error:
             message(f"{'the library of CUDA kernels' if is_cuda else 'the C++ extension'} was not built: {error}")
             if is_cuda:
-                message("going on without it: on GPUs Triton takes its place.")
+                message("going on without it: on GPUs torch and Triton take its place.")
             else:
                 message("going on without it: everything works on pure PyTorch, the sparse CPU kernels are missing.")
             # setuptools forgives this error for an optional extension.

@@ -12,12 +12,15 @@ ours stand torch's own functions and the byte floor: what must be read and writt
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import itertools
 import json
+import re
 import statistics
 import sys
 import time
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +48,7 @@ def note(text: str) -> None:
 
 def import_everything() -> dict[str, Any]:
     """The modules that are checked: a path that does not import must not be found out on a machine that is rented."""
-    names = ("binarize", "cuda", "pack", "reference", "triton_binarize")
+    names = ("binarize", "cuda", "pack", "reference")
     modules = {name: importlib.import_module(f"sparsebilevel.kernels.{name}") for name in names}
     modules["package"] = importlib.import_module("sparsebilevel")
     library, reason = modules["cuda"].load()
@@ -59,7 +62,7 @@ class Check:
 
     def __init__(self, torch: Any, modules: dict[str, Any], device: str) -> None:
         self.torch, self.device = torch, device
-        self.cuda, self.triton = modules["cuda"], modules["triton_binarize"]
+        self.cuda = modules["cuda"]
         self.binarize, self.reference = modules["package"].binarize, modules["reference"]
         self.pack, self.unpack = modules["pack"].pack, modules["pack"].unpack
         self.passed: dict[str, int] = {}
@@ -181,6 +184,23 @@ class Check:
                 kept = torch.where(mask, values, torch.zeros_like(out))
                 self.equal("unpack", case, self.unpack(message, mask, out=out), kept)
 
+    def without_library(self, n: int) -> None:
+        """Sorting in its place, which must not wait for the device either."""
+        torch = self.torch
+        scores, k = self.scores("few values", n, torch.float32), torch.tensor(n // 3, device="cuda")
+        with unittest.mock.patch.object(self.cuda, "load", return_value=(None, "switched off")):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                found = self.binarize(scores, k, words=True)
+            except RuntimeError as error:
+                self.failed.append(f"without the library: {error}")
+                return
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        expected = self.reference.binarize(scores.double(), n // 3)
+        self.equal("without the library", f"k={n // 3}", found.mask, expected)
+        self.equal("without the library", f"words, k={n // 3}", found.words, self.reference.mask_words(expected)[0])
+
     def graph(self, n: int) -> None:
         """A captured launch, replayed with other scores and another k."""
         torch = self.torch
@@ -201,9 +221,10 @@ class Check:
         lists = [[1], [1023, 0, 1025], [size], [size // 3, 1, size // 2, 777], [5] * 300]
         for sizes in lists:
             self.lists(self.cuda, "CUDA", sizes, kinds)
-        for sizes in lists[:-1]:
-            self.lists(self.triton, "Triton", sizes, ("normal", "few values", "constant"))
-        self.rows([(size // 1000 + 1, n) for n in (2, 4, 8, 16, 64, 65, 1000, 4000)] + [(33, 20, 3, 3), (17, 4, 30)])
+        lengths = (2, 4, 8, 11, 16, 17, 64, 65, 1000, 1024, 4000, 5000)
+        self.rows([(size // 1000 + 1, n) for n in lengths] + [(33, 20, 3, 3), (17, 4, 30)])
+        if self.device == "cuda":
+            self.without_library(size)
         self.values(size + 1)
         self.values(100)
         self.messages(size // 10)
@@ -236,6 +257,27 @@ class Timer:
         target = self.torch.empty_like(source)
         return 2 * source.numel() / self.median_us(lambda: target.copy_(source)) / 1e3
 
+    def by_kernel(self, function: Callable[[], Any]) -> dict[str, float]:
+        """Mean microseconds of each kernel and launch, in order of the launches, with the cache flushed before."""
+        profiler = self.torch.profiler
+        calls = 5
+        self.torch.cuda.synchronize()
+        with profiler.profile(activities=[profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(calls):
+                self.flush.zero_()
+                function()
+            self.torch.cuda.synchronize()
+        events = [e for e in profile.events() if str(e.device_type).endswith("CUDA") and "sparsebilevel" in e.name]
+        events.sort(key=lambda e: e.time_range.start)
+        each = len(events) // calls
+        times: dict[str, float] = {}
+        for i, event in enumerate(events[: each * calls]):
+            name = re.search(r"(\w+)[<(]", event.name.partition("(anonymous namespace)::")[2])
+            key = f"{i % each} {name[1] if name else event.name[:60]}"
+            times[key] = times.get(key, 0.0) + event.time_range.elapsed_us() / calls
+        note(", ".join(f"{name} {us:.1f}" for name, us in times.items()))
+        return times
+
     def graph_us(self, function: Callable[[], Any]) -> float:
         torch = self.torch
         function()
@@ -247,7 +289,7 @@ class Timer:
 
 
 def measure(torch: Any, modules: dict[str, Any], quick: bool, budget: float) -> list[dict[str, Any]]:
-    cuda, triton, binarize = modules["cuda"], modules["triton_binarize"], modules["package"].binarize
+    cuda, binarize = modules["cuda"], modules["package"].binarize
     timer = Timer(torch, 5 if quick else 20)
     bandwidth = timer.copy_gb_s()
     note(f"copy: {bandwidth:.0f} GB/s")
@@ -289,10 +331,11 @@ def measure(torch: Any, modules: dict[str, Any], quick: bool, budget: float) -> 
             ours=lambda s=scores, k=on_device: binarize(s, k),
             ours_graph=lambda s=scores, k=on_device: binarize(s, k),
             kernels_graph=lambda s=scores, o=outs, k=on_device: cuda.binarize([s], o, k),
-            triton_graph=lambda s=scores, o=outs, k=on_device: triton.binarize([s], o, k),
             topk=lambda s=scores, k=k: by_topk(s, k),
             sort=lambda s=scores: s.sort(),
         )
+        with contextlib.suppress(RuntimeError):  # a profiler may be forbidden
+            rows[-1]["by_kernel_us"] = timer.by_kernel(lambda s=scores, o=outs, k=on_device: cuda.binarize([s], o, k))
     n = sizes[0]
     for kind in ("constant", "two values", "sorted"):
         scores = Check(torch, modules, "cuda").scores(kind, n, torch.float32)
@@ -308,11 +351,11 @@ def measure(torch: Any, modules: dict[str, Any], quick: bool, budget: float) -> 
         cat_topk=lambda: by_topk(torch.cat([s.view(-1) for s in layers]), total // 10),
     )
     side = 512 if quick else 4096
-    for length in (4, 64, side):
+    for length in (4, 16, 64, 256, 1000, side):
         scores = torch.randn(side * side // length, length, device="cuda")
         add(
-            f"binarize {side * side} in rows of {length}",
-            side * side * 5,
+            f"binarize {scores.numel()} in rows of {length}",
+            scores.numel() * 5,
             ours_graph=lambda s=scores, k=length // 4: binarize(s, k, dim=1),
             topk=lambda s=scores, k=length // 4: torch.zeros_like(s, dtype=torch.bool).scatter_(
                 1, s.topk(k, dim=1, sorted=False).indices, True
@@ -355,7 +398,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| | floor, us | ours, us | of the floor | others, us |", "|---|---|---|---|---|"]
     for row in rows[1:]:
         ours = row.get("ours_graph")
-        known = [k for k in row if k not in ("what", "floor_us", "ours_graph")]
+        known = [k for k in row if k not in ("what", "floor_us", "ours_graph", "by_kernel_us")]
         others = ", ".join(f"{k} {row[k]:.0f}" if isinstance(row[k], float) else f"{k}: {row[k]}" for k in known)
         figures = f"{ours:.1f} | {ours / row['floor_us']:.2f}" if isinstance(ours, float) else f"{ours} | "
         lines.append(f"| {row['what']} | {row['floor_us']:.1f} | {figures} | {others} |")

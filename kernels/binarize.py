@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 import os
 from collections.abc import Sequence
@@ -60,7 +59,7 @@ def binarize(
     hint: Tensor | None = None,
 ) -> Any:
     """:func:`sparsebilevel.binarize` of single scores: arguments, results and errors are described and typed there."""
-    tensors = [s.detach() for s in ([scores] if isinstance(scores, Tensor) else scores)]
+    tensors = [s.detach() if s.requires_grad else s for s in ([scores] if isinstance(scores, Tensor) else scores)]
     names = named(scores, names)
     dims = [dim] if isinstance(dim, int) else None if dim is None else list(dim)
     if isinstance(k, Tensor) and (k.numel() != 1 or k.is_floating_point() or k.is_complex()):
@@ -112,7 +111,7 @@ def _(scores: Sequence[Tensor], k: Tensor, dim: Sequence[int] | None, words: boo
 def _empty(scores: Tensor, words: bool) -> list[Tensor]:
     """What is returned for one tensor, unwritten: its mask, and on request words and counts."""
     numel = scores.numel()
-    parts = [scores.new_empty(scores.shape, dtype=torch.bool)]
+    parts = [torch.empty_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)]
     if words:
         parts += [
             scores.new_empty(size, dtype=torch.int64) for size in ((numel + 63) // 64, (numel + 1023) // 1024 + 1)
@@ -136,22 +135,22 @@ def _select(
     if dim is not None:
         return [part for name, s in zip(names, scores, strict=True) for part in _select_rows(s, k, dim, words, name)]
     total = sum(s.numel() for s in scores)
-    dtype = functools.reduce(torch.promote_types, (s.dtype for s in scores)) if scores else torch.float32
-    gpu = _gpu_kernels(scores[0].device, dtype, total) if scores else None
-    k = _as_read(k, gpu)
+    dtype = functools.reduce(torch.promote_types, {s.dtype for s in scores}) if scores else torch.float32
+    device = scores[0].device if scores else torch.device("cpu")
+    gpu = cuda if cuda.available(device) and cuda.takes(dtype, total) else None
+    k = _as_read(k, device, gpu)
     if isinstance(k, int) and not 0 <= k <= total:
         of = f"scores of shape {list(scores[0].shape)}" if len(scores) == 1 else f"{len(scores)} tensors of scores"
         raise ValueError(f"k must be in [0, {total}] for {of}, got {k}")
     if not scores:
         return []
     if gpu:
-        held = [s.to(dtype).contiguous() for s in scores]
-        outs = [_empty(s, True) for s in held]
+        held = [s if s.dtype == dtype and s.is_contiguous() else s.to(dtype).contiguous() for s in scores]
+        outs = [_empty(s, words) for s in held]
         _check_errors(gpu.binarize(held, outs, k), scores, names, total)
-        return [part for out in outs for part in (out if words else out[:1])]
-    assert isinstance(k, int)
-    if not _is_native(scores[0].device, dtype):
-        _check_nans([int(s.isnan().sum()) for s in scores], scores, names)
+        return [part for out in outs for part in out]
+    if not _is_native(device, dtype):
+        _check_errors(_errors(scores, k, total), scores, names, total)
         mask = reference.binarize(torch.cat([s.reshape(-1) for s in scores]), k)
         parts = mask.split([s.numel() for s in scores])
         # Copies, since an operator must not return views of one another.
@@ -163,6 +162,7 @@ def _select(
         (s.data_ptr(), s.numel(), out[0].data_ptr(), out[1].data_ptr() if words else 0)
         for s, out in zip(held, outs, strict=True)
     ]
+    assert isinstance(k, int)
     window = hint.contiguous() if hint is not None else None
     where = 0 if window is None else window.data_ptr()
     nans = native.lib.binarize(arguments, _score_type(dtype), k, torch.get_num_threads(), where)
@@ -185,7 +185,7 @@ def _select_rows(scores: Tensor, k: int | Tensor, dim: Sequence[int], words: boo
     dims = sorted({d % len(shape) for d in dim})
     length = math.prod(shape[d] for d in dims)
     gpu = cuda if cuda.available(scores.device) and cuda.takes(scores.dtype, length) else None
-    k = _as_read(k, gpu)
+    k = _as_read(k, scores.device, gpu)
     if isinstance(k, int) and not 0 <= k <= length:
         raise ValueError(f"k must be in [0, {length}] for slices along {list(dim)} of shape {list(shape)}, got {k}")
     # [outer, length, inner]: as they lie, where the dimensions adjoin and the kernel can step over what comes inside.
@@ -207,8 +207,7 @@ def _select_rows(scores: Tensor, k: int | Tensor, dim: Sequence[int], words: boo
         nans = native.lib.binarize_rows(*where, torch.get_num_threads()) if rows.numel() else 0
         _check_nans([nans], [scores], [name])
     else:
-        assert isinstance(k, int)
-        _check_nans([int(scores.isnan().sum())], [scores], [name])
+        _check_errors(_errors([scores], k, length), [scores], [name], length)
         mask = reference.binarize_rows(rows.reshape(-1, max(length, 1)), k).view(rows.shape)
     inverse = [order.index(d) for d in range(len(shape))]
     mask = mask.permute(inverse).contiguous()
@@ -258,21 +257,9 @@ def _(words: Tensor, height: int, width: int, rows: int, cols: int) -> Tensor:
     return words.new_empty((height + rows - 1) // rows, (width + cols - 1) // cols, dtype=torch.bool)
 
 
-def _gpu_kernels(device: torch.device, dtype: torch.dtype, size: int) -> Any:
-    """The module whose ``binarize`` takes scores like these, or None."""
-    if cuda.takes(dtype, size):
-        if cuda.available(device):
-            return cuda
-        if device.type == "cuda" and importlib.util.find_spec("triton"):
-            from . import triton_binarize
-
-            return triton_binarize
-    return None
-
-
-def _as_read(k: int | Tensor, gpu: Any) -> int | Tensor:
-    """A number, for which a GPU is waited for, unless its kernels read ``k`` there."""
-    return k if gpu and isinstance(k, Tensor) and k.device.type in cuda.DEVICES else int(k)
+def _as_read(k: int | Tensor, device: torch.device, gpu: Any) -> int | Tensor:
+    """A number, unless ``k`` is where the scores are and can be read there: a GPU would have to be waited for."""
+    return k if isinstance(k, Tensor) and k.device.type == device.type and (gpu or k.is_cuda) else int(k)
 
 
 def _is_native(device: torch.device, dtype: torch.dtype) -> bool:
@@ -293,6 +280,14 @@ def _check_nans(counts: Sequence[int], scores: Sequence[Tensor], names: Sequence
         found = zip(names, counts, scores)  # noqa: B905 (no counts means no NaN)
         told = "; ".join(f"{name} must not be NaN: {count} of {s.numel()} are" for name, count, s in found if count)
         raise ValueError(told)
+
+
+def _errors(scores: Sequence[Tensor], k: int | Tensor, most: int) -> Tensor:
+    """What ``cuda.binarize`` returns, by torch."""
+    nans = torch.stack([s.isnan().sum() for s in scores])
+    is_bad = ((k < 0) | (k > most)).reshape(1) if isinstance(k, Tensor) else nans.new_zeros(1)
+    errors = torch.cat([nans, is_bad])
+    return torch.cat([errors, (errors.sum() == 0)[None]])
 
 
 def _check_errors(errors: Tensor, scores: Sequence[Tensor], names: Sequence[str], most: int) -> None:

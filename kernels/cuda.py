@@ -1,6 +1,6 @@
 """The CUDA kernels (csrc/cuda): loads their library at the first call, and launches them on torch's current stream.
 
-Loading needs no driver. ``SPARSEBILEVEL_CUDA=0`` keeps the library unloaded; Triton or pure PyTorch take its place.
+Loading needs no driver. ``SPARSEBILEVEL_CUDA=0`` keeps the library unloaded; pure PyTorch takes its place.
 
 No function waits for the device, and what one allocates comes from torch: all can be captured in a CUDA graph.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 DEVICES = frozenset({"cuda"})
 """Types of devices that the kernels run on. The tests have them emulated on the CPU."""
-SHORT_ROW = 64
+SHORT_ROW = 16
 """The longest slices that the kernel can step over what lies inside of, as ``kShortRow`` in csrc/cuda/binarize.cu."""
 _CHUNK = 1024
 _SCORE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -95,27 +95,39 @@ def binarize(scores: Sequence[Tensor], outs: Sequence[Sequence[Tensor]], k: int 
 
     Args:
         scores: contiguous tensors of one type on one device, which :func:`takes`.
-        outs: written to, for each tensor the parts of a ``BinaryMask``, contiguous; masks start at multiples of 16
-            bytes.
+        outs: written to, for each tensor the parts of a ``BinaryMask`` or its mask only, contiguous; masks start at
+            multiples of 16 bytes.
         k: a number, or a tensor of one, read on the device.
 
     Returns:
         int32 ``[len(scores) + 2]``: NaNs of each tensor; whether k is out of range; whether there was no error.
     """
     device, count = scores[0].device, len(scores)
-    for s, (_, _, counts) in zip(scores, outs, strict=True):
-        if not s.numel():
-            counts.zero_()
-    if not any(s.numel() for s in scores):
+    sizes = [s.numel() for s in scores]
+    for size, (_, *parts) in zip(sizes, outs, strict=True):
+        if parts and not size:
+            parts[1].zero_()
+    if not any(sizes):
         errors = torch.zeros(count + 2, dtype=torch.int32, device=device)
         errors[-1:].fill_(1)
         return errors
     errors = torch.empty(count + 2, dtype=torch.int32, device=device)
-    rows = [(s.data_ptr(), *(part.data_ptr() for part in out), s.numel()) for s, out in zip(scores, outs, strict=True)]
-    table = (ctypes.c_int64 * (5 * count))(*(value for row in rows for value in row))
-    chunks = sum(-(-s.numel() // _CHUNK) for s in scores)
-    bytes = load()[0].sparsebilevel_binarize_workspace(count, chunks)
-    workspace = torch.empty(bytes, dtype=torch.uint8, device=device)
+    chunks = [-(-size // _CHUNK) for size in sizes]
+    needed = load()[0].sparsebilevel_binarize_workspace(count, sum(chunks))
+    # Words and counts that nobody wants come after it: an allocation each would take longer than the kernels.
+    wanted = len(outs[0]) > 1
+    unwanted = 0 if wanted else sum(chunks) * (_CHUNK // 8 + 8) + 8 * count
+    workspace = torch.empty(needed + unwanted, dtype=torch.uint8, device=device)
+    values: list[int] = []
+    at = workspace.data_ptr() + needed
+    for s, size, out, n in zip(scores, sizes, outs, chunks, strict=True):
+        if wanted:
+            mask, words, counts = (part.data_ptr() for part in out)
+        else:
+            mask, words, counts = out[0].data_ptr(), at, at + n * _CHUNK // 8
+            at = counts + 8 * (n + 1)
+        values += (s.data_ptr(), mask, words, counts, size)
+    table = (ctypes.c_int64 * len(values))(*values)
     held, number = _on_device(k, device)
     what = (table, count, _SCORE_TYPES[scores[0].dtype], _address(held), number)
     _launch("binarize", device, *what, workspace.data_ptr(), errors.data_ptr())
@@ -130,13 +142,15 @@ def binarize_rows(scores: Tensor, outer: int, length: int, inner: int, mask: Ten
     Returns:
         int32 ``[3]``: NaNs; whether k is out of range; whether there was no error.
     """
-    errors = torch.zeros(3, dtype=torch.int32, device=scores.device)
+    errors = torch.empty(3, dtype=torch.int32, device=scores.device)
     if scores.numel():
         held, number = _on_device(k, scores.device)
         shape = (outer, length, inner, _SCORE_TYPES[scores.dtype])
         arguments = (scores.data_ptr(), *shape, _address(held), number, mask.data_ptr(), errors.data_ptr())
         _launch("binarize_rows", scores.device, *arguments)
-    errors[2] = errors.sum() == 0
+    else:
+        errors.zero_()
+        errors[2:].fill_(1)
     return errors
 
 

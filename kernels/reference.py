@@ -66,19 +66,22 @@ def gather_support(grad: Tensor, positions: Tensor) -> Tensor:
     return torch.where(positions >= 0, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
-def binarize(scores: Tensor, k: int) -> Tensor:
+def binarize(scores: Tensor, k: int | Tensor) -> Tensor:
     """Boolean mask of the ``k`` largest scores; equal scores are taken in row-major order."""
     return binarize_rows(scores.reshape(1, -1), k).view(scores.shape)
 
 
-def binarize_rows(scores: Tensor, k: int) -> Tensor:
-    """Boolean mask of the ``k`` largest scores of each row; shapes ``[N, K]``.
+def binarize_rows(scores: Tensor, k: int | Tensor) -> Tensor:
+    """Boolean mask of the ``k`` largest scores of each row; shapes ``[N, K]``. A tensor ``k`` is read on its device.
 
     A stable sort settles the ties. NaN has no rank and must be refused by the caller.
     """
     # Adding zero turns -0.0 into +0.0: the two are equal and must tie.
     order = torch.sort(scores + 0.0, dim=1, descending=True, stable=True).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order[:, :k], True)
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    if isinstance(k, int):
+        return mask.scatter_(1, order[:, :k], True)
+    return mask.scatter_(1, order, (torch.arange(scores.shape[1], device=scores.device) < k).expand_as(order))
 
 
 def unpacked(words: Tensor, shape: torch.Size) -> Tensor:

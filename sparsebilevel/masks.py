@@ -269,8 +269,8 @@ def binarize(
     Args:
         scores: any shape; float16, bfloat16, float32 or float64. Of a list, on one device, the ``k`` largest of all
             tensors together are kept; different dtypes are compared in their common type.
-        k: how many to keep; an integer tensor of one element, on any device, is read where it is needed, by the CUDA
-            and Triton kernels without waiting for it.
+        k: how many to keep; an integer tensor of one element, on any device, is read where it is needed, on a GPU
+            without waiting for it if the scores are there.
         pattern: what lives and dies together, as in :func:`sparsify`: ``"block:BHxBW"``, ``"filter"`` or ``"channel"``
             keep the ``k`` groups with the largest sums, formed in float32 at least; ``"nm:N:M"`` keeps the ``n``
             largest of every ``m`` input channels and takes no ``k``. Scores then have two dimensions or more.

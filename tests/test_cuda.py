@@ -1,5 +1,5 @@
-"""The CUDA kernels, exactly as they are written, on the CPU (tests/csrc/cuda_emulation.h); what nvcc and Triton make of
-the kernels for GPUs; and, where there is one, the same results there."""
+"""The CUDA kernels, exactly as they are written, on the CPU (tests/csrc/cuda_emulation.h); what nvcc makes of them;
+and, where there is a GPU, the same results there."""
 
 import ctypes
 import math
@@ -148,7 +148,7 @@ def test_several_blocks(kind, emulated):
 
 def test_a_sample_that_misleads_costs_time_only(emulated):
     """All that is not zero hides from the sample, and is next to zero or far away."""
-    n, count = 40_000, 16_384
+    n, count = 40_000, 8192
     first = [i * (n // count) + min(i, n % count) for i in range(count + 1)]
     drawn = [((i + 1) * 0x9E3779B97F4A7C15 % (1 << 64) >> 33) * (first[i + 1] - first[i]) >> 31 for i in range(count)]
     hidden = torch.ones(n, dtype=torch.bool)
@@ -184,7 +184,22 @@ def test_many_tensors(emulated):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows(dtype, emulated):
-    shapes = [(70, 2), (5, 4), (9, 8), (33, 5), (3, 64), (4, 65), (2, 300), (2, 2500), (300, 1), (4, 0), (3, 6, 5)]
+    shapes = [
+        (70, 2),
+        (5, 4),
+        (9, 8),
+        (33, 5),
+        (33, 16),
+        (9, 17),
+        (5, 64),
+        (4, 65),
+        (2, 300),
+        (3, 1030),
+        (2, 4097),
+        (300, 1),
+        (4, 0),
+        (3, 6, 5),
+    ]
     for shape in shapes:
         for fill in (torch.randn, lambda *s: torch.randn(*s).round()):
             scores = fill(*shape).to(dtype)
@@ -476,79 +491,6 @@ def test_nvcc_compiles_without_spills(tmp_path):
             assert set(spills) == {("0", "0", "0")}
 
 
-# -- Triton ----------------------------------------------------------------------------------------------------------
-
-INTERPRETED = """
-import math, torch
-from sparsebilevel.kernels import cuda, reference
-from sparsebilevel.kernels.triton_binarize import binarize
-torch.manual_seed(0)
-few = torch.tensor([-math.inf, -1.0, -0.0, 0.0, 1e-45, 2.0, math.inf])
-for dtype in (torch.float32, torch.float16, torch.bfloat16):
-    for draw in (torch.randn, lambda n: few[torch.randint(7, (n,))]):
-        scores = [draw(n).to(dtype) for n in (1500, 0, 64, 5000)]
-        for k in (0, 700, 6564):
-            outs = [(torch.full(s.shape, True), torch.full((-(-s.numel() // 64),), -1),
-                     torch.full((-(-s.numel() // 1024) + 1,), -1)) for s in scores]
-            assert binarize(scores, outs, torch.tensor(k)).tolist() == [0, 0, 0, 0, 0, 1]
-            mask = reference.binarize(torch.cat(scores), k).split([len(s) for s in scores])
-            for part, (bools, words, counts) in zip(mask, outs):
-                assert torch.equal(part, bools)
-                assert torch.equal(reference.mask_words(part)[0], words)
-                assert torch.equal(reference.mask_words(part)[1], counts)
-scores[0][3:5] = math.nan
-assert binarize(scores, outs, 6565).tolist() == [2, 0, 0, 0, 1, 0]
-print("ok")
-"""
-
-
-def test_triton_in_its_interpreter():
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    ran = subprocess.run([sys.executable, "-c", INTERPRETED], cwd="/", env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    assert ran.stdout == "ok\n"
-
-
-AHEAD_OF_TIME = [
-    ("_histogram", {"scores": "*i32", "size": "i32", "prefix": "*i64", "bins": "*i32"}, 96),
-    ("_choose", {"prefix": "*i64", "need": "*i64", "bins": "*i32"}, 64),
-    ("_count", {"scores": "*i32", "size": "i32", "threshold": "*i64", "counts": "*i32"}, 64),
-    (
-        "_write",
-        {"scores": "*i32", "size": "i32", "threshold": "*i64", "need": "*i64", "ties_before": "*i64"}
-        | {"mask": "*i8", "words": "*i64"},
-        128,
-    ),
-]
-
-
-@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
-@pytest.mark.parametrize(("name", "types", "most"), AHEAD_OF_TIME, ids=lambda value: str(value)[:10])
-def test_triton_ahead_of_time(name, types, most, arch, tmp_path, monkeypatch):
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from sparsebilevel.kernels import triton_binarize
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = getattr(triton_binarize, name)
-    constants = {"SHIFT": 16, "INFINITY": 0x7F800000, "BLOCK": 4096, "CHUNK": 1024}
-    constants = {(i,): constants[n] for i, n in enumerate(kernel.arg_names) if n in constants}
-    types = types | {kernel.arg_names[i]: "constexpr" for (i,) in constants}
-    pointers = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if types[n].startswith("*")}
-    source = ASTSource(kernel, signature=types, constexprs=constants, attrs=pointers)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 8})
-    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    command = [tool, "-res-usage", tmp_path / "kernel.cubin"]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    ((registers, stack),) = usage_of(text).values()
-    assert registers <= most
-    assert stack == 0
-
-
 # -- on a GPU --------------------------------------------------------------------------------------------------------
 
 
@@ -565,9 +507,23 @@ def test_on_a_gpu(dtype):
                 assert torch.equal(found.words.cpu(), words)
                 assert torch.equal(found.counts.cpu(), counts)
     rows = scores[2].view(3000, 1000)
-    for length in (4, 8, 50, 1000, 3000):
+    for length in (4, 8, 16, 50, 1000, 3000, 5000):
         part = rows.reshape(-1, length)
         assert torch.equal(binarize(part, length // 4, dim=1).cpu(), reference.binarize_rows(part.cpu(), length // 4))
+
+
+@needs_gpu
+def test_without_the_library_nothing_is_waited_for(monkeypatch):
+    monkeypatch.setattr(cuda, "load", lambda: (None, "switched off"))
+    scores, k = torch.randn(3, 1000, device="cuda"), torch.tensor(700, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found, rows = binarize(scores, k, words=True), binarize(scores, k, dim=1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found.mask.cpu(), reference.binarize(scores.cpu(), 700))
+    assert torch.equal(found.words.cpu(), reference.mask_words(found.mask.cpu())[0])
+    assert torch.equal(rows.cpu(), reference.binarize_rows(scores.cpu(), 700))
 
 
 @needs_gpu

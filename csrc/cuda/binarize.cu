@@ -14,23 +14,25 @@
 namespace sparsebilevel {
 namespace {
 
-constexpr int kBins = 2048, kRounds = 3;       // 2048^3 > 2^32
-constexpr int kSlots = 128;                    // keys that are kept of a chunk
-constexpr int kSampleThreads = 1024, kSamplesEach = 16, kSamples = kSampleThreads * kSamplesEach;
-constexpr int kShortRow = 64;                  // a thread ranks a row of that length; as in csrc/cpu/binarize.h
-constexpr int64_t kWarpRow = 2048;             // a warp selects from a row up to that length, a block from longer ones
+constexpr int kBinsEach = 8, kBins = kBinsEach * kThreads, kRounds = 3;  // 2048^3 > 2^32
+constexpr int kSlots = 128;                                              // keys that are kept of a chunk
+constexpr int kSampleThreads = 1024, kSamplesEach = 8, kSamples = kSampleThreads * kSamplesEach;
+constexpr int kShortRow = 16;  // a thread ranks a row up to that length; as SHORT_ROW in kernels/cuda.py
 
 struct Float32 {
   using Bits = uint32_t;
   static constexpr uint32_t kInfinity = 0x7f800000;
+  __device__ static float value(uint32_t bits) { return __uint_as_float(bits); }
 };
 struct Float16 {
   using Bits = uint16_t;
   static constexpr uint32_t kInfinity = 0x7c00;
+  __device__ static float value(uint32_t bits) { return half_to_float(static_cast<uint16_t>(bits)); }
 };
 struct BFloat16 {
   using Bits = uint16_t;
   static constexpr uint32_t kInfinity = 0x7f80;
+  __device__ static float value(uint32_t bits) { return __uint_as_float(bits << 16); }
 };
 
 template <class Type>
@@ -38,17 +40,20 @@ constexpr uint32_t kSign = 1u << (8 * sizeof(typename Type::Bits) - 1);
 template <class Type>
 constexpr uint32_t kGreatest = 2 * (kSign<Type> - 1) + 1;
 
-template <class Type>
-__device__ bool is_nan(uint32_t bits) {
-  return (bits & (kSign<Type> - 1)) > Type::kInfinity;
-}
-
 // Greater for greater scores, equal for both zeros, and 0 for NaN, which is less than that of -inf.
 template <class Type>
 __device__ uint32_t to_key(uint32_t bits) {
   const uint32_t magnitude = bits & (kSign<Type> - 1);
   if (magnitude > Type::kInfinity) return 0;
   return bits & kSign<Type> ? kSign<Type> - magnitude : kSign<Type> + magnitude;
+}
+
+// The score of a key; -inf for the keys below its own, which no score has.
+template <class Type>
+__device__ float to_value(uint32_t key) {
+  if (key >= kSign<Type>) return Type::value(key - kSign<Type>);
+  const uint32_t magnitude = kSign<Type> - key;
+  return Type::value(kSign<Type> | (magnitude < Type::kInfinity ? magnitude : Type::kInfinity));
 }
 
 // Keys [low, high], which hold the k-th largest: `above` scores have larger keys and `inside` have keys in between.
@@ -61,8 +66,8 @@ struct Bins {
   uint32_t low, range;
   int shift;
 
-  __device__ Bins(const Window& w, int count) : low(w.low), range(w.high - w.low), shift(0) {
-    while (range >> shift >= static_cast<uint32_t>(count)) ++shift;
+  __device__ explicit Bins(const Window& w) : low(w.low), range(w.high - w.low), shift(0) {
+    while (range >> shift >= static_cast<uint32_t>(kBins)) ++shift;
   }
   __device__ bool holds(uint32_t key) const { return key - low <= range; }
   __device__ uint32_t bin(uint32_t key) const { return (key - low) >> shift; }
@@ -72,42 +77,90 @@ struct Bins {
   }
 };
 
-// The bin with the k-th largest, found by a whole block from the counts of all; count is a multiple of its threads.
-__device__ Window holding(const Window& w, uint32_t k, const uint32_t* counts, int count) {
+// The bin with the k-th largest, found by a whole block from the counts [kBins] of all.
+__device__ Window holding(const Window& w, uint32_t k, const uint32_t* counts) {
   SPARSEBILEVEL_SHARED(found, Window);
-  SPARSEBILEVEL_SHARED(sums, uint32_t[kLanes]);
-  const int each = count / static_cast<int>(blockDim.x);
-  const int last = count - 1 - static_cast<int>(threadIdx.x) * each;  // bins in descending order
-  uint32_t sum = 0;
-  for (int i = 0; i < each; ++i) sum += counts[last - i];
+  SPARSEBILEVEL_SHARED(sums, uint32_t[kWarps]);
+  const int last = kBins - 1 - static_cast<int>(threadIdx.x) * kBinsEach;  // bins in descending order
+  uint32_t own[kBinsEach], sum = 0;
+#pragma unroll
+  for (int i = 0; i < kBinsEach; ++i) own[i] = counts[last - i];
+#pragma unroll
+  for (int i = 0; i < kBinsEach; ++i) sum += own[i];
   uint32_t above = warp_prefix(sum);
   if (lane_id() == kLanes - 1) sums[warp_id()] = above + sum;
   __syncthreads();
   for (int i = 0; i < warp_id(); ++i) above += sums[i];
   above += w.above;
   if (above < k && k <= above + sum) {
-    int bin = last;
-    for (; above + counts[bin] < k; --bin) above += counts[bin];
-    found = Bins(w, count).window(static_cast<uint32_t>(bin), above, counts[bin]);
+#pragma unroll
+    for (int i = 0; i < kBinsEach; ++i) {
+      if (above < k && k <= above + own[i]) found = Bins(w).window(static_cast<uint32_t>(last - i), above, own[i]);
+      above += own[i];
+    }
   }
   __syncthreads();
   return found;  // a next call writes it after a barrier
 }
 
-// Narrows a window until it is one key, or all of its scores belong to the k largest. `each(f)` calls f(key) for this
-// thread's part of the scores; counts [count] are shared memory.
+// Narrows a window until it is one key, or all of its scores belong to the k largest, for a whole block. `each(f)`
+// calls f(key) for this thread's part of the scores; counts [kBins] are shared memory.
 template <class Each>
-__device__ Window select(Window w, uint32_t k, Each each, uint32_t* counts, int count) {
+__device__ Window select(Window w, uint32_t k, Each each, uint32_t* counts) {
   while (w.low < w.high && w.above + w.inside != k) {
-    const Bins bins(w, count);
-    for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) counts[i] = 0;
+    const Bins bins(w);
+    for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kThreads) counts[i] = 0;
     __syncthreads();
     each([&](uint32_t key) {
       if (bins.holds(key)) atomicAdd(&counts[bins.bin(key)], 1u);
     });
     __syncthreads();
-    w = holding(w, k, counts, count);
+    w = holding(w, k, counts);
   }
+  return w;
+}
+
+// Sum over the kGroup threads that share a row: eight lanes, of at most 255 together, a warp, or a whole block.
+template <int kGroup>
+__device__ uint32_t group_sum(uint32_t value, [[maybe_unused]] int turn) {
+  if constexpr (kGroup < kLanes) {
+    static_assert(kGroup == 8, "a byte of the sum for each of the rows");
+    const int shift = lane_id() / kGroup * 8;
+    return __reduce_add_sync(kAll, value << shift) >> shift & 0xff;
+  } else if constexpr (kGroup == kLanes) {
+    return __reduce_add_sync(kAll, value);
+  } else {
+    SPARSEBILEVEL_SHARED(sums, uint32_t[2][kLanes]);
+    value = __reduce_add_sync(kAll, value);
+    if (lane_id() == 0) sums[turn % 2][warp_id()] = value;  // those of the turn before may still be read
+    __syncthreads();
+    return __reduce_add_sync(kAll, lane_id() < kGroup / kLanes ? sums[turn % 2][lane_id()] : 0);
+  }
+}
+
+// As `select`, for keys in registers: halves the window, and counts. Of `keys` the first `used` are looked at, a
+// multiple of 4; keys of 0 may fill up what is there. Not in a branch that others of the group do not take.
+template <int kGroup, int kEach>
+__device__ Window bisect(Window w, uint32_t k, const uint32_t (&keys)[kEach], int used) {
+  for (int turn = 0;; ++turn) {
+    const bool found = w.low == w.high || w.above + w.inside == k;
+    if (kGroup < kLanes ? __ballot_sync(kAll, !found) == 0 : found) break;
+    const uint32_t middle = w.low + (w.high - w.low) / 2;
+    uint32_t larger = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; i += 4) {
+      if (i >= used) break;
+#pragma unroll
+      for (int j = i; j < i + 4; ++j) larger += keys[j] > middle;
+    }
+    larger = group_sum<kGroup>(larger, turn);
+    if (found) continue;
+    if (larger >= k)
+      w = {middle + 1, w.high, w.above, larger - w.above};
+    else
+      w = {w.low, middle, larger, w.above + w.inside - larger};
+  }
+  if (kGroup > kLanes) __syncthreads();  // a next call begins with the first turn
   return w;
 }
 
@@ -187,17 +240,20 @@ struct Piece {
   int64_t values[kSize];
 };
 
-__global__ void upload(const __grid_constant__ Piece piece, int64_t* to, int count) {
+__device__ void store_piece(const Piece& piece, int64_t* to, int count) {
   for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) to[i] = piece.values[i];
 }
+__global__ void upload(const __grid_constant__ Piece piece, int64_t* to, int count) { store_piece(piece, to, count); }
 
 // Where a sample puts the k-th largest, give or take four standard deviations; and zeros for the counts to come. One
-// score is drawn from each of equal stretches, at a place that is as good as random. One block.
+// score is drawn from each of equal stretches, at a place that is as good as random. One block. Of the table it uploads
+// the last piece itself, which is all of most lists.
 template <class Type>
-__global__ void __launch_bounds__(kSampleThreads) sample(Problem p) {
+__global__ void __launch_bounds__(kSampleThreads, 1) sample(Problem p, const __grid_constant__ Piece piece, int64_t* to,
+                                                         int piece_size) {
   using Bits = typename Type::Bits;
-  SPARSEBILEVEL_SHARED(counts, uint32_t[kBins]);
   const int thread = static_cast<int>(threadIdx.x);
+  store_piece(piece, to, piece_size);
   for (int i = thread; i < kRounds * kBins; i += kSampleThreads) p.histograms[i] = 0;
   for (int i = thread; i < p.num_tensors; i += kSampleThreads) p.errors[i] = 0;
 
@@ -206,6 +262,7 @@ __global__ void __launch_bounds__(kSampleThreads) sample(Problem p) {
   const int count = p.size < kSamples ? static_cast<int>(p.size) : kSamples;
   const auto stretch = [&](int64_t i) { return i * (p.size / count) + (i < p.size % count ? i : p.size % count); };
   uint32_t keys[kSamplesEach];
+  __syncthreads();  // the table
 #pragma unroll
   for (int i = 0; i < kSamplesEach; ++i) {
     const int64_t at = i * kSampleThreads + thread;
@@ -225,14 +282,12 @@ __global__ void __launch_bounds__(kSampleThreads) sample(Problem p) {
     const Tensor& t = p.tensors[low];
     keys[i] = to_key<Type>(static_cast<const Bits*>(t.scores)[position - t.offset]);
   }
-  const auto each = [&](auto f) {
-#pragma unroll
-    for (int i = 0; i < kSamplesEach; ++i)
-      if (i * kSampleThreads + thread < count) f(keys[i]);
-  };
 
   Window w{0, kGreatest<Type>, 0, 0};
-  const Window everything{0, kGreatest<Type>, 0, static_cast<uint32_t>(count)};
+  const auto ranked = [&](int64_t rank) {
+    const Window everything{0, kGreatest<Type>, 0, static_cast<uint32_t>(count)};
+    return bisect<kSampleThreads>(everything, static_cast<uint32_t>(rank), keys, kSamplesEach);
+  };
   if (k == 0) {
     w.low = w.high;  // which no score has
   } else {
@@ -241,8 +296,8 @@ __global__ void __launch_bounds__(kSampleThreads) sample(Problem p) {
     // Ranks in descending order, counted from 1.
     const int64_t first = count == p.size ? k : static_cast<int64_t>(ceil(expected - error));
     const int64_t last = count == p.size ? k : static_cast<int64_t>(ceil(expected + error));
-    if (first >= 1) w.high = select(everything, static_cast<uint32_t>(first), each, counts, kBins).high;
-    if (last <= count) w.low = select(everything, static_cast<uint32_t>(last), each, counts, kBins).low;
+    if (first >= 1) w.high = ranked(first).high;
+    if (last <= count) w.low = ranked(last).low;
   }
   if (thread == 0) {
     p.errors[p.num_tensors] = asked != k;
@@ -294,31 +349,56 @@ __device__ void for_scores(const Walk& walk, F f) {
   const Bits* scores = static_cast<const Bits*>(walk.in().scores) + walk.begin();
   const bool aligned = reinterpret_cast<uintptr_t>(scores) % sizeof(uint4) == 0;
   const int size = walk.size();
-  uint32_t bits[4][8], valid[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) valid[i] = load(scores, 8 * (kLanes * i + lane_id()), size, aligned, bits[i]);
+  for (int half = 0; half < 4; half += 2) {  // four reads of 16 bytes are under way at a time
+    uint32_t bits[2][8], valid[2];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) f(bits[i], valid[i], i);
+    for (int i = 0; i < 2; ++i)
+      valid[i] = load(scores, 8 * (kLanes * (half + i) + lane_id()), size, aligned, bits[i]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) f(bits[i], valid[i], half + i);
+  }
 }
 
-// Splits a chunk at keys [low, high], for a whole warp: each lane gets its word. Returns this lane's NaNs.
+// Splits a chunk at keys [low, high], for a whole warp: each lane gets its word. Returns this lane's NaNs. Scores are
+// compared as numbers, in half the instructions that their keys take; keys decide where that could differ.
 template <class Type>
 __device__ int split_chunk(const Walk& walk, uint32_t low, uint32_t high, Bytes& bytes, uint32_t& above,
                            uint32_t& inside) {
-  int nans = 0;
+  using Bits = typename Type::Bits;
+  const float least = to_value<Type>(low), most = to_value<Type>(high);
+  bool is_special = high < kSign<Type> - Type::kInfinity;  // less than any number
+  const auto store = [&](int i, uint32_t is_above, uint32_t is_inside) {
+    reinterpret_cast<uint8_t*>(bytes.above)[kLanes * i + lane_id()] = static_cast<uint8_t>(is_above);
+    reinterpret_cast<uint8_t*>(bytes.inside)[kLanes * i + lane_id()] = static_cast<uint8_t>(is_inside);
+  };
   for_scores<Type>(walk, [&](const uint32_t(&bits)[8], uint32_t valid, int i) {
-    uint32_t is_above = 0, is_inside = 0, is_nans = 0;
+    uint32_t is_above = 0, is_inside = 0;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const uint32_t key = to_key<Type>(bits[j]);
-      is_above |= static_cast<uint32_t>(key > high) << j;
-      is_inside |= static_cast<uint32_t>(key - low <= high - low) << j;
-      is_nans |= static_cast<uint32_t>(is_nan<Type>(bits[j])) << j;
+      const float score = Type::value(bits[j]);
+      is_above |= static_cast<uint32_t>(score > most) << j;
+      is_inside |= static_cast<uint32_t>(score >= least) << j;
+      is_special |= score != score;
     }
-    reinterpret_cast<uint8_t*>(bytes.above)[kLanes * i + lane_id()] = static_cast<uint8_t>(is_above & valid);
-    reinterpret_cast<uint8_t*>(bytes.inside)[kLanes * i + lane_id()] = static_cast<uint8_t>(is_inside & valid);
-    nans += __popc(is_nans & valid);
+    store(i, is_above & valid, is_inside & ~is_above & valid);
   });
+  int nans = 0;
+  if (is_special) {
+    const Bits* scores = static_cast<const Bits*>(walk.in().scores) + walk.begin();
+    const int size = walk.size();
+    for (int i = 0; i < 4; ++i) {
+      uint32_t is_above = 0, is_inside = 0;
+      const int begin = 8 * (kLanes * i + lane_id());
+      for (int at = begin; at < begin + 8 && at < size; ++at) {
+        const uint32_t key = to_key<Type>(scores[at]);
+        is_above |= static_cast<uint32_t>(key > high) << (at - begin);
+        is_inside |= static_cast<uint32_t>(key - low <= high - low) << (at - begin);
+        nans += key == 0;
+      }
+      store(i, is_above, is_inside);
+    }
+  }
   __syncwarp();
   above = bytes.above[lane_id()];
   inside = bytes.inside[lane_id()];
@@ -338,7 +418,7 @@ __device__ Pair store_chunk(const Problem& p, const Walk& walk, uint32_t above, 
 
 // The read of all scores.
 template <class Type>
-__global__ void __launch_bounds__(kThreads) split(Problem p) {
+__global__ void __launch_bounds__(kThreads, 4) split(Problem p) {
   using Bits = typename Type::Bits;
   SPARSEBILEVEL_SHARED(bytes, Bytes[kWarps]);
   SPARSEBILEVEL_SHARED(total, unsigned long long);
@@ -371,7 +451,7 @@ __device__ Window window_after(const Problem& p, int round, bool& misled) {
   if (round > 0) {
     misled = p.state->misled;
     const Window w = p.state->window[round];
-    return w.low < w.high ? holding(w, k, p.histograms + (round - 1) * kBins, kBins) : w;
+    return w.low < w.high ? holding(w, k, p.histograms + (round - 1) * kBins) : w;
   }
   Window w = p.state->window[0];
   const Pair total = unpack_total(p.state->total);
@@ -386,7 +466,7 @@ __device__ Window window_after(const Problem& p, int round, bool& misled) {
 
 // A histogram of the keys inside the window, for the next round.
 template <class Type>
-__global__ void __launch_bounds__(kThreads, 3) count(Problem p, int round) {
+__global__ void __launch_bounds__(kThreads, 4) count(Problem p, int round) {
   SPARSEBILEVEL_SHARED(counts, uint32_t[kBins]);
   bool misled;
   const Window w = window_after<Type>(p, round, misled);
@@ -398,7 +478,7 @@ __global__ void __launch_bounds__(kThreads, 3) count(Problem p, int round) {
   if (w.low == w.high) return;
   for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kThreads) counts[i] = 0;
   __syncthreads();
-  const Bins bins(w, kBins);
+  const Bins bins(w);
   const auto add = [&](uint32_t key) {
     if (bins.holds(key)) atomicAdd(&counts[bins.bin(key)], 1u);
   };
@@ -422,7 +502,7 @@ __global__ void __launch_bounds__(kThreads, 3) count(Problem p, int round) {
 
 // The bits at the threshold: those equal to it are then inside.
 template <class Type>
-__global__ void __launch_bounds__(kThreads) settle(Problem p) {
+__global__ void __launch_bounds__(kThreads, 4) settle(Problem p) {
   SPARSEBILEVEL_SHARED(bytes, Bytes[kWarps]);
   bool misled;
   const Window sampled = p.state->window[0], w = window_after<Type>(p, p.rounds, misled);
@@ -438,26 +518,41 @@ __global__ void __launch_bounds__(kThreads) settle(Problem p) {
         above = lane_id() < words_of(walk.size()) ? walk.words()[lane_id()] : 0;
         inside = p.inside[walk.chunk * kLanes + lane_id()];
         const uint32_t* keys = p.keys + walk.chunk * kSlots + warp_prefix(static_cast<uint32_t>(__popc(inside)));
-        for (uint32_t rest = inside; rest; rest &= rest - 1) {
-          const uint32_t bit = rest & (0 - rest), key = *keys++;
+        uint32_t first[4];  // nearly always all of a lane: read together
+        const int count = __popc(inside);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) first[i] = i < count ? keys[i] : 0;
+        uint32_t rest = inside;
+        const auto settle_lowest = [&](uint32_t key) {
+          const uint32_t bit = rest & (0 - rest);
           if (key > threshold) above |= bit;
-          if (key != threshold) inside ^= bit;
-        }
+          if (key != threshold) inside &= ~bit;
+          rest ^= bit;
+        };
+#pragma unroll
+        for (int i = 0; i < 4; ++i) settle_lowest(first[i]);
+        for (int i = 4; rest; ++i) settle_lowest(keys[i]);
       }
       pair = store_chunk(p, walk, above, inside);
     }
     sum.certain += pair.certain;
     sum.ties += pair.ties;
   }
-  write_total(sum, p.totals);
+  sum = block_sum(lane_id() == 0 ? sum : Pair{0, 0});
+  if (threadIdx.x == 0) p.totals[blockIdx.x] = pack_total(sum);
 }
 
 // Bits, bools and counts of what is kept: all above the threshold, and the first of those equal to it.
 __global__ void __launch_bounds__(kThreads) write(Problem p) {
-  Pair so_far{0, 0}, begin{0, 0};
-  uint32_t all_above = 0;
-  for (int64_t i = lane_id(); i < p.blocks; i += kLanes) all_above += unpack_total(p.totals[i]).certain;
-  const uint32_t ties = p.state->k - __reduce_add_sync(kAll, all_above);
+  Walk walk(p);
+  const int64_t block_chunks = kWarps * p.warp_chunks, first = blockIdx.x * block_chunks;
+  const auto before_chunk = [&](int64_t chunk) { return before(p.chunk_counts, p.totals, chunk, p.warp_chunks); };
+  const Pair of_block = before_chunk(first), of_tensor = before_chunk(p.tensors[walk.find(first)].first_chunk);
+  const uint32_t ties = p.state->k - before_chunk(p.blocks * block_chunks).certain;
+  const auto within = [&](int64_t chunk) {
+    const Pair sum = sum_chunks(p.chunk_counts, first, chunk);
+    return Pair{of_block.certain + sum.certain, of_block.ties + sum.ties};
+  };
   const auto kept = [&](Pair pair) { return pair.certain + (pair.ties < ties ? pair.ties : ties); };
   if (blockIdx.x == 0 && warp_id() == 0) {
     uint32_t errors = 0;
@@ -465,13 +560,10 @@ __global__ void __launch_bounds__(kThreads) write(Problem p) {
     errors = __reduce_add_sync(kAll, errors);
     if (lane_id() == 0) p.errors[p.num_tensors + 1] = errors == 0;
   }
-  int tensor = -1;
-  for (Walk walk(p); walk.more(); walk.next()) {
+  Pair so_far = walk.more() ? within(walk.chunk) : Pair{0, 0}, begin{0, 0};
+  for (int tensor = -1; walk.more(); walk.next()) {
     const Tensor& t = walk.in();
-    if (tensor < 0) so_far = before(p.chunk_counts, p.totals, walk.chunk, p.warp_chunks);
-    if (tensor != walk.tensor)
-      begin = walk.chunk == t.first_chunk ? so_far
-                                          : before(p.chunk_counts, p.totals, t.first_chunk, p.warp_chunks);
+    if (tensor != walk.tensor) begin = t.first_chunk < first ? of_tensor : within(t.first_chunk);
     tensor = walk.tensor;
     const int size = walk.size();
     uint32_t word = lane_id() < words_of(size) ? walk.words()[lane_id()] : 0;
@@ -497,66 +589,168 @@ struct Rows {
   const int64_t* k_pointer;
   int64_t k;
   uint8_t* mask;
-  int32_t* errors;  // [2]: NaNs; and whether k was out of range
+  int32_t* errors;  // [3]: NaNs; whether k was out of range; whether neither was so
 
   __device__ int64_t checked_k() const {
     const int64_t asked = k_pointer ? *k_pointer : k, used = asked < 0 ? 0 : asked > length ? length : asked;
-    if (asked != used && blockIdx.x == 0 && threadIdx.x == 0) errors[1] = 1;
+    if (asked != used && blockIdx.x == 0 && threadIdx.x == 0) {
+      errors[1] = 1;
+      errors[2] = 0;
+    }
     return used;
+  }
+  __device__ void count_nans(int nans) const {
+    if (nans == 0) return;
+    atomicAdd(&errors[0], nans);
+    errors[2] = 0;
   }
 };
 
-// A thread ranks a row: its scores are compared with one another. kLength 0 is any length up to kShortRow.
+__global__ void clear_errors(Rows r) {
+  if (threadIdx.x < 3) r.errors[threadIdx.x] = threadIdx.x == 2;
+}
+
+// What a thread reads or writes at once.
+template <class Element, int kLength>
+struct alignas(sizeof(Element) * kLength < 16 ? sizeof(Element) * kLength : 16) Vector {
+  Element at[kLength];
+
+  __device__ static bool fits(const void* array) { return reinterpret_cast<uintptr_t>(array) % alignof(Vector) == 0; }
+};
+
+// A thread ranks a row of at most kLength scores, which are compared with one another.
 template <class Type, int kLength>
 __global__ void __launch_bounds__(kThreads) rank_rows(Rows r) {
-  using Bits = typename Type::Bits;
+  using Scores = Vector<typename Type::Bits, kLength>;
+  using Mask = Vector<uint8_t, kLength>;
   const int k = static_cast<int>(r.checked_k());
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= r.outer * r.inner) return;
-  const int length = kLength ? kLength : static_cast<int>(r.length);
-  const int64_t offset = row / r.inner * r.length * r.inner + row % r.inner;
-  const Bits* scores = static_cast<const Bits*>(r.scores) + offset;
-  uint32_t keys[kLength ? kLength : 1];
-  if (kLength) {
+  const int length = static_cast<int>(r.length);
+  const int64_t offset = row / r.inner * length * r.inner + row % r.inner;
+  const auto* scores = static_cast<const typename Type::Bits*>(r.scores) + offset;
+  const bool whole = length == kLength && r.inner == 1 && Scores::fits(r.scores) && Mask::fits(r.mask);
+  Scores read;
+  if (whole) {
+    read = *reinterpret_cast<const Scores*>(scores);
+  } else {
 #pragma unroll
-    for (int i = 0; i < kLength; ++i) keys[kLength ? i : 0] = to_key<Type>(scores[i * r.inner]);
+    for (int i = 0; i < kLength; ++i) read.at[i] = i < length ? scores[i * r.inner] : 0;
   }
-  const auto key_at = [&](int i) { return kLength ? keys[kLength ? i : 0] : to_key<Type>(scores[i * r.inner]); };
-  int nans = 0;
+  uint32_t keys[kLength];
+  int ranks[kLength], nans = 0;
 #pragma unroll
-  for (int i = 0; i < length; ++i) {
-    const uint32_t key = key_at(i);
-    int rank = 0;
-#pragma unroll
-    for (int j = 0; j < length; ++j) rank += j < i ? key_at(j) >= key : key_at(j) > key;
-    r.mask[offset + i * r.inner] = rank < k;
-    nans += key == 0;  // the key of nothing else
+  for (int i = 0; i < kLength; ++i) {
+    keys[i] = i < length ? to_key<Type>(read.at[i]) : 0;
+    ranks[i] = 0;
+    nans += i < length && keys[i] == 0;
   }
-  if (nans) atomicAdd(&r.errors[0], nans);
+#pragma unroll
+  for (int i = 0; i < kLength; ++i) {
+#pragma unroll
+    for (int j = 0; j < i; ++j) {
+      const bool is_first = keys[j] >= keys[i];
+      ranks[i] += is_first;
+      ranks[j] += !is_first;
+    }
+  }
+  if (whole) {
+    Mask mask;
+#pragma unroll
+    for (int i = 0; i < kLength; ++i) mask.at[i] = ranks[i] < k;
+    *reinterpret_cast<Mask*>(r.mask + offset) = mask;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kLength; ++i)
+      if (i < length) r.mask[offset + i * r.inner] = ranks[i] < k;
+  }
+  r.count_nans(nans);
 }
 
-// A block, of one warp or several, selects from a row; inner is 1.
+// A group of threads, a part of a warp, a warp or a block, has a row in its registers; inner is 1.
+template <class Type, int kGroup, int kEach>
+__global__ void __launch_bounds__(kThreads) bisect_rows(Rows r) {
+  using Bits = typename Type::Bits;
+  constexpr int kWidth = kGroup < kLanes ? kGroup : kLanes;
+  SPARSEBILEVEL_SHARED(ties_of, uint32_t[kWarps]);
+  const auto k = static_cast<uint32_t>(r.checked_k());
+  const int length = static_cast<int>(r.length), thread = static_cast<int>(threadIdx.x);
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / kGroup) + thread / kGroup;
+  const bool has_row = row < r.outer;
+  const Bits* scores = static_cast<const Bits*>(r.scores) + row * length;
+  uint8_t* mask = r.mask + row * length;
+
+  // A warp has consecutive positions, so that it counts ties in their order.
+  const int used = (length + 4 * kGroup - 1) / (4 * kGroup) * 4;
+  const int begin = thread % kGroup / kWidth * kWidth * used + thread % kWidth;
+  const auto each = [&](auto f) {
+#pragma unroll
+    for (int i = 0; i < kEach; i += 4) {
+      if (i >= used) break;
+#pragma unroll
+      for (int j = i; j < i + 4; ++j) f(j, begin + kWidth * j, has_row && begin + kWidth * j < length);
+    }
+  };
+  uint32_t keys[kEach];
+  each([&](int i, int at, bool valid) { keys[i] = valid ? scores[at] : 0; });
+  int nans = 0;
+  each([&](int i, int, bool valid) {
+    keys[i] = valid ? to_key<Type>(keys[i]) : 0;
+    nans += valid && keys[i] == 0;
+  });
+  r.count_nans(nans);
+
+  Window w{kGreatest<Type>, kGreatest<Type>, 0, 0};
+  if (k > 0 && has_row) w = {0, kGreatest<Type>, 0, static_cast<uint32_t>(length)};
+  w = bisect<kGroup>(w, k, keys, used);
+  const bool all_fit = w.above + w.inside <= k;
+  if (kGroup > kLanes ? all_fit : __ballot_sync(kAll, !all_fit) == 0) {
+    each([&](int i, int at, bool valid) {
+      if (valid) mask[at] = keys[i] >= w.low;
+    });
+    return;
+  }
+  // More scores are equal to the k-th largest than fit: the first of them.
+  const auto ties_at = [&](int i, bool valid) {
+    return __ballot_sync(kAll, valid && keys[i] - w.low <= w.high - w.low) >> (lane_id() / kWidth * kWidth) &
+           (kAll >> (kLanes - kWidth));
+  };
+  uint32_t taken = w.above;
+  if (kGroup > kLanes) {
+    uint32_t sum = 0;
+    each([&](int i, int, bool valid) { sum += static_cast<uint32_t>(__popc(ties_at(i, valid))); });
+    if (lane_id() == 0) ties_of[warp_id()] = sum;
+    __syncthreads();
+    for (int i = 0; i < warp_id(); ++i) taken += ties_of[i];
+  }
+  each([&](int i, int at, bool valid) {
+    const uint32_t ties = ties_at(i, valid);
+    const uint32_t rank = taken + static_cast<uint32_t>(__popc(ties & ((1u << lane_id() % kWidth) - 1)));
+    taken += static_cast<uint32_t>(__popc(ties));
+    if (valid) mask[at] = keys[i] > w.high || (keys[i] >= w.low && rank < k);
+  });
+}
+
+// A block selects from a row of any length; inner is 1.
 template <class Type>
 __global__ void __launch_bounds__(kThreads) select_rows(Rows r) {
   using Bits = typename Type::Bits;
-  SPARSEBILEVEL_SHARED(counts, uint32_t[8 * kThreads]);
+  SPARSEBILEVEL_SHARED(counts, uint32_t[kBins]);
   SPARSEBILEVEL_SHARED(ties_of, int[kWarps]);
   const auto k = static_cast<uint32_t>(r.checked_k());
   const Bits* scores = static_cast<const Bits*>(r.scores) + static_cast<int64_t>(blockIdx.x) * r.length;
   uint8_t* mask = r.mask + static_cast<int64_t>(blockIdx.x) * r.length;
   const auto each = [&](auto f) {
-    for (int64_t i = threadIdx.x; i < r.length; i += blockDim.x) f(to_key<Type>(scores[i]));
+#pragma unroll 8
+    for (int64_t i = threadIdx.x; i < r.length; i += kThreads) f(to_key<Type>(scores[i]));
   };
   Window w{kGreatest<Type>, kGreatest<Type>, 0, 0};
-  if (k > 0)
-    w = select(Window{0, kGreatest<Type>, 0, static_cast<uint32_t>(r.length)}, k, each, counts,
-               8 * static_cast<int>(blockDim.x));
+  if (k > 0) w = select(Window{0, kGreatest<Type>, 0, static_cast<uint32_t>(r.length)}, k, each, counts);
 
   // Ties are taken in order. Steps of the whole block, also where only some of its threads have a score.
   uint32_t taken = w.above;
   int nans = 0;
-  const int warps = static_cast<int>(blockDim.x) / kLanes;
-  for (int64_t begin = 0; begin < r.length; begin += blockDim.x) {
+  for (int64_t begin = 0; begin < r.length; begin += kThreads) {
     const int64_t i = begin + threadIdx.x;
     const uint32_t key = i < r.length ? to_key<Type>(scores[i]) : 0;
     nans += i < r.length && key == 0;
@@ -565,29 +759,38 @@ __global__ void __launch_bounds__(kThreads) select_rows(Rows r) {
     if (lane_id() == 0) ties_of[warp_id()] = __popc(ties);
     __syncthreads();
     uint32_t rank = taken + static_cast<uint32_t>(__popc(ties & ((1u << lane_id()) - 1)));
-    for (int j = 0; j < warps; ++j) {
+    for (int j = 0; j < kWarps; ++j) {
       if (j < warp_id()) rank += static_cast<uint32_t>(ties_of[j]);
       taken += static_cast<uint32_t>(ties_of[j]);
     }
     __syncthreads();
     if (i < r.length) mask[i] = key > w.high || (tie && rank < k);
   }
-  if (nans) atomicAdd(&r.errors[0], nans);
+  r.count_nans(nans);
 }
 
 template <class Type>
 void launch_rows(const Rows& r, void* stream) {
-  const int64_t blocks = divide_up(r.outer * r.inner, kThreads);
-  if (r.length == 2)
-    SPARSEBILEVEL_LAUNCH((rank_rows<Type, 2>), blocks, kThreads, stream, r);
-  else if (r.length == 4)
-    SPARSEBILEVEL_LAUNCH((rank_rows<Type, 4>), blocks, kThreads, stream, r);
-  else if (r.length == 8)
-    SPARSEBILEVEL_LAUNCH((rank_rows<Type, 8>), blocks, kThreads, stream, r);
+  SPARSEBILEVEL_LAUNCH(clear_errors, 1, kLanes, stream, r);
+  const auto launch = [&](auto kernel, int64_t threads_of_row) {
+    SPARSEBILEVEL_LAUNCH(kernel, divide_up(r.outer * r.inner * threads_of_row, kThreads), kThreads, stream, r);
+  };
+  if (r.length <= 2)
+    launch(rank_rows<Type, 2>, 1);
+  else if (r.length <= 4)
+    launch(rank_rows<Type, 4>, 1);
+  else if (r.length <= 8)
+    launch(rank_rows<Type, 8>, 1);
   else if (r.length <= kShortRow)
-    SPARSEBILEVEL_LAUNCH((rank_rows<Type, 0>), blocks, kThreads, stream, r);
+    launch(rank_rows<Type, kShortRow>, 1);
+  else if (r.length <= 8 * 8)
+    launch(bisect_rows<Type, 8, 8>, 8);
+  else if (r.length <= kLanes * 32)
+    launch(bisect_rows<Type, kLanes, 32>, kLanes);
+  else if (r.length <= kThreads * 16)
+    launch(bisect_rows<Type, kThreads, 16>, kThreads);
   else
-    SPARSEBILEVEL_LAUNCH(select_rows<Type>, r.outer, r.length <= kWarpRow ? kLanes : kThreads, stream, r);
+    launch(select_rows<Type>, kThreads);
 }
 
 // -- words of a mask --------------------------------------------------------------------------------------------------
@@ -630,21 +833,25 @@ __global__ void __launch_bounds__(kThreads) pack_words(const uint8_t* mask, int6
     if (lane_id() == 0) chunk_counts[chunk] = pack_chunk(pair);
     sum.certain += pair.certain;
   }
-  write_total(sum, totals);
+  sum = block_sum(lane_id() == 0 ? sum : Pair{0, 0});
+  if (threadIdx.x == 0) totals[blockIdx.x] = pack_total(sum);
 }
 
+// A thread has a chunk of its block, which has at most as many.
 __global__ void __launch_bounds__(kThreads) sum_counts(int64_t chunks, int warp_chunks,
                                                        const uint32_t* chunk_counts,
                                                        const unsigned long long* totals, int64_t* counts) {
-  const int64_t first = first_chunk(warp_chunks);
-  if (first >= chunks) return;
-  int64_t so_far = before(chunk_counts, totals, first, warp_chunks).certain;
-  if (lane_id() != 0) return;
-  for (int64_t chunk = first; chunk < first + warp_chunks && chunk < chunks; ++chunk) {
-    counts[chunk] = so_far;
-    so_far += unpack_chunk(chunk_counts[chunk]).certain;
-    if (chunk + 1 == chunks) counts[chunks] = so_far;
-  }
+  SPARSEBILEVEL_SHARED(sums, uint32_t[kWarps]);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarps * warp_chunks, chunk = first + threadIdx.x;
+  const bool has_chunk = static_cast<int>(threadIdx.x) < kWarps * warp_chunks && chunk < chunks;
+  const uint32_t count = has_chunk ? unpack_chunk(chunk_counts[chunk]).certain : 0;
+  uint32_t so_far = before(chunk_counts, totals, first, warp_chunks).certain + warp_prefix(count);
+  const uint32_t of_warp = __reduce_add_sync(kAll, count);
+  if (lane_id() == 0) sums[warp_id()] = of_warp;
+  __syncthreads();
+  for (int i = 0; i < warp_id(); ++i) so_far += sums[i];
+  if (has_chunk) counts[chunk] = so_far;
+  if (has_chunk && chunk + 1 == chunks) counts[chunks] = static_cast<int64_t>(so_far) + count;
 }
 
 // Is anything in a tile True? A thread looks at a tile, its neighbour at the next words.
@@ -738,27 +945,28 @@ SPARSEBILEVEL_API sparsebilevel_binarize(const int64_t* table, int64_t tensors, 
   p.errors = errors;
   for (int64_t i = 0; i < tensors; ++i) p.chunks += divide_up(table[5 * i + 4], kChunk);
   Arena arena{static_cast<char*>(workspace)};
-  auto* const to = reinterpret_cast<int64_t*>(place(p, arena));
+  auto* to = reinterpret_cast<int64_t*>(place(p, arena));
 
   constexpr int kFields = sizeof(Tensor) / sizeof(int64_t), kPerPiece = Piece::kSize / kFields;
   static_assert(sizeof(Tensor) == 7 * sizeof(int64_t) && sizeof(void*) == sizeof(int64_t), "fields of 8 bytes");
-  int64_t chunk = 0;
-  for (int64_t first = 0; first < tensors; first += kPerPiece) {
-    Piece piece;
-    int count = 0;
-    for (int64_t i = first; i < first + kPerPiece && i < tensors; ++i) {
-      const int64_t* row = table + 5 * i;
-      for (int field = 0; field < 5; ++field) piece.values[count++] = row[field];
-      piece.values[count++] = chunk;
-      piece.values[count++] = p.size;
-      chunk += divide_up(row[4], kChunk);
-      p.size += row[4];
+  Piece piece;
+  int filled = 0;
+  for (int64_t i = 0, chunk = 0; i < tensors; ++i) {
+    if (filled == kFields * kPerPiece) {
+      SPARSEBILEVEL_LAUNCH(upload, 1, kThreads, stream, piece, to, filled);
+      to += filled;
+      filled = 0;
     }
-    SPARSEBILEVEL_LAUNCH(upload, 1, kThreads, stream, piece, to + first * kFields, count);
+    const int64_t* row = table + 5 * i;
+    for (int field = 0; field < 5; ++field) piece.values[filled++] = row[field];
+    piece.values[filled++] = chunk;
+    piece.values[filled++] = p.size;
+    chunk += divide_up(row[4], kChunk);
+    p.size += row[4];
   }
   return with_type(type, [&](auto scores) {
     using Type = decltype(scores);
-    SPARSEBILEVEL_LAUNCH(sample<Type>, 1, kSampleThreads, stream, p);
+    SPARSEBILEVEL_LAUNCH(sample<Type>, 1, kSampleThreads, stream, p, piece, to, filled);
     SPARSEBILEVEL_LAUNCH(split<Type>, p.blocks, kThreads, stream, p);
     for (int round = 0; round < p.rounds; ++round)
       SPARSEBILEVEL_LAUNCH(count<Type>, p.blocks, kThreads, stream, p, round);
@@ -768,8 +976,8 @@ SPARSEBILEVEL_API sparsebilevel_binarize(const int64_t* table, int64_t tensors, 
 }
 
 // scores and mask [outer, length, inner], none of them 0: the k largest along the middle dimension. inner is 1, or
-// length at most 64. length is below 2^32. errors [2], which must be 0, receives the number of NaNs, and whether k was
-// not in [0, length].
+// length at most 16. length is below 2^32. errors [3] receives the number of NaNs, whether k was not in
+// [0, length], and whether neither was so.
 SPARSEBILEVEL_API sparsebilevel_binarize_rows(const void* scores, int64_t outer, int64_t length, int64_t inner,
                                               int type, const int64_t* k_pointer, int64_t k, void* mask,
                                               int32_t* errors, void* stream) {

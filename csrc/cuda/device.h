@@ -39,7 +39,7 @@ inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // Consecutive chunks of a warp: one, unless there are more than a GPU works on at a time. The tests set another number.
 #ifndef SPARSEBILEVEL_CHUNKS_AT_A_TIME
-#define SPARSEBILEVEL_CHUNKS_AT_A_TIME 2048
+#define SPARSEBILEVEL_CHUNKS_AT_A_TIME 4224
 #endif
 inline int chunks_of_warp(int64_t chunks) {
   const int64_t each = divide_up(chunks, SPARSEBILEVEL_CHUNKS_AT_A_TIME);
@@ -85,32 +85,50 @@ __device__ inline Pair unpack_total(unsigned long long packed) {
   return {static_cast<uint32_t>(packed), static_cast<uint32_t>(packed >> 32)};
 }
 
-// Sums over all positions before a chunk, for a whole warp: chunks [chunks], totals [blocks].
-__device__ inline Pair before(const uint32_t* chunks, const unsigned long long* totals, int64_t chunk,
-                              int warp_chunks) {
-  const int64_t block_chunks = kWarps * warp_chunks, block = chunk / block_chunks;
+__device__ inline Pair warp_sum(Pair p) {
+  return {__reduce_add_sync(kAll, p.certain), __reduce_add_sync(kAll, p.ties)};
+}
+
+// Sum over the threads of a block.
+__device__ inline Pair block_sum(Pair p) {
+  SPARSEBILEVEL_SHARED(sum, unsigned long long);
+  __syncthreads();  // a call before may still read it
+  if (threadIdx.x == 0) sum = 0;
+  __syncthreads();
+  p = warp_sum(p);
+  if (lane_id() == 0) atomicAdd(&sum, pack_total(p));
+  __syncthreads();
+  return unpack_total(sum);
+}
+
+// Sum over the chunks from `first` on, before `end`, for a whole warp.
+__device__ inline Pair sum_chunks(const uint32_t* chunks, int64_t first, int64_t end) {
   Pair sum{0, 0};
-  for (int64_t i = lane_id(); i < block; i += kLanes) {
-    const Pair p = unpack_total(totals[i]);
-    sum.certain += p.certain;
-    sum.ties += p.ties;
-  }
-  for (int64_t i = block * block_chunks + lane_id(); i < chunk; i += kLanes) {
+  for (int64_t i = first + lane_id(); i < end; i += kLanes) {
     const Pair p = unpack_chunk(chunks[i]);
     sum.certain += p.certain;
     sum.ties += p.ties;
   }
-  return {__reduce_add_sync(kAll, sum.certain), __reduce_add_sync(kAll, sum.ties)};
+  return warp_sum(sum);
 }
 
-// Writes the total of a block's chunks; `sum` is that of a warp, in every lane.
-__device__ inline void write_total(Pair sum, unsigned long long* totals) {
-  SPARSEBILEVEL_SHARED(total, unsigned long long);
-  if (threadIdx.x == 0) total = 0;
-  __syncthreads();
-  if (lane_id() == 0) atomicAdd(&total, pack_total(sum));
-  __syncthreads();
-  if (threadIdx.x == 0) totals[blockIdx.x] = total;
+// Sum over all positions before a chunk, for a whole block: chunks [chunks], totals [blocks]. Totals are read by every
+// block: what a warp each read would be eight times as much, and more than the scores of a hundred million.
+__device__ inline Pair before(const uint32_t* chunks, const unsigned long long* totals, int64_t chunk,
+                              int warp_chunks) {
+  const int64_t block_chunks = kWarps * warp_chunks, block = chunk / block_chunks;
+  Pair sum{0, 0};
+  for (int64_t i = threadIdx.x; i < block; i += kThreads) {
+    const Pair p = unpack_total(totals[i]);
+    sum.certain += p.certain;
+    sum.ties += p.ties;
+  }
+  for (int64_t i = block * block_chunks + threadIdx.x; i < chunk; i += kThreads) {
+    const Pair p = unpack_chunk(chunks[i]);
+    sum.certain += p.certain;
+    sum.ties += p.ties;
+  }
+  return block_sum(sum);
 }
 
 // Bits of a chunk, a word a lane, as bools. `mask` has `size` positions and begins at a multiple of 16 bytes.
