@@ -173,33 +173,42 @@ class Slices:
         self.density = kept_rows * kept_columns / (mask.shape[0] * mask.shape[1])
 
     def outputs(self, tensor: Tensor, dim: int) -> Tensor:
-        """Of a tensor with all outputs along ``dim``, those that are kept."""
-        return tensor if self.rows is None else tensor.index_select(dim, self.rows)
+        """Of a tensor with all outputs along ``dim``, those that are kept; in channels_last if it is."""
+        return tensor if self.rows is None else _select(tensor, dim, self.rows)
 
     def inputs(self, tensor: Tensor, dim: int) -> Tensor:
         """Likewise with inputs."""
-        return tensor if self.columns is None else tensor.index_select(dim, self.columns)
+        return tensor if self.columns is None else _select(tensor, dim, self.columns)
 
     def weight(self, weight: Tensor) -> Tensor:
         """The smaller weight, of both."""
         return self.inputs(self.outputs(weight, 0), 1)
 
-    def expand_outputs(self, tensor: Tensor, dim: int, size: int) -> Tensor:
+    def expand_outputs(self, tensor: Tensor, dim: int, size: int, channels_last: bool = False) -> Tensor:
         """The inverse of :meth:`outputs`, with zeros for what was dropped; ``size`` along ``dim``."""
-        return _expand(tensor, dim, self.rows, size)
+        return _expand(tensor, dim, self.rows, size, channels_last)
 
-    def expand_inputs(self, tensor: Tensor, dim: int, size: int) -> Tensor:
+    def expand_inputs(self, tensor: Tensor, dim: int, size: int, channels_last: bool = False) -> Tensor:
         """The inverse of :meth:`inputs`."""
-        return _expand(tensor, dim, self.columns, size)
+        return _expand(tensor, dim, self.columns, size, channels_last)
 
 
-def _expand(tensor: Tensor, dim: int, index: Tensor | None, size: int) -> Tensor:
+_NHWC, _NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
+
+
+def _select(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    """``index_select``, which of channels_last would make rows."""
+    if tensor.dim() != 4 or not tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor.index_select(dim, index)
+    return tensor.permute(_NHWC).index_select(_NHWC.index(dim), index).permute(_NCHW)
+
+
+def _expand(tensor: Tensor, dim: int, index: Tensor | None, size: int, channels_last: bool) -> Tensor:
     if index is None:
         return tensor
     shape = list(tensor.shape)
     shape[dim] = size
-    is_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    memory_format = torch.channels_last if is_last else torch.contiguous_format
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     full = torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=memory_format)
     return full.zero_().index_copy_(dim, index, tensor)
 

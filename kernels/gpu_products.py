@@ -109,7 +109,7 @@ def linear_weight_grad(
 ) -> Grads:
     """Gradients of weight, scores and sink, in the shape of the weight, where ``needs`` asks."""
     backend, block = _choose("weight_grad", x, weight, mask, needs, positions)
-    if backend.name == "block":
+    if backend.name == "block" and _is_plain(weight, mask):
         given, dtype = _block_grad(mask.flatten(1).contiguous(), weight, needs)
         grad = block_sparse.layout(mask, block).weight_grad(dy.contiguous(), x.contiguous(), given, dtype)
         return _of_blocks(grad.view(weight.shape), weight, mask, positions, needs)
@@ -187,7 +187,7 @@ def conv2d(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, geo
         return torch.ops.aten.convolution(input, z, bias, stride, padding, dilation, False, [0, 0], groups)
     x, z = cut.inputs(input, 1), cut.weight(z)
     out = torch.ops.aten.convolution(x, z, None, stride, padding, dilation, False, [0, 0], groups)
-    out = cut.expand_outputs(out, 1, weight.shape[0])
+    out = cut.expand_outputs(out, 1, weight.shape[0], _is_channels_last(input, weight))
     return out if bias is None else out.add_(bias[:, None, None])
 
 
@@ -199,7 +199,7 @@ def conv2d_input_grad(dy: Tensor, input: Tensor, weight: Tensor, mask: Tensor, g
     if name == "block":
         z = dense.effective_weight(weight, mask, dy.dtype)
         return block_sparse.layout(mask, block).conv2d_input_grad(dy, z, input.shape, geometry)
-    if name == "fused" and _takes_conv(weight, mask, dy):
+    if name == "fused" and _takes_conv(weight, mask, dy, input):
         from . import triton_conv2d
 
         return triton_conv2d.input_grad(dy, input, weight, mask, geometry)
@@ -209,7 +209,7 @@ def conv2d_input_grad(dy: Tensor, input: Tensor, weight: Tensor, mask: Tensor, g
     z = cut.weight(dense.effective_weight(weight, mask, input.dtype))
     x = cut.inputs(input, 1)
     grad = _convolution_backward(cut.outputs(dy, 1), x, z, geometry, [True, False, False])[0]
-    return cut.expand_inputs(grad, 1, input.shape[1])
+    return cut.expand_inputs(grad, 1, input.shape[1], _is_channels_last(input, weight))
 
 
 def conv2d_weight_grad(
@@ -240,8 +240,14 @@ def conv2d_weight_grad(
         return None
     z = cut.weight(weight).to(input.dtype)  # of which the shape is needed
     grad = _convolution_backward(cut.outputs(dy, 1), cut.inputs(input, 1), z, geometry, [False, True, False])[1]
-    grad = cut.expand_inputs(cut.expand_outputs(grad, 0, weight.shape[0]), 1, weight.shape[1])
+    last = _is_channels_last(input, weight)
+    grad = cut.expand_inputs(cut.expand_outputs(grad, 0, weight.shape[0], last), 1, weight.shape[1], last)
     return dense.distribute(grad, weight, mask, positions, needs)
+
+
+def _is_channels_last(*tensors: Tensor) -> bool:
+    """Whether cuDNN's convolutions of these give maps and gradients in channels_last."""
+    return any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in tensors)
 
 
 def _convolution_backward(dy: Tensor, x: Tensor, z: Tensor, geometry: Conv, wanted: list[bool]) -> list[Tensor]:

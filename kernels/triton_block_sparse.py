@@ -276,7 +276,9 @@ def block_matmul(
     (x_operand, w_operand), is_descriptor = operands((x, BLOCK_T, summed), (weight, *tile))
     lists = order, starts, index
     sizes = x.shape[0], n, k
-    _launch(x_operand, w_operand, bias, out, lists, sizes, block, input_grad, is_descriptor, _NO_MAPS | _MATRIX)
+    _launch(
+        x_operand, w_operand, _contiguous(bias), out, lists, sizes, block, input_grad, is_descriptor, _NO_MAPS | _MATRIX
+    )
     return out
 
 
@@ -316,8 +318,12 @@ def block_conv2d(
     w_operand, is_descriptor = operand(matrix, *tile) if k % summed == 0 else (matrix, False)
     maps = _maps(out, source, taps, geometry)
     lists = order, starts, index
-    _launch(source, w_operand, bias, out, lists, (rows, n, k), block, input_grad, is_descriptor, maps)
+    _launch(source, w_operand, _contiguous(bias), out, lists, (rows, n, k), block, input_grad, is_descriptor, maps)
     return out
+
+
+def _contiguous(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
 
 
 def _launch(

@@ -220,7 +220,16 @@ def _run(
     grid = triton.cdiv(pixels, block_t) * triton.cdiv(channels, BLOCK_M), groups
     with on_device(out.device):
         _masked_conv2d[grid](
-            *(source, weight, mask.view(torch.int8), bias, out, pixels, *out.shape[2:], *source.shape[2:]),
+            *(
+                source,
+                weight,
+                mask.view(torch.int8),
+                None if bias is None else bias.contiguous(),
+                out,
+                pixels,
+                *out.shape[2:],
+                *source.shape[2:],
+            ),
             *_sizes(weight, geometry),
             INPUT_GRAD=grad,
             HAS_BIAS=bias is not None,

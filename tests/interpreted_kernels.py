@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 import sparsebilevel as sb
@@ -786,6 +787,50 @@ def test_every_backend_keeps_the_contract(backend, kind, pattern, monkeypatch):
         x.grad = b.grad = w.grad = None
     assert_close(sink.grad, z.grad, **tolerance)
     assert_close(s.grad, w.detach() * sink.grad)
+
+
+def steps(tensor):
+    return [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
+@pytest.mark.parametrize("backend", ["dense", "fused", "block", "slice"])
+@pytest.mark.parametrize("kind", ["linear", "conv1x1", "conv3x3"])
+def test_results_lie_in_memory_as_the_compiler_is_told(backend, kind, monkeypatch):
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", backend)
+    ops = torch.ops.sparsebilevel
+
+    def compare(op, args):
+        real = op(*args)
+        with FakeTensorMode() as mode:
+            fake = op(*(mode.from_tensor(arg) if isinstance(arg, torch.Tensor) else arg for arg in args))
+        for got, told in zip(*((r if isinstance(r, list) else [r]) for r in (real, fake)), strict=True):
+            assert (steps(got), got.shape, got.dtype) == (steps(told), told.shape, told.dtype)
+
+    small = torch.zeros(40, 64, dtype=torch.bool)
+    small[:20, :32] = torch.rand(20, 32) < 0.5
+    orders = (torch.contiguous_format, torch.channels_last)
+    needs = ([True] * 5, [True, True, False, False, True])
+    if kind == "linear":
+        for x, flip in itertools.product(
+            (torch.randn(3, 4, 64), torch.randn(64, 5).t(), torch.randn(64)), (False, True)
+        ):
+            w, m = torch.randn(40, 64), small
+            w, m = (t.t().contiguous().t() if flip else t for t in (w, m))
+            compare(ops.masked_linear, (x, w, m, torch.randn(40), None, None, None))
+            dy = torch.randn(*x.shape[:-1], 40)
+            for wanted in needs:
+                compare(ops.masked_linear_backward, (dy, x, w, m, None, wanted))
+        return
+    side = int(kind[-1])
+    for of_x, of_w, of_dy in itertools.product(orders, orders, orders):
+        x = torch.randn(2, 64, 5, 5).contiguous(memory_format=of_x)
+        w = torch.randn(40, 64, side, side).contiguous(memory_format=of_w)
+        m = (small[:, :, None, None] & (torch.rand(w.shape) < 0.9)).contiguous(memory_format=of_w)
+        geometry = ([1, 1], [side // 2] * 2, [1, 1], 1)
+        compare(ops.masked_conv2d, (x, w, m, None, None, None, None, *geometry))
+        dy = torch.randn(2, 40, 5, 5).contiguous(memory_format=of_dy)
+        for wanted in needs:
+            compare(ops.masked_conv2d_backward, (dy, x, w, m, None, *geometry, wanted))
 
 
 @pytest.fixture
