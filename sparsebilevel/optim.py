@@ -57,8 +57,9 @@ def share_gradient(model: nn.Module, enabled: bool = True) -> list[str]:
     - clipping measures and clips ``G``, where the mask is False too, and not the two gradients that follow from it;
     - what else gives the weight a gradient, such as a penalty in the loss, is taken for a part of ``G``
       (``weight_decay`` is not; what else gives the scores one is added to theirs);
-    - scores have no gradient in backward, which DistributedDataParallel refuses: wrap the model after
-      ``mask_scores.requires_grad_(False)`` on each layer. Scores then send nothing.
+    - scores have no gradient in backward, which DistributedDataParallel refuses at the second step (unless it finds
+      unused parameters): wrap the model after ``mask_scores.requires_grad_(False)`` on each layer. Scores then send
+      nothing.
 
     Args:
         model: its layers share if their ``mask_scores`` is a Parameter of the weight's dtype, float32 or float64, if
