@@ -116,6 +116,11 @@ def machine() -> dict[str, Any]:
     return facts
 
 
+def label(stage: Stage) -> str:
+    """As a name of files."""
+    return stage.name.replace(" ", "_")
+
+
 def run(stage: Stage, folder: Path, logs: Path) -> dict[str, Any]:
     """Runs a stage to its end or its limit.
 
@@ -124,8 +129,7 @@ def run(stage: Stage, folder: Path, logs: Path) -> dict[str, Any]:
         stage wrote.
     """
     begin = time.monotonic()
-    label = stage.name.replace(" ", "_")
-    written, log = folder / f"{label}.json", logs / f"{label}.log"
+    written, log = folder / f"{label(stage)}.json", logs / f"{label(stage)}.log"
     paths = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = os.environ | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "SPARSEBILEVEL_NATIVE": "0"}
     env |= {"SPARSEBILEVEL_MEASUREMENTS": str(folder / "measurements.json")} | stage.env
@@ -178,8 +182,7 @@ def main() -> int:
         for stage in wanted[1]:
             result["times"][stage.name] = run(stage, folder, logs)
             save()
-            text = (logs / f"{stage.name}.log").read_text(errors="replace")
-            print(text[text.rfind("\n|", 0, text.find("|---")) + 1 :] if "|---" in text else text[-3000:], flush=True)
+            print((logs / f"{label(stage)}.log").read_text(errors="replace")[-6000:], flush=True)
         failed = [name for part in ("checks", "times") for name, found in result[part].items() if found["status"] != 0]
         for name in failed:
             found = result["checks"].get(name) or result["times"][name]

@@ -21,6 +21,7 @@ from .triton_conv2d import Geometry, empty_maps
 from .triton_matmul import add_in_turn, block_c, load_tile, operand, operands, precision, start, upcast
 
 BLOCK_T = 128
+_GROUP_ROWS = 2048  # of 4096 features in 16 bits: 16 MiB of an L2 cache of 40 to 60
 
 
 @triton.jit
@@ -66,12 +67,14 @@ def _block_matmul(
     BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """A tile of ``x @ weight.T``, or of ``x @ weight``: summed over the kept tiles of its rows, or columns.
 
-    The longest lists come first, so that no program is still busy with one when the others are done.
+    Programs go by groups of as many rows of ``x`` as the L2 cache holds. Of each group the longest lists come first, so
+    that no program is still busy with one when the others are done.
 
     CONV: ``x`` are maps ``[SH, SW]``, and ``out`` maps ``[H, W]``. Pixels of the gradient of the input that are a
     stride apart are reached by the same taps, at the same distance: such a phase has its own lists, and its pixels,
@@ -84,8 +87,12 @@ def _block_matmul(
     TAPS: tl.constexpr = R * S
     STEPS: tl.constexpr = BLOCK // BLOCK_C
     tiles_t = tl.cdiv(T, BLOCK_T)
-    row = tl.load(order + tl.program_id(0) // tiles_t)
-    t0 = tl.program_id(0) % tiles_t * BLOCK_T
+    lists = tl.num_programs(0) // tiles_t
+    group = tl.program_id(0) // (GROUP * lists)
+    height = min(tiles_t - group * GROUP, GROUP)
+    place = tl.program_id(0) - group * GROUP * lists
+    row = tl.load(order + place // height)
+    t0 = (group * GROUP + place % height) * BLOCK_T
     t, c_local = t0 + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_C)
     m0 = row * BLOCK
     if CONV:
@@ -226,9 +233,17 @@ def options(block: int, conv: bool = False) -> dict[str, int]:
     return {"num_warps": 8 if is_large else 4, "num_stages": 5 if block == 128 else 6}
 
 
-def tile_rows(dtype: torch.dtype, conv: bool) -> int:
-    """Rows of a tile of the result: half as many where registers would spill."""
-    return BLOCK_T // 2 if conv and dtype == torch.float32 else BLOCK_T
+def grad_options(block: int, is_deep: bool) -> dict[str, int]:
+    """The same of the weight gradient; deep where the hardware copies the tiles of both operands."""
+    stages = (5 if block == 128 else 4) if is_deep else 3
+    return {"num_warps": options(block)["num_warps"], "num_stages": stages}
+
+
+def tile_rows(dtype: torch.dtype, conv: bool, block: int) -> int:
+    """Rows of a tile of the result: twice as many for narrow ones, half as many where registers would spill."""
+    if conv:
+        return BLOCK_T // 2 if dtype == torch.float32 else BLOCK_T
+    return 2 * BLOCK_T if block == 32 and dtype != torch.float32 else BLOCK_T
 
 
 _NO_MAPS: dict[str, Any] = dict.fromkeys(("images", "H", "W", "SH", "SW", "pad_y", "pad_x", "dil_y", "dil_x"))
@@ -273,7 +288,7 @@ def block_matmul(
         return out
     summed = min(block, block_c(x.dtype))
     tile = (summed, block) if input_grad else (block, summed)
-    (x_operand, w_operand), is_descriptor = operands((x, BLOCK_T, summed), (weight, *tile))
+    (x_operand, w_operand), is_descriptor = operands((x, tile_rows(x.dtype, False, block), summed), (weight, *tile))
     lists = order, starts, index
     sizes = x.shape[0], n, k
     _launch(
@@ -338,7 +353,7 @@ def _launch(
     is_descriptor: bool,
     maps: dict[str, Any],
 ) -> None:
-    block_t = tile_rows(out.dtype, maps["CONV"])
+    block_t = tile_rows(out.dtype, maps["CONV"], block)
     with on_device(out.device):
         _block_matmul[(triton.cdiv(sizes[0], block_t) * len(lists[0]),)](
             *(x, weight, bias, out, *lists, *sizes),
@@ -349,6 +364,7 @@ def _launch(
             BLOCK=block,
             BLOCK_T=block_t,
             BLOCK_C=min(block, block_c(out.dtype)),
+            GROUP=_GROUP_ROWS // block_t,
             PRECISION=precision(out.dtype),
             UPCAST=upcast(),
             **options(block, maps["CONV"]),
@@ -415,7 +431,6 @@ def block_weight_grad(
             BLOCK_T=summed,
             PRECISION=precision(x.dtype),
             UPCAST=upcast(),
-            num_warps=options(block)["num_warps"],
-            num_stages=3,
+            **grad_options(block, is_descriptor and geometry is None),
         )
     return grad

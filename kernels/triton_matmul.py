@@ -332,6 +332,11 @@ def weight_tile(capability: tuple[int, int]) -> int:
     return BLOCK_M if capability >= (9, 0) else BLOCK_M // 2
 
 
+def grad_stages(is_descriptor: bool) -> int:
+    """Tiles of the weight gradient that are on their way at a time."""
+    return 4 if is_descriptor else 3
+
+
 def weight_grad(
     dy: Tensor,
     x: Tensor,
@@ -390,6 +395,6 @@ def weight_grad(
             PRECISION=precision(x.dtype),
             UPCAST=upcast(),
             num_warps=8,
-            num_stages=3,
+            num_stages=grad_stages(is_descriptor),
         )
     return outs[0], outs[1], outs[2]

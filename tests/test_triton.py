@@ -90,11 +90,12 @@ def _maps(conv, stride=1):
 def _block(block, input_grad=False, descriptor=False, conv=False, stride=1):
     summed = min(block, 64)
     x, w = ("x=*bf16", "weight=*bf16")
-    constants = {"INPUT_GRAD": input_grad, "HAS_BIAS": False, "BLOCK": block, "BLOCK_T": 128, "BLOCK_C": summed}
-    constants |= {"bias": None, **MATMUL, "DESCRIPTOR": descriptor}
+    rows = triton_block_sparse.tile_rows(torch.bfloat16, conv, block)
+    constants = {"INPUT_GRAD": input_grad, "HAS_BIAS": False, "BLOCK": block, "BLOCK_T": rows, "BLOCK_C": summed}
+    constants |= {"bias": None, **MATMUL, "DESCRIPTOR": descriptor, "GROUP": 2048 // rows}
     if descriptor:
         shape = (summed, block) if input_grad else (block, summed)
-        x = x if conv else f"x=tensordesc<bf16[128,{summed}]>"
+        x = x if conv else f"x=tensordesc<bf16[{rows},{summed}]>"
         w = f"weight=tensordesc<bf16[{shape[0]},{shape[1]}]>"
     i32, window = _maps(conv, stride)
     constants |= window
@@ -129,8 +130,8 @@ def _block_grad(block, descriptor=False, conv=False, splits=1):
     types = _types(pointers, "T N K split_rows", i32=i32.replace("images ", ""))
     needs = (TENSOR_CORES if block >= 64 else "HMMA|UTCHMMA", "UTMALDG" if descriptor else "LDGSTS|UTMALDG")
     needs += (r"LDGSTS\.E\S*\.128",) if conv else ()
-    warps = triton_block_sparse.options(block)["num_warps"]
-    return Kernel(triton_block_sparse._block_weight_grad, types, constants, 255, needs, warps)
+    options = triton_block_sparse.grad_options(block, descriptor and not conv).values()
+    return Kernel(triton_block_sparse._block_weight_grad, types, constants, 255, needs, *options)
 
 
 def _grad(splits=1, descriptor=False, rows=None):
@@ -145,7 +146,8 @@ def _grad(splits=1, descriptor=False, rows=None):
         constants |= {"workspace": None, "turns": None}
     needs = (TENSOR_CORES, "UTMALDG" if descriptor else "LDGSTS|UTMALDG")
     types = _types(pointers, "T N K split_rows")
-    return Kernel(triton_matmul._weight_grad, *_fixed(types, constants, rows), 255, needs, 8)
+    fixed, stages = _fixed(types, constants, rows), triton_matmul.grad_stages(descriptor)
+    return Kernel(triton_matmul._weight_grad, *fixed, 255, needs, 8, stages)
 
 
 def _fixed(types, constants, rows):
@@ -270,7 +272,7 @@ def _float32(kernel):
     summed = "BLOCK_T" if "dy" in types else "BLOCK_C"
     constants[summed] //= 2
     if kernel.kernel is triton_block_sparse._block_matmul:
-        constants["BLOCK_T"] = triton_block_sparse.tile_rows(torch.float32, constants["CONV"])
+        constants["BLOCK_T"] = triton_block_sparse.tile_rows(torch.float32, constants["CONV"], constants["BLOCK"])
     return Kernel(kernel.kernel, types, constants, 255, ("FFMA",), *kernel.options.values())
 
 
