@@ -336,10 +336,10 @@ def time(device: torch.device, *, quick: bool = False, budget: float = 240.0) ->
     bandwidth, flops = ceilings(device)
     rows: list[dict[str, Any]] = [{"what": "ceilings", "bytes_per_s": bandwidth, "flops_per_s": flops}]
 
-    def note(what: str, run: Callable[[], Any], floor: float) -> None:
+    def note(what: str, run: Callable[[], Any], floor: float, graph: bool = True) -> None:
         row: dict[str, Any] = {"what": what, "floor": floor}
         rows.append(row)
-        for kind, prepare in (("seconds", lambda: run), ("graph", lambda: _graph(run))):
+        for kind, prepare in (("seconds", lambda: run), ("graph", lambda: _graph(run)))[: 1 + graph]:
             if clock.monotonic() - begin > budget:
                 row[f"{kind}_error"] = "no time left"
                 continue

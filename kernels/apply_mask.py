@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -80,9 +79,12 @@ def lies_alike(weight: Tensor, mask: Tensor, *others: Tensor) -> bool:
     """Whether the elementwise kernels take them: known types, and each element at the same place in memory."""
     from . import triton_elementwise
 
-    tensors = others if mask.dtype == torch.int64 else (mask, *others)
-    if not triton_elementwise.takes(weight, mask, *others) or not all(_strides(t) == _strides(weight) for t in tensors):
+    if not triton_elementwise.takes(weight, mask, *others):
         return False
+    strides = weight.stride()
+    for tensor in others if mask.dtype == torch.int64 else (mask, *others):
+        if tensor.stride() != strides and _strides(tensor) != _strides(weight):
+            return False
     # Packed words are in row-major order, whatever the order in memory is.
     return is_dense(weight) if mask.dtype == torch.bool else weight.is_contiguous() and mask.is_contiguous()
 
@@ -94,7 +96,7 @@ def _strides(tensor: Tensor) -> list[int]:
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the memory of a tensor has neither gaps nor overlaps, whatever the order of its dimensions is."""
-    if tensor.is_contiguous():
+    if tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):
         return True
     order = sorted(range(tensor.dim()), key=lambda d: (tensor.stride(d), tensor.shape[d]), reverse=True)
     return tensor.permute(order).is_contiguous()
@@ -152,6 +154,7 @@ def _state(weight: Tensor, mask: Tensor) -> tuple:
 
 _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of weight: {dtype: _Copy}
 _in_graphs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weights that a captured optimizer writes: True
+_NO_COPIES: dict[torch.dtype, Any] = {}
 _lock = threading.RLock()
 
 
@@ -185,6 +188,10 @@ def compute_copy(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     ``SPARSEBILEVEL_COMPUTE_COPY=0`` makes it anew each time, for who changes weights through ``.data`` and not in a
     step of an optimizer.
     """
+    copy = _copies.get(weight, _NO_COPIES).get(dtype)
+    if copy is not None and copy.is_fresh(weight, mask) and copy.is_of(weight, mask):
+        if not gpu.is_capturing(weight.device):
+            return copy.use()
     if not _may_keep(weight, mask):
         made = _shared.copies
         if made is not None and dtype in made:
@@ -233,7 +240,7 @@ def _watch_optimizers() -> None:
 def _may_keep(weight: Tensor, mask: Tensor) -> bool:
     return (
         gpu.available(weight.device)
-        and os.environ.get("SPARSEBILEVEL_COMPUTE_COPY", "1") != "0"
+        and gpu.setting("SPARSEBILEVEL_COMPUTE_COPY") != "0"
         and weight.is_leaf
         and is_dense(weight)
         and weight not in _in_graphs

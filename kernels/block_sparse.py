@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import gpu
+from .dispatch import Structure
 
 BLOCKS = (128, 64, 32)
 """Sides of the tiles, in the order of preference: what is the fastest for each tile first."""
@@ -220,10 +221,12 @@ class _Seen(NamedTuple):
     kept: tuple[int, int]
     layouts: dict[int, BlockLayout]
     slices: list[Slices]
+    structures: dict[bool, Structure]
     holds: WeakTensorKeyDictionary  # of positions: (their state, the answers)
 
 
 _seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_NOTHING = Structure()
 
 
 def tile_densities(mask: Tensor) -> dict[int, float] | None:
@@ -235,14 +238,20 @@ def tile_densities(mask: Tensor) -> dict[int, float] | None:
     return None if seen is None else seen.densities
 
 
-def slice_density(mask: Tensor) -> float | None:
-    """Fraction of the products left when outputs and inputs that ``mask`` drops as a whole are; None as above."""
+def structure(mask: Tensor, tiles: bool = True) -> Structure:
+    """What a mask drops as a whole, in ``tiles`` too or not; nothing where that may not be asked for, as above."""
     seen = _look_at(mask)
-    return None if seen is None else seen.kept[0] * seen.kept[1] / (mask.shape[0] * mask.shape[1])
+    if seen is None:
+        return _NOTHING
+    found = seen.structures.get(tiles)
+    if found is None:
+        slices = seen.kept[0] * seen.kept[1] / (mask.shape[0] * mask.shape[1])
+        found = seen.structures[tiles] = Structure(tuple(seen.densities.items()) if tiles else (), slices)
+    return found
 
 
 def slices(mask: Tensor) -> Slices:
-    """The :class:`Slices` of a mask whose :func:`slice_density` is known; kept until the mask changes."""
+    """The :class:`Slices` of a mask whose :func:`structure` is known; kept until the mask changes."""
     seen = _look_at(mask)
     assert seen is not None
     if not seen.slices:
@@ -301,6 +310,6 @@ def _look_at(mask: Tensor) -> _Seen | None:
         *found, rows, columns = torch.stack([*fractions, *(side.double() for side in sides)]).tolist()
         densities = dict(zip(BLOCKS, found, strict=True))
         seen = _seen[mask] = _Seen(
-            state, occupied, densities, (int(rows), int(columns)), {}, [], WeakTensorKeyDictionary()
+            state, occupied, densities, (int(rows), int(columns)), {}, [], {}, WeakTensorKeyDictionary()
         )
     return seen

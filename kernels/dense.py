@@ -13,7 +13,7 @@ from . import gpu, native, plans, reference
 from .apply_mask import compute_copy
 from .dispatch import takes_onednn
 from .gradient import Needs, distribute_gradient
-from .split_gradient import split_gradient
+from .split_gradient import split_one
 
 _SMALL = 1 << 14  # elements up to which plain torch, in fewer calls, is faster
 _LARGE = 1 << 18  # elements from which on memory is worth keeping: malloc would fetch new pages at every step
@@ -71,8 +71,7 @@ def distribute(
     if not gpu.available(grad.device):
         return distribute_gradient(grad, weight, mask, positions, needs, effective_weight)
     sink = needs.sink and positions is None
-    wanted = {"need_weight": needs.weight, "need_scores": needs.scores, "need_sink": sink}
-    grads = [None if out is None else out[0] for out in split_gradient([grad], [weight], [mask], **wanted)]
+    grads = list(split_one(grad, weight, mask, (needs.weight, needs.scores, sink)))
     if needs.sink and positions is not None:
         grads[2] = distribute_gradient(grad, weight, mask, positions, Needs(False, False, False, True, False))[2]
     return grads[0], grads[1], grads[2]

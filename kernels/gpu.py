@@ -17,14 +17,28 @@ DEVICES = {"cuda"}
 """Types of devices that the kernels run on. The tests add the CPU, where Triton's interpreter takes them."""
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+_environment = getattr(os.environ, "_data", None) if os.name == "posix" else None
+
+
+def setting(name: str, default: str = "") -> str:
+    """An environment variable, as it is now.
+
+    Layers ask for several at every call; ``os.environ`` takes a microsecond for each, what lies behind it a tenth.
+    """
+    if _environment is None:
+        return os.environ.get(name, default)
+    value = _environment.get(name.encode())
+    return default if value is None else os.fsdecode(value)
 
 
 def available(device: torch.device) -> bool:
     """Whether the kernels run on a device: NVIDIA's from compute capability 8.0 on."""
-    if device.type not in DEVICES or os.environ.get("SPARSEBILEVEL_TRITON", "1") == "0" or not _has_triton():
+    return device.type in DEVICES and setting("SPARSEBILEVEL_TRITON") != "0" and _runs(device)
+
+
+@functools.cache
+def _runs(device: torch.device) -> bool:
+    if importlib.util.find_spec("triton") is None:
         return False
     return device.type != "cuda" or (torch.version.cuda is not None and capability(device) >= (8, 0))
 

@@ -30,24 +30,21 @@ def structure_of(mask: Tensor, tiles: bool = True, positions: Tensor | None = No
         tiles: whether there are kernels for tiles.
         positions: at which a sink wants ``G``: only what drops none of them counts.
     """
-    slices = block_sparse.slice_density(mask)
-    if slices is None:
-        return Structure()
-    densities = (tiles and block_sparse.tile_densities(mask)) or {}
-    if positions is not None:
-        held = block_sparse.holds(mask, positions)
-        densities = {block: density for block, density in densities.items() if held[block]}
-        slices = slices if held[0] else 1.0
-    return Structure(tuple(densities.items()), slices)
+    found = block_sparse.structure(mask, tiles)
+    if positions is None or (not found.tiles and found.slices == 1):
+        return found
+    held = block_sparse.holds(mask, positions)
+    kept = tuple((block, density) for block, density in found.tiles if held[block])
+    return Structure(kept, found.slices if held[0] else 1.0)
 
 
 def window_of(weight: Tensor, geometry: Conv) -> Window | None:
     """What measurements and choices know a convolution by; None if it is a product of matrices."""
-    stride, padding, dilation, groups = geometry
-    if [*weight.shape[2:], *stride, groups] == [1] * 5 and not any(padding):
+    (sy, sx), (py, px), (dy, dx), groups = geometry
+    r, s = weight.shape[2:]
+    if r == s == sy == sx == groups == 1 and py == px == 0:
         return None
-    kernel, stride, dilation = ((y, x) for y, x in (weight.shape[2:], stride, dilation))
-    return Window(kernel, stride, dilation, groups)
+    return Window((r, s), (sy, sx), (dy, dx), groups)
 
 
 def _choose(
@@ -164,7 +161,7 @@ def _choose_conv(
         # As maps in another order it was not measured, and there are no kernels for it.
         window, tiles = (None, True) if matrix else (Window((1, 1)), False)
     else:
-        matrix, tiles = False, window.groups == 1 and _takes_conv(weight, mask, *maps)
+        matrix, tiles = False, window.groups == 1 and _drops_tiles(mask) and _takes_conv(weight, mask, *maps)
     backend, block = _choose(product, maps[0], weight, mask, needs, positions, window, tiles)
     return backend.name, block, matrix
 
@@ -256,6 +253,10 @@ def _convolution_backward(dy: Tensor, x: Tensor, z: Tensor, geometry: Conv, want
     return torch.ops.aten.convolution_backward(dy, x, z, *options)
 
 
+def _drops_tiles(mask: Tensor) -> bool:
+    return any(density < 1 for _, density in block_sparse.structure(mask).tiles)
+
+
 def _takes_conv(weight: Tensor, mask: Tensor, *maps: Tensor) -> bool:
     from . import triton_conv2d
 
@@ -270,6 +271,6 @@ def _matrix(z: Tensor) -> Tensor:
     return z.flatten(1).contiguous()
 
 
-def runs(*tensors: Tensor) -> bool:
+def runs(input: Tensor, weight: Tensor) -> bool:
     """Whether these are on a device of ours, and there is something to compute."""
-    return all(gpu.available(t.device) and t.numel() for t in tensors) and tensors[0].dtype != torch.float64
+    return input.dtype != torch.float64 and gpu.available(input.device) and input.numel() > 0 and weight.numel() > 0

@@ -176,13 +176,19 @@ def eager_function(
     """What is registered with ``torch.library`` as one op, as a function of autograd."""
 
     def run(ctx: Any, *inputs: Any) -> Tensor:
-        ctx.copies = {} if gpu.is_capturing(inputs[0].device) else None
-        with shared_copies(ctx.copies):
+        ctx.copies = None
+        if gpu.is_capturing(inputs[0].device):
+            ctx.copies = {}
+            with shared_copies(ctx.copies):
+                output = forward(*inputs)
+        else:
             output = forward(*inputs)
         setup_context(ctx, inputs, output)
         return output
 
     def run_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.copies is None:
+            return backward(ctx, grad_output)
         with shared_copies(ctx.copies):
             return backward(ctx, grad_output)
 

@@ -71,3 +71,23 @@ def split_gradient(
             triton_elementwise.split_gradient(*inputs, *made)
     grad_weights, grad_scores, sinks = (out if need else None for out, need in zip(outs, needs, strict=True))
     return grad_weights, grad_scores, sinks  # type: ignore[return-value]
+
+
+def split_one(
+    grad: Tensor, weight: Tensor, mask: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """:func:`split_gradient` of a single tensor with a bool mask, of which the callers know that all fit."""
+    if not any(needs):
+        return None, None, None
+    with torch.no_grad():
+        if not (gpu.available(grad.device) and lies_alike(weight, mask, grad)):
+            return reference.split_gradient(grad, weight, mask, needs)
+        from . import triton_elementwise
+
+        dtypes = weight.dtype, torch.float32, torch.float32
+        outs = [
+            torch.empty_like(grad, dtype=dtype) if need else None for need, dtype in zip(needs, dtypes, strict=True)
+        ]
+        columns = [None if out is None else [out] for out in outs]
+        triton_elementwise.split_gradient([grad], [weight], [mask], *columns)
+        return outs[0], outs[1], outs[2]

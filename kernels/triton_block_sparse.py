@@ -239,6 +239,11 @@ def grad_options(block: int, is_deep: bool) -> dict[str, int]:
     return {"num_warps": options(block)["num_warps"], "num_stages": stages}
 
 
+def grad_rows(dtype: torch.dtype, block: int, conv: bool) -> int:
+    """Rows that the weight gradient sums at a time: more of them where they are narrow."""
+    return block_c(dtype) * (2 if block == 32 and not conv else 1)
+
+
 def tile_rows(dtype: torch.dtype, conv: bool, block: int) -> int:
     """Rows of a tile of the result: twice as many for narrow ones, half as many where registers would spill."""
     if conv:
@@ -403,7 +408,7 @@ def block_weight_grad(
     grad = torch.empty(tuple(weight_shape), dtype=dtype, device=x.device, memory_format=memory_format).zero_()
     if not grad.numel() or not dy.numel():
         return grad
-    summed = block_c(x.dtype)
+    summed = grad_rows(x.dtype, block, is_conv)
     if geometry is not None:
         maps = _maps(dy, x, taps, geometry)
         dy_operand, is_descriptor = operand(_pixels_of(dy), summed, block)

@@ -518,7 +518,10 @@ def _type(column: Sequence[Tensor | None], default: torch.dtype = torch.float32)
 
 def takes(*tensors: Tensor | None) -> bool:
     """Whether the kernels know the types: float32, bfloat16, float16; of masks bool, or int64 words."""
-    return all(t is None or t.dtype in _TYPES for t in tensors)
+    for tensor in tensors:  # no all(...): this runs for every layer
+        if tensor is not None and tensor.dtype not in _TYPES:
+            return False
+    return True
 
 
 def _one_by_one(tensors: Sequence[Tensor]) -> bool:

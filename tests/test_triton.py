@@ -117,11 +117,12 @@ def _conv(input_grad=False):
 def _block_grad(block, descriptor=False, conv=False, splits=1):
     i32, window = _maps(conv)
     window = {name: value for name, value in window.items() if name != "images"}
-    constants = {"BLOCK": block, "BLOCK_T": 64, "HAS_MASK": True, "SPLITS": splits, **MATMUL, **window}
+    rows = triton_block_sparse.grad_rows(torch.bfloat16, block, conv)
+    constants = {"BLOCK": block, "BLOCK_T": rows, "HAS_MASK": True, "SPLITS": splits, **MATMUL, **window}
     constants["DESCRIPTOR"] = descriptor
     x, dy = ("x=*bf16", "dy=*bf16")
     if descriptor:
-        x, dy = x if conv else f"x=tensordesc<bf16[64,{block}]>", f"dy=tensordesc<bf16[64,{block}]>"
+        x, dy = x if conv else f"x=tensordesc<bf16[{rows},{block}]>", f"dy=tensordesc<bf16[{rows},{block}]>"
     pointers = f"{dy} {x} mask=*i8 grad=*fp32 starts=*i32 index=*i32 rows=*i32"
     if splits > 1:
         pointers += " workspace=*fp32 turns=*i32"
