@@ -1094,9 +1094,9 @@ def test_layers_say_what_they_take_and_why():
     assert "backend=dense (cuBLAS/cuDNN on m*theta; nothing else is faster, by an estimate" in repr(layer)
     layer.set_mask(torch.rand(64, 64) < torch.linspace(-1, 1, 64), check=False)
     assert {backend.name for backend in layer.backends.values()} == {"dense"}  # too small to cut dropped inputs out
-    layer = sb.sparsify(torch.nn.Sequential(torch.nn.Linear(128, 128)), 0.5)[0]
-    layer.set_mask(torch.block_diag(*[torch.ones(32, 32)] * 4).bool(), check=False)
+    layer = sb.sparsify(torch.nn.Sequential(torch.nn.Linear(256, 256)), 0.5)[0]
+    layer.set_mask(torch.block_diag(*[torch.ones(32, 32)] * 8).bool(), check=False)
     assert {backend.name for backend in layer.backends.values()} == {"block"}
-    assert "25% of the 32x32 tiles kept, by an estimate, not measured on this device" in repr(layer)
+    assert "25% of the 64x64 tiles kept, by an estimate, not measured on this device" in repr(layer)
     layer.collect("all")
     assert layer.backends["weight_grad"].name == "dense"
