@@ -127,24 +127,19 @@ class _Copy:
 
     def wrote(self, weight: Tensor, mask: Tensor) -> None:
         """Say that the current stream has written ``mask * weight`` as it is now."""
-        stream = _stream(weight.device)
+        stream = gpu.stream(weight.device)
         if self.streams and stream not in self.streams:
             self.tensor.record_stream(stream)
         self.seen, self.streams = _state(weight, mask), [stream]
 
     def use(self) -> Tensor:
         """The copy, for the current stream, which waits for the one that wrote it if that is another."""
-        stream = _stream(self.tensor.device)
+        stream = gpu.stream(self.tensor.device)
         if stream not in self.streams:
             self.tensor.record_stream(stream)
             stream.wait_stream(self.streams[0])
             self.streams.append(stream)
         return self.tensor
-
-
-def _stream(device: torch.device) -> Any:
-    """The current stream; None of what is no GPU."""
-    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def _state(weight: Tensor, mask: Tensor) -> tuple:
@@ -255,7 +250,7 @@ def _refresh(asked: _Copy) -> None:
     What another stream wrote is left to it, since it may be writing the weight just now.
     """
     device = asked.tensor.device
-    stream = _stream(device)
+    stream = gpu.stream(device)
     stale: list[tuple[Tensor, Tensor, _Copy]] = []
     for copies in list(_copies.values()):
         for copy in copies.values():

@@ -8,7 +8,7 @@ the device, have the same length whatever the mask is, and are kept until the ma
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -216,6 +216,7 @@ def _expand(tensor: Tensor, dim: int, index: Tensor | None, size: int, channels_
 
 class _Seen(NamedTuple):
     state: tuple
+    stream: Any
     occupied: dict[int, Tensor]
     densities: dict[int, float]
     kept: tuple[int, int]
@@ -297,19 +298,38 @@ def holds(mask: Tensor, positions: Tensor) -> dict[int, bool]:
     return found[1]
 
 
+def _state(mask: Tensor) -> tuple:
+    return mask._version, mask.data_ptr(), mask.shape, mask.stride()
+
+
 def _look_at(mask: Tensor) -> _Seen | None:
     # A graph would go on with lists that a change of the mask frees.
     if mask.is_inference() or not mask.numel() or gpu.is_capturing(mask.device):
         return None
-    state = mask._version, mask.data_ptr(), mask.shape, mask.stride()
     seen = _seen.get(mask)
-    if seen is None or seen.state != state:
-        sides = mask.flatten(1).any(1).sum(), mask.transpose(0, 1).flatten(1).any(1).sum()
-        occupied = {block: occupied_tiles(mask, block) for block in BLOCKS}
-        fractions = [tiles.double().mean() for tiles in occupied.values()]
-        *found, rows, columns = torch.stack([*fractions, *(side.double() for side in sides)]).tolist()
-        densities = dict(zip(BLOCKS, found, strict=True))
-        seen = _seen[mask] = _Seen(
-            state, occupied, densities, (int(rows), int(columns)), {}, [], {}, WeakTensorKeyDictionary()
-        )
+    if seen is None or seen.state != _state(mask):
+        _look_again(mask)
+        seen = _seen[mask]
     return seen
+
+
+def _look_again(asked: Tensor) -> None:
+    """Look at a mask, and at every other that has changed and was last looked at in this stream: with a single wait."""
+    stream = gpu.stream(asked.device)
+    stale = [m for m, seen in list(_seen.items()) if seen.stream == stream and seen.state != _state(m)]
+    stale = [m for m in stale if m is not asked and m.device == asked.device and m.numel()]
+    looks: list[dict[int, Tensor]] = []
+    numbers: list[Tensor] = []
+    for mask in (asked, *stale):
+        small = occupied_tiles(mask, BLOCKS[-1])
+        occupied = {
+            block: small if block == BLOCKS[-1] else occupied_tiles(small, block // BLOCKS[-1]) for block in BLOCKS
+        }
+        looks.append(occupied)
+        sides = mask.flatten(1).any(1), mask.transpose(0, 1).flatten(1).any(1)
+        numbers.append(torch.stack([side.sum() for side in (*occupied.values(), *sides)]))
+    counts = torch.stack(numbers).tolist()
+    for mask, occupied, (*tiles, rows, columns) in zip((asked, *stale), looks, counts, strict=True):
+        densities = {block: n / occupied[block].numel() for block, n in zip(occupied, tiles, strict=True)}
+        made: Any = {}, [], {}, WeakTensorKeyDictionary()  # nothing yet
+        _seen[mask] = _Seen(_state(mask), stream, occupied, densities, (rows, columns), *made)

@@ -55,6 +55,11 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+def stream(device: torch.device) -> Any:
+    """The current stream; None of what is no GPU."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
 def is_capturing(device: torch.device) -> bool:
     """Whether what is launched now goes into a CUDA graph, to run later on what the memory holds then."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -323,7 +323,7 @@ def test_another_stream_waits_for_the_one_that_wrote_a_copy(launches, monkeypatc
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
 
     def on(stream, w):
-        monkeypatch.setattr(apply_mask_module, "_stream", lambda device: stream)
+        monkeypatch.setattr(gpu, "stream", lambda device: stream)
         assert torch.equal(compute_copy(w, masks[w], torch.float32), torch.where(masks[w], w, 0))
 
     one, other = (torch.nn.Parameter(torch.randn(6, 8)) for _ in range(2))
@@ -726,6 +726,29 @@ def test_block_lists_are_made_again_when_the_mask_changes():
     assert layout(m, 32).by_row.starts.tolist() == [0, 1, 2]
     assert tile_densities(m[:0]) is None
     assert tile_densities(m[:, :, None, None])[32] == 0.5
+
+
+def test_masks_that_changed_together_are_looked_at_together(monkeypatch):
+    masks = [torch.rand(64, 64) < 0.5 for _ in range(3)]
+    for mask in masks:
+        tile_densities(mask)
+    waits = []
+    original = block_sparse._look_again
+    monkeypatch.setattr(block_sparse, "_look_again", lambda mask: (waits.append(mask), original(mask)))
+    for mask in masks[:2]:
+        mask.zero_()
+    masks[0][40, 40] = True
+    assert tile_densities(masks[0]) == {128: 1.0, 64: 1.0, 32: 0.25}
+    assert tile_densities(masks[1]) == {128: 0.0, 64: 0.0, 32: 0.0}
+    assert tile_densities(masks[2])[32] == 1.0
+    assert len(waits) == 1
+    stream = object()
+    monkeypatch.setattr(gpu, "stream", lambda device: stream)  # another: it may be writing the others just now
+    for mask in masks:
+        mask.logical_not_()
+    assert tile_densities(masks[0])[32] == 1.0
+    assert tile_densities(masks[1])[32] == 1.0
+    assert len(waits) == 3
 
 
 # -- backends ----------------------------------------------------------------------------------------------------------
