@@ -83,7 +83,7 @@ def _dirichlet(targets: Tensor, order: Tensor, workers: int, alpha: float, balan
             share = random.dirichlet([alpha] * workers)
             if balance:
                 hungry = held < n / workers  # never none, while samples are left
-                share = share * hungry if (share * hungry).sum() > 0 else hungry
+                share = share * hungry if (share * hungry).sum() > 0 else hungry.astype(float)
                 share = share / share.sum()
             for k, piece in enumerate(_cut(of_class, share)):
                 parts[k].append(piece)
