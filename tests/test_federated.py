@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -9,12 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
+from sparsebilevel.cli import main
 from sparsebilevel.data import load_data
 from sparsebilevel.data.partition import matching_partition, partition
 from sparsebilevel.federated import Hypernetwork, find_gate_points, set_norm
 from sparsebilevel.federated.local import FlatModule, adamw, sgd
 from sparsebilevel.federated.rounds import METHODS, Federation, FederationError, Settings
 from sparsebilevel.models.resnet import resnet_cifar
+from sparsebilevel.training.checkpoint import load_checkpoint, save_checkpoint
 
 QUICK = {"epochs": 8, "finetune_epochs": 2, "search_epochs": 4, "batch_size": 25, "local_steps": 2}
 QUICK |= {"hyper_interval": 2, "hyper_lr": 0.02}
@@ -158,7 +161,7 @@ def test_mime_corrects_the_drift_of_clients():
     """Local full-batch steps with correction start along the mean gradient on every client."""
     run = make_run("fedavg", 2, data=make_data(2, how="label"), average="mime", batch_size=240, local_steps=1)
     steps = []
-    run._mean, mean = lambda results, name: steps.append((name, results)) or mean(results, name), run._mean
+    run._mean, mean = lambda results, name, old: steps.append((name, results)) or mean(results, name, old), run._mean
     start = run.weights.clone()
     run.round()
     updates = [r["weights"] - start for name, results in steps if name == "weights" for r in results.values()]
@@ -200,13 +203,14 @@ def test_every_method_keeps_to_its_budget(method):
     assert [row["round"] for row in rows] == list(range(1, len(rows) + 1))
     figures = run.evaluate()
     assert len(figures["device_acc"]) == 4
-    server, devices = run.gates
-    assert not (devices & ~server).any()
     size = sum(p.numel() for p in run.model.parameters())
     if method == "fedavg":
         assert size == dense
         assert figures["server_ratio"] == 1
+        assert run.gates is None
         return
+    server, devices = run.gates
+    assert not (devices & ~server).any()
     assert size < dense
     assert figures["server_ratio"] <= (0.8 if method == "dwnp" else 0.45)
     if method == "dwnp":
@@ -289,6 +293,37 @@ def test_bytes_are_counted():
     assert run.sent["weights"] == 4 * (2 * size + -(-len(gates[0]) // 8))
 
 
+def test_devices_train_their_sliced_networks():
+    masked, run = (make_run(device_networks=how, norm="batch", finetune_epochs=4) for how in ("masked", "sliced"))
+    for federation in (masked, run):
+        while federation.phases[federation.phase].name != "finetune":
+            federation.round()
+    # With batch normalization both are the same function.
+    assert run.evaluate() == masked.evaluate()
+    server, devices = run.gates
+    shared, nobody = devices[:, server].all(0), ~devices[:, server].any(0)
+    assert shared.any()
+    assert nobody.any()
+    before, sent = run.weights.clone(), run.received["weights"]
+    filters = run.costs.kept(server)[0]
+    run.round()
+    masked.round()
+    sizes = [sum(p.numel() for p in run.device_model(k).parameters()) for k in range(4)]
+    statistics = [sum(b.numel() for b in run.device_model(k).buffers() if b.dim()) for k in range(4)]
+    assert run.received["weights"] - sent == 4 * (2 * sum(sizes) + sum(statistics))
+    first = run.flat.spans["stages.0.0.conv1.weight"]
+    changed = (run.weights != before)[first].view(filters, -1).any(1)
+    assert changed.tolist() == (~nobody[:filters]).tolist()
+    for k in range(4):
+        span = run.device_model(k).stages[0][0].conv1.weight
+        own = devices[k, server][:filters]
+        assert torch.equal(span, run.model.stages[0][0].conv1.weight[own])
+    # A filter that all devices have is averaged alike.
+    together = shared[:filters]
+    ours, theirs = (f.weights[first].view(filters, -1)[together] for f in (run, masked))
+    assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 
@@ -364,15 +399,16 @@ def test_a_round_with_too_few_clients_is_repeated():
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("dwnp", {}),
-        ("dwnp", {"sample": 2, "embedding": "own", "noise": "gumbel", "soft": True, "two_sided": True}),
+        ("dwnp", {"device_networks": "sliced"}),
+        (
+            "dwnp",
+            {"sample": 2, "embedding": "own", "separate": True, "noise": "gumbel", "soft": True, "two_sided": True},
+        ),
         ("fedosp", {"average": "mime", "norm": "batch"}),
         ("filter", {"average": "mime_lite"}),
     ],
 )
 def test_a_run_goes_on_from_any_round(method, options, tmp_path):
-    from sparsebilevel.training.checkpoint import load_checkpoint, save_checkpoint
-
     run = make_run(method, **options)
     states = [copy.deepcopy(run.state_dict())]
     while not run.is_done:
@@ -414,3 +450,77 @@ def test_other_settings_are_refused():
 def test_bad_settings_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
         Settings(**options).validate(4)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+COMMAND = ["federated", "--clients", "3", "--arch", "resnet20", "--limit", "150", "--batch-size", "25", "--epochs", "4"]
+COMMAND += ["--finetune-epochs", "2", "--search-epochs", "2", "--hyper-interval", "1", "--local-steps", "2", "--quiet"]
+
+
+def read_rows(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if not k.startswith("time_")} for row in rows]
+
+
+def test_the_command_compares_methods(tmp_path, capsys):
+    main([*[c for c in COMMAND if c != "--quiet"], "--baselines", "filter", "fedavg", "--output-dir", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "slicing changes what stages.0.0.bn1 computes: its statistics are over channels" in out
+    table = out[out.index("method ") :].splitlines()
+    assert [line.split()[0] for line in table[2:5]] == ["dwnp", "filter", "fedavg"]
+    result = read_rows(tmp_path / "dwnp")[-1]
+    assert result["type"] == "result"
+    assert 0 <= result["acc_after_pruning"] <= 1
+    assert max(result["device_ratio"]) <= 0.5
+    assert result["server_ratio"] <= 0.8
+    assert result["params"]["device"] < result["params"]["server"] < 270_000
+    assert {"weights", "hypernetwork", "masks"} == set(result["bytes_down"])
+    state = load_checkpoint(tmp_path / "dwnp" / "model.pth")
+    assert state["device_gates"].shape == (3, 9 * (16 + 32 + 64) // 3)
+    assert (tmp_path / "channels.png").stat().st_size > 1000
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_the_command_goes_on_from_its_checkpoint(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    main([*COMMAND, "--output-dir", str(whole)])
+    for stop in ("3", "5", "1000"):
+        main([*COMMAND, "--output-dir", str(parts), "--checkpoint-freq", "2", "--max-rounds", stop, "--resume"])
+    rows = [without_times(read_rows(folder / "dwnp")) for folder in (whole, parts)]
+    assert rows[0] == rows[1]
+    for name in ("model", "device_gates"):
+        states = [load_checkpoint(folder / "dwnp" / "model.pth")[name] for folder in (whole, parts)]
+        assert_same(*(state if name == "model" else {name: state} for state in states))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--arch", "digits_cnn"], "has no residual blocks"),
+        (["--device-flops", "2"], "device_flops='2'"),
+        (["--baselines", "fedprox"], "method='fedprox'"),
+        (["--clients", "0"], "workers=0"),
+        (["--sample", "9"], "sample=9"),
+        (["--limit", "0"], "limit=0"),
+        (["--data", "cifar10", "--data-path", "/nowhere"], "does not exist"),
+    ],
+)
+def test_bad_flags_end_in_one_line(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*COMMAND, "--output-dir", str(tmp_path / "run"), *flags])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(SystemExit):
+        main([*COMMAND, "--output-dir", str(tmp_path)])
+    assert "is not empty" in capsys.readouterr().err

@@ -14,12 +14,13 @@ run that is resumed repeats an uninterrupted one bit for bit.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,13 +35,13 @@ from .local import FlatModule, adamw, full_gradient, train_weights
 from .models import GatePoint, apply_gates, slice_gates
 
 AVERAGES = ("mean", "mime_lite", "mime")
-# What trains in which phase, and what the devices have: sub-networks of their own, the server's, or the whole network.
+# The phases of each: the hypernetwork is trained with the weights (train+search), after them (search), or not at all.
 METHODS = {
-    "dwnp": ("train+search", "finetune"),
-    "fedilp": ("train+search", "finetune"),
-    "fedosp": ("train", "search", "finetune"),
-    "filter": ("train", "finetune"),
-    "random": ("train", "finetune"),
+    "dwnp": ("train+search", "prune", "finetune"),
+    "fedilp": ("train+search", "prune", "finetune"),
+    "fedosp": ("train", "search", "prune", "finetune"),
+    "filter": ("train", "prune", "finetune"),
+    "random": ("train", "prune", "finetune"),
     "fedavg": ("train", "finetune"),
 }
 
@@ -77,6 +78,7 @@ class Settings:
         hyper_interval: steps on the weights for one on the hypernetwork (r_HN).
         hyper_start: part of the epochs before the hypernetwork is trained.
         hyper_part: part of a client's samples that train the hypernetwork; the weights have all.
+        separate: the server has a hypernetwork of its own, see `Hypernetwork`.
         embedding: rows of devices in an average: ``mean`` of all clients (Algorithm 1), which divides the step of a row
             by their number, or the ``own`` device's alone.
         strength: lambda of the penalty on the budgets.
@@ -85,6 +87,9 @@ class Settings:
         noise, temperature, soft: of the gates while the hypernetwork is trained, see `sample_gates`. The code has
             ``gumbel`` and soft gates in the loss.
         server_budget: kept fraction of T on the server (p_s), for DWNP.
+        device_networks: what a device trains after pruning: the server's network with its other gates closed
+            (``masked``, as DWNP's code), or its own ``sliced`` network. Then it gets, computes and sends only what it
+            keeps, what it trains is what it will use, and an entry is averaged over the devices that have it.
         fill: exported gates use the budget up, where the hypernetwork stays below it.
         seed: of everything.
     """
@@ -110,6 +115,7 @@ class Settings:
     hyper_interval: int = 10
     hyper_start: float = 0.25
     hyper_part: float = 0.1
+    separate: bool = False
     embedding: str = "mean"
     strength: float = 2.0
     two_sided: bool = False
@@ -118,13 +124,14 @@ class Settings:
     temperature: float = 0.4
     soft: bool = False
     server_budget: float = 0.8
+    device_networks: str = "masked"
     fill: bool = False
     seed: int = 0
 
     def validate(self, clients: int) -> None:
         """Raise ValueError, naming the setting, its value and what is allowed."""
         choices = {"method": METHODS, "average": AVERAGES, "weighting": ("uniform", "samples"), "noise": NOISES}
-        choices["embedding"] = ("mean", "own")
+        choices |= {"embedding": ("mean", "own"), "device_networks": ("masked", "sliced")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; allowed: {', '.join(allowed)}")
@@ -152,11 +159,19 @@ class Settings:
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the run: ``rounds`` rounds of weights, or of the hypernetwork alone (``search``)."""
+    """A part of the run: ``rounds`` rounds of weights, or of the hypernetwork alone (``search``); ``prune`` is one."""
 
     name: str
     epochs: int
     rounds: int
+
+
+class _Share(NamedTuple):
+    """The network that a client trains, and where its entries are in the server's vectors."""
+
+    flat: FlatModule
+    values: Any
+    statistics: Any
 
 
 class Federation:
@@ -203,6 +218,7 @@ class Federation:
         self.costs = GateCosts(model, points, data.input_shape) if points else None
         if self.costs is None and settings.method != "fedavg":
             raise ValueError(f"points is empty; method {settings.method} needs gate points")
+        self.input_shape = data.input_shape
         self.sizes = [len(part) for part in parts]
         self._loaders = [self._loader(data.train, part, _ORDER, k) for k, part in enumerate(parts)]
         self._hyper_loaders = [
@@ -214,7 +230,8 @@ class Federation:
         self.hyper: FlatModule | None = None
         if settings.method in ("dwnp", "fedilp", "fedosp"):
             assert self.costs is not None
-            hypernetwork = hypernetwork or Hypernetwork(self.costs.sizes, self.clients if self.personal else 0)
+            devices = self.clients if self.personal else 0
+            hypernetwork = hypernetwork or Hypernetwork(self.costs.sizes, devices, shared=not settings.separate)
             self.hyper = FlatModule(hypernetwork)
             self.hyper_mean = torch.zeros_like(self.hyper.values)
             self.hyper_square = torch.zeros_like(self.hyper.values)
@@ -235,6 +252,8 @@ class Federation:
 
     def _phase(self, name: str) -> Phase:
         s = self.settings
+        if name == "prune":
+            return Phase(name, 0, 1)
         epochs = {"search": s.search_epochs, "finetune": s.finetune_epochs}.get(name, s.epochs)
         steps = s.hyper_steps if name == "search" else s.local_steps
         return Phase(name, epochs, math.ceil(epochs * self.steps_per_epoch / steps))
@@ -264,6 +283,28 @@ class Federation:
         self.model = model
         self.flat = FlatModule(model)
         self.weights, self.statistics = self.flat.values.clone(), self.flat.statistics.clone()
+        self._slices: list[_Share] | None = None
+
+    def _use_gates(self, server: Tensor, devices: Tensor) -> None:
+        """Cut the network, and make those of the devices."""
+        self._use(slice_gates(self.model, self.points, server))
+        self.gates = (server, devices)
+        if self.personal and self.settings.device_networks == "sliced":
+            numbered = copy.deepcopy(self.model).double()  # every entry is its own position
+            tensors = (numbered.parameters(), (b for b in numbered.buffers() if b.is_floating_point()))
+            for group in tensors:
+                start = 0
+                for tensor in group:
+                    tensor.data = torch.arange(start, start + tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+                    start += tensor.numel()
+            self._slices = []
+            for is_open in devices[:, server]:
+                kept = FlatModule(slice_gates(numbered, self.points, is_open))
+                flat = FlatModule(slice_gates(self.model, self.points, is_open))
+                self._slices.append(_Share(flat, kept.values.long(), kept.statistics.long()))
+
+    def _share(self, client: int) -> _Share:
+        return _Share(self.flat, slice(None), slice(None)) if self._slices is None else self._slices[client]
 
     # -- the course of a run ------------------------------------------------------------------------------------------
 
@@ -278,7 +319,7 @@ class Federation:
         return phase.epochs * self.phase_round / phase.rounds
 
     def round(self) -> dict[str, Any]:
-        """The next round, with the hypernetwork's if they are due, and pruning if the next phase is fine-tuning.
+        """The next round, with those of the hypernetwork if they are due; or pruning, which is one round.
 
         Returns:
             ``round``, ``phase``, ``epoch``, ``lr``, ``train_loss``, ``train_acc`` (of rounds of weights), and of those
@@ -292,7 +333,9 @@ class Federation:
             raise ValueError("the run is at its end")
         phase = self.phases[self.phase]
         row: dict[str, Any] = {}
-        if phase.name == "search":
+        if phase.name == "prune":
+            self.prune()
+        elif phase.name == "search":
             row |= self._hyper_round()
         else:
             row |= self._weights_round(phase)
@@ -305,8 +348,6 @@ class Federation:
         row |= {"round": self.done, "phase": phase.name, "epoch": self.epoch}
         if self.phase_round == phase.rounds:
             self.phase, self.phase_round = self.phase + 1, 0
-            if self.gates is None and (self.is_done or self.phases[self.phase].name == "finetune"):
-                self.prune()
         return row
 
     def _hyper_rounds_due(self, phase: Phase, rounds: int) -> int:
@@ -376,18 +417,26 @@ class Federation:
         sizes = (-(-t.numel() // 8) if t.dtype == torch.bool else t.numel() * t.itemsize for t in tensors)
         self._count(self.sent, kind, sum(sizes))
 
-    def _mean(self, results: Mapping[int, Mapping[str, Any]], name: str) -> Tensor:
-        """Average over clients, in their order."""
-        weights = {k: self.sizes[k] if self.settings.weighting == "samples" else 1 for k in results}
-        total = sum(weights.values())
-        out = torch.zeros_like(next(iter(results.values()))[name])
+    def _mean(self, results: Mapping[int, Mapping[str, Any]], name: str, old: Tensor) -> Tensor:
+        """Average over the clients that have an entry, in their order; ``old`` where there is none."""
+        total, weights = torch.zeros_like(old), torch.zeros_like(old)
         for k, result in results.items():
-            out.add_(result[name], alpha=weights[k] / total)
-        return out
+            weight = self.sizes[k] if self.settings.weighting == "samples" else 1
+            share = self._share(k)
+            where = {"statistics": share.statistics, "hypernetwork": slice(None)}.get(name, share.values)
+            total[where] += weight * result[name]
+            weights[where] += weight
+        return torch.where(weights > 0, total / weights.clamp_min(1), old)
 
     def _batches(self, kind: str, client: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         loader = (self._loaders if kind == "weights" else self._hyper_loaders)[client]
         return itertools.islice(loader.stream(self.positions[kind][client]), count)
+
+    def _load(self, client: int) -> FlatModule:
+        """The client's network with the server's weights."""
+        share = self._share(client)
+        share.flat.load(self.weights[share.values], self.statistics[share.statistics])
+        return share.flat
 
     # -- rounds -------------------------------------------------------------------------------------------------------
 
@@ -396,44 +445,53 @@ class Federation:
         mime = "" if s.average == "mean" else s.average
         gates = self.client_gates()
 
+        if self._slices is not None:
+            gates = None  # the devices' networks have no other channels
+
         def start(k: int) -> contextlib.AbstractContextManager[None]:
-            self.flat.load(self.weights, self.statistics)
-            self.model.train()
+            self._load(k).module.train()
             return self._gated(None if gates is None else gates[k])
 
         correction, survivors = None, None
         if mime:
 
             def gradient(k: int) -> dict[str, Any]:
-                self._send("weights", self.weights, self.statistics)
+                share = self._share(k)
+                self._send("weights", self.weights[share.values], self.statistics[share.statistics])
                 loader = self._loaders[k]
                 every = loader.source.batches(loader.indices.split(loader.batch_size), None)
                 with start(k):
-                    return {"gradient": full_gradient(self.flat, every, s.weight_decay)}
+                    return {"gradient": full_gradient(share.flat, every, s.weight_decay)}
 
             results = self._collect("weights", None, gradient)
-            correction, survivors = self._mean(results, "gradient"), list(results)
+            correction, survivors = self._mean(results, "gradient", torch.zeros_like(self.weights)), list(results)
 
         def work(k: int) -> dict[str, Any]:
-            down = [self.momentum, *(() if mime else (self.weights, self.statistics))]
-            down += [correction] if mime == "mime" and correction is not None else []
-            self._send("weights", *down, *(() if gates is None or phase.name == "finetune" else (gates[k],)))
+            flat, values, _ = share = self._share(k)
+            point, state = self.weights[values], self.momentum[values]
+            direction = correction[values] if mime == "mime" and correction is not None else None
+            self._send("weights", state, *(() if direction is None else (direction,)))
+            if not mime:  # else they have been sent
+                self._send("weights", point, self.statistics[share.statistics])
+            if gates is not None and phase.name != "finetune":  # after pruning devices know their gates
+                self._send("weights", gates[k])
             batches = self._batches("weights", k, s.local_steps)
             with start(k):
-                momentum, sums = train_weights(
-                    self.flat, batches, self.weights, self.momentum, lr, s.momentum, s.weight_decay, mime, correction
+                state, sums = train_weights(
+                    flat, batches, point, state, lr, s.momentum, s.weight_decay, mime, direction
                 )
-            update: dict[str, Any] = {"weights": self.flat.values.clone(), "statistics": self.flat.statistics}
-            return update | sums | ({} if mime else {"momentum": momentum})
+            update: dict[str, Any] = {"weights": flat.values.clone(), "statistics": flat.statistics}
+            return update | sums | ({} if mime else {"momentum": state})
 
         results = self._collect("weights", survivors, work)
         for k in results:
             self.positions["weights"][k] += s.local_steps
-        self.weights, self.statistics = self._mean(results, "weights"), self._mean(results, "statistics")
+        self.weights = self._mean(results, "weights", self.weights)
+        self.statistics = self._mean(results, "statistics", self.statistics)
         if correction is not None:
             self.momentum = self.momentum.mul(s.momentum).add_(correction)
         else:
-            self.momentum = self._mean(results, "momentum")
+            self.momentum = self._mean(results, "momentum", self.momentum)
         self.flat.load(self.weights, self.statistics)
         loss, correct, count = (sum(r[name] for r in results.values()) for name in ("loss", "correct", "count"))
         return {"lr": lr, "train_loss": loss / count, "train_acc": correct / count}
@@ -456,21 +514,19 @@ class Federation:
                 generator = self._generator(_NOISE, self.hyper_rounds, k, i)
                 _, gradient = hyper.gradient_of(lambda x=x, y=y, g=generator: self._loss(k, x, y, g, figures))  # type: ignore[misc]
                 adamw(hyper.values, gradient, mean, square, self.hyper_step + i + 1, lr, s.hyper_weight_decay)
-            return {"hypernetwork": hyper.values.clone(), "mean": mean, "square": square, "figures": figures}
+            return {"hypernetwork": torch.stack([hyper.values, mean, square]), "figures": figures}
 
         try:
             results = self._collect("hypernetwork", None, work)
         finally:
             self.model.requires_grad_(True)
             hyper.load(values)
-        new = {name: self._mean(results, name) for name in ("hypernetwork", "mean", "square")}
+        new = self._mean(results, "hypernetwork", torch.stack([values, self.hyper_mean, self.hyper_square]))
         if s.embedding == "own":
             for k, result in results.items():
-                row = self._row(k)
-                for name in new:
-                    new[name][row] = result[name][row]
-        hyper.load(new["hypernetwork"])
-        self.hyper_mean, self.hyper_square = new["mean"], new["square"]
+                new[:, self._row(k)] = result["hypernetwork"][:, self._row(k)]
+        hyper.load(new[0])
+        self.hyper_mean, self.hyper_square = new[1].clone(), new[2].clone()
         self.hyper_step += s.hyper_steps
         self.hyper_rounds += 1
         for k in results:
@@ -553,12 +609,7 @@ class Federation:
     def export_gates(self) -> tuple[Tensor, Tensor]:
         """Gates within the budgets: bool ``[G]`` of the server, and ``[clients, G]`` of the devices, inside of it."""
         s = self.settings
-        if self.costs is None:
-            none = torch.ones(0, dtype=torch.bool)
-            return none, none.expand(self.clients, -1)
-        if s.method == "fedavg":
-            server = torch.ones(sum(self.costs.sizes), dtype=torch.bool)
-            return server, server.expand(self.clients, -1).clone()
+        assert self.costs is not None
         if self.hyper is None:
             server = self.costs.fit(self._scores(), self._server_budget(), fill=True)
             return server, server.expand(self.clients, -1).clone()
@@ -592,12 +643,18 @@ class Federation:
         """Cut the server's closed channels out of the network, for good; the momentum starts anew."""
         server, devices = self.export_gates()
         self.flat.load(self.weights, self.statistics)
-        self.gates = (server, devices)
-        if self.points:
-            self._use(slice_gates(self.model, self.points, server))
+        self._use_gates(server, devices)
         self.momentum = torch.zeros_like(self.weights)
         for k in range(self.clients if self.personal else 0):
             self._send("masks", devices[k, server])
+
+    def device_model(self, client: int) -> nn.Module:
+        """The physically smaller network of one device, after pruning; what `layers_changed_by_slicing` says holds."""
+        self.flat.load(self.weights, self.statistics)
+        gates = self.client_gates()
+        if self.gates is None or gates is None:
+            return copy.deepcopy(self.model)
+        return slice_gates(self.model, self.points, gates[client])
 
     # -- figures ------------------------------------------------------------------------------------------------------
 
@@ -620,7 +677,10 @@ class Federation:
             if loader is None:
                 accuracies.append(None)
                 continue
-            own = self._hits(loader, None if gates is None else gates[k])
+            if self._slices is not None:
+                own = _correct(self._load(k).module.eval(), loader)
+            else:
+                own = self._hits(loader, None if gates is None else gates[k])
             hits += own
             server_hits += own if gates is None else self._hits(loader, server)
             accuracies.append(own / len(loader.indices))
@@ -630,7 +690,14 @@ class Federation:
 
     def _hits(self, loader: Loader, gates: Tensor | None) -> int:
         with self._gated(gates):
-            return sum(int((self.model(x).argmax(1) == y).sum()) for x, y in loader)
+            return _correct(self.model, loader)
+
+    @torch.no_grad()
+    def evaluate_sliced(self) -> float:
+        """``pooled_acc`` of the devices' physically smaller networks, which can differ from that of closed gates."""
+        tests = {k: loader for k, loader in enumerate(self._tests) if loader is not None}
+        hits = sum(_correct(self.device_model(k).eval(), loader) for k, loader in tests.items())
+        return hits / sum(len(loader.indices) for loader in tests.values())
 
     def _costs(self, gates: Tensor | None, server: Tensor | None) -> dict[str, Any]:
         if self.costs is None:
@@ -685,9 +752,8 @@ class Federation:
             raise ValueError(f"the checkpoint is of a run with other {', '.join(odd)}")
         if state["gates"] is not None:
             server, devices = state["gates"]
-            if self.gates is None and self.points:
-                self._use(slice_gates(self.model, self.points, server))
-            self.gates = (server, devices)
+            if self.gates is None:
+                self._use_gates(server, devices)
         self.model.load_state_dict(state["model"])
         self.weights, self.statistics, self.momentum = (
             state[name].clone() for name in ("weights", "statistics", "momentum")
@@ -701,3 +767,7 @@ class Federation:
         if self.hyper is not None:
             values, self.hyper_mean, self.hyper_square = (t.clone() for t in state["hypernetwork"])
             self.hyper.load(values)
+
+
+def _correct(model: nn.Module, loader: Loader) -> int:
+    return sum(int((model(x).argmax(1) == y).sum()) for x, y in loader)
