@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -84,6 +85,7 @@ if __name__ == "__main__":
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", default=METHODS)
-    parser.add_argument("flags", nargs="*", help="of sparsebilevel federated, after --")
-    arguments = parser.parse_args()
+    words = [*sys.argv[1:], "--"]
+    cut = words.index("--")
+    arguments = parser.parse_args(words[:cut], argparse.Namespace(flags=words[cut + 1 : -1]))
     {"run": run, "table": table}[arguments.action](arguments)

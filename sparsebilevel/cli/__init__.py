@@ -111,7 +111,9 @@ def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
 
         add_flags(decentralized)
 
-    help = "Clients with data of their own learn a pruned model with a sub-network for every device."
+    help = (
+        "Clients with data of their own learn a pruned model with a sub-network for every device (torchrun shares work)"
+    )
     federated = command("federated", run_federated, help)
     if "federated" in (sys.argv[1:] if argv is None else argv):
         from .federated import add_flags as add_federated_flags

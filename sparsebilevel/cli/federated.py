@@ -26,6 +26,7 @@ from ..federated.models import find_gate_points, layers_changed_by_slicing, set_
 from ..federated.rounds import METHODS, Federation, Settings
 from ..models import create_model
 from ..training.checkpoint import load_checkpoint, save_checkpoint, write_text
+from ..training.runtime import Ranks, process_group
 from .tables import text_table
 
 # Where and how long to run, not what: free to differ when a run is resumed.
@@ -33,7 +34,12 @@ _RUN_FLAGS = ("output_dir", "resume", "overwrite", "quiet", "max_rounds", "data_
 
 
 def federated(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Run the method and its baselines; the result row of each that came to its end, by name."""
+    """Run the method and its baselines; the result row of each that came to its end, by name (on rank 0)."""
+    with process_group("cpu") as ranks:
+        return _federated(args, ranks)
+
+
+def _federated(args: argparse.Namespace, ranks: Ranks) -> dict[str, dict[str, Any]]:
     names = list(dict.fromkeys([args.method, *args.baselines]))
     for name in names:
         if name not in METHODS:
@@ -41,20 +47,25 @@ def federated(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     if args.evaluations < 1:
         raise ValueError(f"evaluations={args.evaluations} is not allowed; expected at least 1")
     settings = make_settings(args)
-    settings.validate(args.clients)
-    budgets = parse_budgets("device_flops", args.device_flops, args.clients, args.seed)
     data = load_data(args.data, args.data_path, batch_size=args.batch_size, eval_batch_size=250, seed=args.seed)
     if args.limit is not None:
         data = dataclasses.replace(data, train=_first(data, args.limit))
     labels = data.train.labels
+    if not 1 <= args.clients <= len(labels):
+        raise ValueError(f"clients={args.clients} is not allowed; expected 1 to {len(labels)}, the training samples")
+    settings.validate(args.clients)
+    budgets = parse_budgets("device_flops", args.device_flops, args.clients, args.seed)
     parts = partition(
         labels, args.clients, args.partition, alpha=args.alpha, balance=True, shards=args.shards, seed=args.seed
     )
     tests = matching_partition(labels, parts, data.test.labels, args.seed)
-    make_network(args, data)  # what is wrong with it shows before the folder is touched
+    if names != ["fedavg"]:
+        find_gate_points(make_network(args, data))  # what is wrong with it shows before the folder is touched
     folder = Path(args.output_dir)
-    _open_folder(folder, args)
-    say = (lambda text: None) if args.quiet else lambda text: print(text, flush=True)
+    if ranks.is_main:
+        _open_folder(folder, args)
+    ranks.barrier()
+    say = (lambda text: None) if args.quiet or not ranks.is_main else lambda text: print(text, flush=True)
     sizes = [len(part) for part in parts]
     say(f"{args.arch} on {args.data}: {args.clients} clients ({args.partition}), samples {sizes}")
     results, logs = {}, {}
@@ -62,16 +73,16 @@ def federated(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         torch.manual_seed(args.seed)
         model = make_network(args, data)
         points = find_gate_points(model) if name != "fedavg" or _has_points(model) else []
-        run = Federation(
-            model, points, data, parts, tests, budgets, dataclasses.replace(settings, method=name), report=say
-        )
+        chosen = dataclasses.replace(settings, method=name)
+        run = Federation(model, points, data, parts, tests, budgets, chosen, report=say, ranks=ranks)
         rows = run_method(name, run, args, folder / name, say)
         logs[name] = rows
         if rows and rows[-1]["type"] == "result":
             results[name] = rows[-1]
     if results:
         say(result_table(results))
-    _draw(logs, folder)
+    if ranks.is_main:
+        _draw(logs, folder)
     say(f"run folder: {folder}")
     return results
 
@@ -120,19 +131,22 @@ def _open_folder(folder: Path, args: argparse.Namespace) -> None:
 
 
 def run_method(name: str, run: Federation, args: argparse.Namespace, folder: Path, say: Any) -> list[dict[str, Any]]:
-    """Run, or continue, one method; its rows."""
+    """Run, or continue, one method; its rows (on rank 0, which alone writes and evaluates)."""
+    is_main = run.ranks.is_main
     folder.mkdir(parents=True, exist_ok=True)
     log, checkpoint = folder / "log.jsonl", folder / "checkpoint.pth"
     rows: list[dict[str, Any]] = []
     if args.resume and checkpoint.exists():
         run.load_state_dict(load_checkpoint(checkpoint))
+    run.ranks.barrier()  # all have read it before it changes
+    if args.resume and run.done and is_main:
         kept = [json.loads(line) for line in log.read_text().splitlines()]
         rows = [row for row in kept if row["round"] <= run.done]
         if rows and rows[-1]["type"] == "result":
             return rows
         write_text(log, "".join(json.dumps(row) + "\n" for row in rows))
-    elif log.exists():
-        log.unlink()
+    elif is_main:
+        log.unlink(missing_ok=True)
     rounds = sum(phase.rounds for phase in run.phases)
     every = max(1, rounds // args.evaluations)
     last = min(rounds, args.max_rounds or rounds)
@@ -144,6 +158,8 @@ def run_method(name: str, run: Federation, args: argparse.Namespace, folder: Pat
 
     while run.done < last:
         row = {"type": "round"} | run.round()
+        if not is_main:
+            continue
         upcoming = None if run.is_done else run.phases[run.phase].name
         if run.done % every == 0 or upcoming == "prune" or row["phase"] == "prune" or run.is_done:
             row |= run.evaluate()
@@ -151,7 +167,7 @@ def run_method(name: str, run: Federation, args: argparse.Namespace, folder: Pat
         write(row)
         if args.checkpoint_freq and (run.done % args.checkpoint_freq == 0 or run.done == last):
             save_checkpoint(checkpoint, run.state_dict())
-    if run.is_done:
+    if run.is_done and is_main:
         write(_result(run, rows))
         gates = {} if run.gates is None else {"server_gates": run.gates[0], "device_gates": run.gates[1]}
         state = run.state_dict()["model"]

@@ -13,12 +13,17 @@ from .models import (
     set_norm,
     slice_gates,
 )
+from .rounds import METHODS, Federation, FederationError, Settings
 
 __all__ = [
+    "METHODS",
     "NORMS",
+    "Federation",
+    "FederationError",
     "GateCosts",
     "GatePoint",
     "Hypernetwork",
+    "Settings",
     "StandardizedConv2d",
     "apply_gates",
     "budget_penalty",

@@ -1,4 +1,4 @@
-"""The rounds of federated training: weights and hypernetwork in turns, with virtual clients in one process.
+"""The rounds of federated training: weights and hypernetwork in turns, with virtual clients in one process or several.
 
 A round is one exchange with the clients. In a round of *weights* the sampled clients take ``local_steps`` (r_W) steps
 from the server's weights, each with the gates of its own sub-network, and the server averages what they send. In a
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..data import Data, Loader
 from ..training.loop import TrainingError
+from ..training.runtime import Ranks
 from .flops import GateCosts, budget_penalty
 from .hypernetwork import NOISES, Hypernetwork, merge_gates, open_threshold, sample_gates
 from .local import FlatModule, adamw, full_gradient, train_weights
@@ -187,12 +188,14 @@ class Federation:
         settings: how to run.
         hypernetwork: None makes one, from torch's global generator.
         report: gets messages for people, about clients that were left out.
+        ranks: processes that share the clients' work, client k for rank k modulo their number; None: this one alone.
+            The numbers are the same.
 
     Attributes:
         model: the server's network; after pruning the smaller one.
         gates: what was pruned: bool ``[G]`` of the server and ``[clients, G]`` of the devices; None before.
         done: rounds so far; ``phase`` the index of the current phase, ``phase_round`` the rounds done in it.
-        sent, received: bytes by kind, down to the clients and up from them, tensors alone.
+        sent, received: bytes by kind, down to the clients whose work was used and up from them, tensors alone.
         failures: how often a client's part in a round was left out.
         fault: for tests and simulations: called as ``fault(kind, round, client)`` before a client's work; raises where
             the client is to fail.
@@ -209,12 +212,14 @@ class Federation:
         settings: Settings,
         hypernetwork: Hypernetwork | None = None,
         report: Callable[[str], None] = lambda message: None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.clients = len(parts)
         settings.validate(self.clients)
         if not len(test_parts) == len(budgets) == self.clients:
             raise ValueError(f"{self.clients} parts, {len(test_parts)} test_parts, {len(budgets)} budgets: must agree")
         self.settings, self.points, self.budgets, self.report = settings, list(points), list(budgets), report
+        self.ranks = ranks or Ranks(torch.device("cpu"))
         self.costs = GateCosts(model, points, data.input_shape) if points else None
         if self.costs is None and settings.method != "fedavg":
             raise ValueError(f"points is empty; method {settings.method} needs gate points")
@@ -371,35 +376,45 @@ class Federation:
         Args:
             kind: of round, for counts and messages.
             clients: None draws them. If too few can be used, those given are asked again, or others drawn.
-            work: of one client; the tensors in what it returns are sent.
+            work: of one client; the tensors in what it returns are sent, and ``down`` are the bytes that it got.
         """
         s = self.settings
         sampled = s.sample or self.clients
         least = s.min_clients if s.min_clients is not None else math.ceil(sampled / 2)
         for attempt in range(s.retries + 1):
             chosen: Sequence[int] = clients if clients is not None else self._draw(kind, attempt)
+            mine = [k for k in chosen if k % self.ranks.world == self.ranks.rank]
+            outcomes: dict[int, dict[str, Any] | str] = {}
+            for part in self.ranks.gather({k: self._attempt(kind, k, work) for k in mine}):
+                outcomes |= part
             results = {}
-            for k in chosen:
-                try:
-                    self.fault(kind, self.done, k)
-                    result = work(k)
-                    for name, value in result.items():
-                        if isinstance(value, Tensor) and not value.isfinite().all():
-                            raise ArithmeticError(f"its {name} is not finite")
-                    results[k] = result
-                except Exception as error:  # whatever is wrong with one client, the others go on
+            for k in chosen:  # in the same order however they are spread
+                outcome = outcomes[k]
+                if isinstance(outcome, str):
                     self.failures[k] += 1
-                    self.report(f"round {self.done + 1} ({kind}): client {k} is left out: {error}")
+                    self.report(f"round {self.done + 1} ({kind}): client {k} is left out: {outcome}")
+                else:
+                    results[k] = outcome
             if len(results) >= least:
-                for k in results:
-                    tensors = [value for value in results[k].values() if isinstance(value, Tensor)]
-                    self._count(self.received, kind, sum(t.numel() * t.itemsize for t in tensors))
+                for result in results.values():
+                    self._count(self.sent, kind, result.pop("down"))
+                    self._count(self.received, kind, _bytes(*(t for t in result.values() if isinstance(t, Tensor))))
                 return results
             self.report(f"round {self.done + 1} ({kind}): {len(results)} clients, at least {least} are needed")
         raise FederationError(
             f"round {self.done + 1} ({kind}): {len(results)} of {len(chosen)} clients returned something that can be "
-            f"used, at least {least} are needed, in {attempt + 1} attempts"
+            f"used, at least {least} are needed, in {attempt + 1} attempts; the last failed because: {outcome}"
         )
+
+    def _attempt(self, kind: str, client: int, work: Callable[[int], dict[str, Any]]) -> dict[str, Any] | str:
+        """What the client returns, or why it cannot be used."""
+        try:
+            self.fault(kind, self.done, client)
+            result = work(client)
+        except Exception as error:  # whatever is wrong with one client, the others go on
+            return f"{error}" or type(error).__name__
+        odd = [n for n, value in result.items() if isinstance(value, Tensor) and not value.isfinite().all()]
+        return f"not finite: {', '.join(odd)}" if odd else result
 
     def _draw(self, kind: str, attempt: int) -> list[int]:
         sampled = self.settings.sample or self.clients
@@ -411,11 +426,6 @@ class Federation:
     @staticmethod
     def _count(counter: dict[str, int], kind: str, count: int) -> None:
         counter[kind] = counter.get(kind, 0) + count
-
-    def _send(self, kind: str, *tensors: Tensor) -> None:
-        """Count what goes down to one client: tensors, bool ones a bit an entry."""
-        sizes = (-(-t.numel() // 8) if t.dtype == torch.bool else t.numel() * t.itemsize for t in tensors)
-        self._count(self.sent, kind, sum(sizes))
 
     def _mean(self, results: Mapping[int, Mapping[str, Any]], name: str, old: Tensor) -> Tensor:
         """Average over the clients that have an entry, in their order; ``old`` where there is none."""
@@ -443,10 +453,8 @@ class Federation:
     def _weights_round(self, phase: Phase) -> dict[str, Any]:
         s, lr = self.settings, self._lr(phase)
         mime = "" if s.average == "mean" else s.average
-        gates = self.client_gates()
-
-        if self._slices is not None:
-            gates = None  # the devices' networks have no other channels
+        # The devices' own networks have no other channels.
+        gates = self.client_gates() if self._slices is None else None
 
         def start(k: int) -> contextlib.AbstractContextManager[None]:
             self._load(k).module.train()
@@ -457,11 +465,11 @@ class Federation:
 
             def gradient(k: int) -> dict[str, Any]:
                 share = self._share(k)
-                self._send("weights", self.weights[share.values], self.statistics[share.statistics])
+                down = _bytes(self.weights[share.values], self.statistics[share.statistics])
                 loader = self._loaders[k]
                 every = loader.source.batches(loader.indices.split(loader.batch_size), None)
                 with start(k):
-                    return {"gradient": full_gradient(share.flat, every, s.weight_decay)}
+                    return {"gradient": full_gradient(share.flat, every, s.weight_decay), "down": down}
 
             results = self._collect("weights", None, gradient)
             correction, survivors = self._mean(results, "gradient", torch.zeros_like(self.weights)), list(results)
@@ -470,17 +478,18 @@ class Federation:
             flat, values, _ = share = self._share(k)
             point, state = self.weights[values], self.momentum[values]
             direction = correction[values] if mime == "mime" and correction is not None else None
-            self._send("weights", state, *(() if direction is None else (direction,)))
-            if not mime:  # else they have been sent
-                self._send("weights", point, self.statistics[share.statistics])
+            down = [state] if direction is None else [state, direction]
+            if not mime:  # else it has them
+                down += [point, self.statistics[share.statistics]]
             if gates is not None and phase.name != "finetune":  # after pruning devices know their gates
-                self._send("weights", gates[k])
+                down.append(gates[k])
+            size = _bytes(*down)
             batches = self._batches("weights", k, s.local_steps)
             with start(k):
                 state, sums = train_weights(
                     flat, batches, point, state, lr, s.momentum, s.weight_decay, mime, direction
                 )
-            update: dict[str, Any] = {"weights": flat.values.clone(), "statistics": flat.statistics}
+            update: dict[str, Any] = {"weights": flat.values.clone(), "statistics": flat.statistics, "down": size}
             return update | sums | ({} if mime else {"momentum": state})
 
         results = self._collect("weights", survivors, work)
@@ -506,7 +515,7 @@ class Federation:
         self.model.eval().requires_grad_(False)
 
         def work(k: int) -> dict[str, Any]:
-            self._send("hypernetwork", values, self.hyper_mean, self.hyper_square, self.weights, self.statistics)
+            down = _bytes(values, self.hyper_mean, self.hyper_square, self.weights, self.statistics)
             hyper.load(values)
             mean, square = self.hyper_mean.clone(), self.hyper_square.clone()
             figures = torch.zeros(4, dtype=torch.float64)
@@ -514,7 +523,7 @@ class Federation:
                 generator = self._generator(_NOISE, self.hyper_rounds, k, i)
                 _, gradient = hyper.gradient_of(lambda x=x, y=y, g=generator: self._loss(k, x, y, g, figures))  # type: ignore[misc]
                 adamw(hyper.values, gradient, mean, square, self.hyper_step + i + 1, lr, s.hyper_weight_decay)
-            return {"hypernetwork": torch.stack([hyper.values, mean, square]), "figures": figures}
+            return {"hypernetwork": torch.stack([hyper.values, mean, square]), "figures": figures, "down": down}
 
         try:
             results = self._collect("hypernetwork", None, work)
@@ -646,7 +655,7 @@ class Federation:
         self._use_gates(server, devices)
         self.momentum = torch.zeros_like(self.weights)
         for k in range(self.clients if self.personal else 0):
-            self._send("masks", devices[k, server])
+            self._count(self.sent, "masks", _bytes(devices[k, server]))
 
     def device_model(self, client: int) -> nn.Module:
         """The physically smaller network of one device, after pruning; what `layers_changed_by_slicing` says holds."""
@@ -767,6 +776,11 @@ class Federation:
         if self.hyper is not None:
             values, self.hyper_mean, self.hyper_square = (t.clone() for t in state["hypernetwork"])
             self.hyper.load(values)
+
+
+def _bytes(*tensors: Tensor) -> int:
+    """Size of tensors, bool ones a bit an entry."""
+    return sum(-(-t.numel() // 8) if t.dtype == torch.bool else t.numel() * t.itemsize for t in tensors)
 
 
 def _correct(model: nn.Module, loader: Loader) -> int:
