@@ -8,11 +8,13 @@ The folder of a run: ``config.json``, ``curves.png``, ``channels.png``, and for 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import math
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +74,11 @@ def _federated(args: argparse.Namespace, ranks: Ranks) -> dict[str, dict[str, An
     for name in names:
         torch.manual_seed(args.seed)
         model = make_network(args, data)
+        dense = copy.deepcopy(model)
         points = find_gate_points(model) if name != "fedavg" or _has_points(model) else []
         chosen = dataclasses.replace(settings, method=name)
         run = Federation(model, points, data, parts, tests, budgets, chosen, report=say, ranks=ranks)
-        rows = run_method(name, run, args, folder / name, say)
+        rows = run_method(name, run, dense, args, folder / name, say)
         logs[name] = rows
         if rows and rows[-1]["type"] == "result":
             results[name] = rows[-1]
@@ -130,7 +133,9 @@ def _open_folder(folder: Path, args: argparse.Namespace) -> None:
     write_text(written, json.dumps(config, indent=2) + "\n")
 
 
-def run_method(name: str, run: Federation, args: argparse.Namespace, folder: Path, say: Any) -> list[dict[str, Any]]:
+def run_method(
+    name: str, run: Federation, dense: nn.Module, args: argparse.Namespace, folder: Path, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """Run, or continue, one method; its rows (on rank 0, which alone writes and evaluates)."""
     is_main = run.ranks.is_main
     folder.mkdir(parents=True, exist_ok=True)
@@ -168,7 +173,10 @@ def run_method(name: str, run: Federation, args: argparse.Namespace, folder: Pat
         if args.checkpoint_freq and (run.done % args.checkpoint_freq == 0 or run.done == last):
             save_checkpoint(checkpoint, run.state_dict())
     if run.is_done and is_main:
-        write(_result(run, rows))
+        write(_result(run, dense, rows))
+        sizes, times = rows[-1]["params"], rows[-1]["time_forward_ms"]
+        parts = (f"{kind} {sizes[kind]:,} and {times[kind]:.2f} ms" for kind in sizes)
+        say(f"{name}: parameters, and time of a forward pass of 64 samples: {', '.join(parts)}")
         gates = {} if run.gates is None else {"server_gates": run.gates[0], "device_gates": run.gates[1]}
         state = run.state_dict()["model"]
         save_checkpoint(folder / "model.pth", {"model": state, "arch": args.arch, "norm": args.norm} | gates)
@@ -186,8 +194,11 @@ def _changed(run: Federation) -> dict[str, str]:
     return first
 
 
-def _result(run: Federation, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy before and after pruning and at the end, costs, bytes, and measured sizes and times."""
+def _result(run: Federation, dense: nn.Module, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracy before and after pruning and at the end, costs, bytes, and measured sizes and times.
+
+    The sizes and times are those of the dense network, the server's and the first device's, physically smaller ones.
+    """
     at_end = run.evaluate()
     evaluated = [row for row in rows if "pooled_acc" in row]
     result = {"type": "result", "round": run.done} | at_end
@@ -197,10 +208,9 @@ def _result(run: Federation, rows: list[dict[str, Any]]) -> dict[str, Any]:
         result |= {"acc_before_pruning": before["pooled_acc"], "acc_after_pruning": after["pooled_acc"]}
     result |= {"bytes_down": run.sent, "bytes_up": run.received, "failures": run.failures}
     result |= {"hyper_rounds": run.hyper_rounds, "rounds": {phase.name: phase.rounds for phase in run.phases}}
-    device = run.device_model(0)
     if run.personal and run.gates is not None:
         result["device_acc_sliced"] = run.evaluate_sliced()
-    networks = {"server": run.model, "device": device}
+    networks = {"dense": dense, "server": run.model, "device": run.device_model(0)}
     result["params"] = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
     result |= {"time_forward_ms": _forward_times(networks, run)}
     return result
