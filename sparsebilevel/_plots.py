@@ -329,3 +329,41 @@ def decentralized_curves(results: dict[str, list[dict[str, Any]]]) -> bytes:
     axes[-1].set_xlabel("gradients of single samples, per worker")
     _legend(figure, axes[0])
     return _png(figure)
+
+
+def federated_curves(logs: dict[str, list[dict[str, Any]]]) -> bytes:
+    """PNG of the course of `sparsebilevel federated`: accuracy and costs, and penalties while gates are learned."""
+    figure, axes = _figure(height=10.0, rows=5)
+    fields = (
+        ("pooled_acc", "accuracy, devices"),
+        ("server_ratio", "T, server"),
+        ("device_ratio", "T, mean device"),
+        ("server_penalty", "penalty, server"),
+        ("device_penalty", "penalty, devices"),
+    )
+    for axis, (field, title) in zip(axes, fields, strict=True):
+        for i, (name, rows) in enumerate(logs.items()):
+            found = [(row["round"], row[field]) for row in rows if field in row]
+            points = [(x, statistics.fmean(y) if isinstance(y, list) else y) for x, y in found]
+            if points:
+                axis.plot(*zip(*points, strict=True), color=_COLOURS[i % len(_COLOURS)], label=name)
+        axis.set_ylabel(title)
+    axes[-1].set_xlabel("round")
+    _legend(figure, axes[0])
+    return _png(figure)
+
+
+def federated_channels(results: dict[str, dict[str, Any]]) -> bytes:
+    """PNG of the channels kept at every gate point: the server's, those of any device, and the devices' mean."""
+    figure, axes = _figure(height=2.6 * len(results), rows=len(results))
+    for axis, (name, row) in zip(axes if len(results) > 1 else [axes], results.items(), strict=True):
+        for i, (field, label) in enumerate(
+            (("server_kept", "server"), ("union_kept", "any device"), ("device_kept", "mean device"))
+        ):
+            axis.plot(row[field], color=_COLOURS[i], marker=_MARKERS[i], markersize=4, label=label)
+        axis.set_ylabel(f"{name}: channels")
+        axis.set_ylim(bottom=0)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_xlabel("gate point, from input to output")
+    _legend(figure, axis)
+    return _png(figure)

@@ -262,7 +262,7 @@ class _Analysis:
         for mixer in self.mixers:
             mixer.cut()
         for module, space in self.channelwise:
-            _cut_channels(module, space.root().keep)
+            cut_channels(module, space.root().keep)
 
 
 def _shape(node: Any) -> tuple[int, ...]:
@@ -316,8 +316,8 @@ def _is_spatial_mean(node: fx.Node) -> bool:
     return isinstance(dims, (list, tuple)) and sorted(d % 4 for d in dims) == [2, 3]
 
 
-def _cut_channels(module: Any, keep: Tensor) -> None:
-    """Remove channels of a batch norm or depth-wise convolution."""
+def cut_channels(module: Any, keep: Tensor) -> None:
+    """Remove channels of a normalization or depth-wise convolution, in place; ``keep`` is bool ``[C]``."""
     for name, parameter in module._parameters.items():
         if parameter is not None:
             setattr(module, name, nn.Parameter(parameter.detach()[keep], requires_grad=parameter.requires_grad))
@@ -325,7 +325,7 @@ def _cut_channels(module: Any, keep: Tensor) -> None:
         if buffer is not None and buffer.dim():
             setattr(module, name, buffer[keep])
     size = int(keep.sum())
-    for name in ("in_channels", "out_channels", "groups", "num_features"):
+    for name in ("in_channels", "out_channels", "groups", "num_features", "num_channels"):
         if hasattr(module, name):
             setattr(module, name, size)
 

@@ -53,7 +53,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
-    """All commands and their flags; those of ``decentralized`` only if ``argv`` (default: the process's) names it."""
+    """All commands and flags; ``decentralized``'s and ``federated``'s if ``argv`` (default: the process's) names it."""
     from .. import __version__
 
     parser = _Parser(prog="sparsebilevel", description="Train neural networks whose sparsity mask is learned.")
@@ -110,6 +110,15 @@ def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
         from .decentralized import add_flags
 
         add_flags(decentralized)
+
+    help = (
+        "Clients with data of their own learn a pruned model with a sub-network for every device (torchrun shares work)"
+    )
+    federated = command("federated", run_federated, help)
+    if "federated" in (sys.argv[1:] if argv is None else argv):
+        from .federated import add_flags as add_federated_flags
+
+        add_federated_flags(federated)
 
     command("config", run_config, "Show what was built, what is installed, and what each part needs.")
     command("presets", run_presets, "List the recipes that --preset takes.")
@@ -233,6 +242,12 @@ def run_decentralized(args: argparse.Namespace) -> None:
     from .decentralized import decentralized
 
     decentralized(args)
+
+
+def run_federated(args: argparse.Namespace) -> None:
+    from .federated import federated
+
+    federated(args)
 
 
 def run_config(args: argparse.Namespace) -> None:

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..data.datasets import read_digits
+from ..data.partition import PARTITIONS as PARTITIONS
+from ..data.partition import partition as partition
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 TASKS = ("svm", "rnn", "resnet")
 TASK_DATA = {"svm": ("digits", "a9a", "covtype", "imdb"), "rnn": ("sent140",), "resnet": ("cifar10", "digits")}
-PARTITIONS = ("iid", "dirichlet", "label", "source")
 
 
 class Objective:
@@ -200,75 +201,6 @@ def area_under_curve(scores: Tensor, positive: Tensor) -> float:
     p = int(positive.sum())
     n = len(scores) - p
     return ((ranks[positive].sum().item() - p * (p + 1) / 2) / (p * n)) if p and n else math.nan
-
-
-# -- partitions --------------------------------------------------------------------------------------------------------
-
-
-def partition(
-    targets: Tensor,
-    workers: int,
-    how: str = "iid",
-    *,
-    alpha: float = 0.5,
-    sources: Tensor | None = None,
-    seed: int = 0,
-) -> list[Tensor]:
-    """Positions of each worker's samples; together all of them, each once, and none empty.
-
-    Args:
-        targets: int64 ``[n]``, classes.
-        workers: number of workers, at most n.
-        how: ``iid``: at random, sizes equal to within one; ``dirichlet``: each class is shared out in proportions drawn
-            from Dirichlet(alpha); ``label``: sorted by class and cut in equal pieces; ``source``: whole sources, the
-            largest first, each to the worker that has least.
-        alpha: of ``dirichlet``; the smaller, the more unequal.
-        sources: int64 ``[n]``, for ``source``.
-        seed: of the draws.
-    """
-    n = len(targets)
-    if how not in PARTITIONS:
-        raise ValueError(f"partition={how!r} is not known; allowed: {', '.join(PARTITIONS)}")
-    if not 1 <= workers <= n:
-        raise ValueError(f"workers={workers} is not allowed; expected 1 to {n}, the number of samples")
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(n, generator=generator)
-    if how == "iid":
-        return [part.sort().values for part in order.tensor_split(workers)]
-    if how == "label":
-        by_class = order[torch.argsort(targets[order], stable=True)]
-        return [part.sort().values for part in by_class.tensor_split(workers)]
-    if how == "source":
-        return _by_source(sources, n, workers)
-    if not alpha > 0:
-        raise ValueError(f"alpha={alpha!r} is not allowed; expected a number above 0")
-    random = np.random.default_rng(seed)
-    for _ in range(100):
-        parts: list[list[Tensor]] = [[] for _ in range(workers)]
-        for label in targets.unique().tolist():
-            members = order[targets[order] == label]
-            ends = np.round(np.cumsum(random.dirichlet([alpha] * workers)) * len(members)).astype(int)[:-1]
-            for part, piece in zip(parts, members.tensor_split(ends.tolist()), strict=True):
-                part.append(piece)
-        whole = [torch.cat(part).sort().values for part in parts]
-        if min(map(len, whole)) >= min(10, n // workers):
-            return whole
-    raise ValueError(f"partition='dirichlet': with {alpha=} no draw of 100 gave each of {workers} workers 10 samples")
-
-
-def _by_source(sources: Tensor | None, n: int, workers: int) -> list[Tensor]:
-    if sources is None:
-        raise ValueError("partition='source': this data set does not say where its samples come from")
-    names, counts = sources.unique(return_counts=True)
-    if len(names) < workers:
-        raise ValueError(f"partition='source': {len(names)} sources are not enough for {workers} workers")
-    share, load = {}, [0] * workers
-    for i in torch.argsort(counts, descending=True, stable=True).tolist():
-        worker = load.index(min(load))
-        share[int(names[i])] = worker
-        load[worker] += int(counts[i])
-    owner = torch.tensor([share[int(source)] for source in sources])
-    return [(owner == k).nonzero().flatten() for k in range(workers)]
 
 
 # -- networks ----------------------------------------------------------------------------------------------------------

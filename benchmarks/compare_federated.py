@@ -1,0 +1,91 @@
+"""Compare federated pruning methods at equal rounds and device budgets; writes a JSON file and a table.
+
+    python benchmarks/compare_federated.py run --alphas 0.5 0.1 --seeds 0 1 2 -- --epochs 20 --finetune-epochs 10
+    python benchmarks/compare_federated.py table
+
+What follows ``--`` goes to `sparsebilevel federated`. `run` adds to, or replaces runs of,
+benchmarks/results/federated_digits.json and so on, so that seeds can be run one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from sparsebilevel.cli import main as command
+
+RESULTS = Path(__file__).parent / "results"
+METHODS = ("fedavg", "random", "filter", "fedosp", "fedilp", "dwnp", "dwnp sliced")
+
+
+def run(args: argparse.Namespace) -> None:
+    for seed in args.seeds:
+        for alpha in args.alphas:
+            for name in args.methods:
+                method, _, sliced = name.partition(" ")
+                flags = ["--method", method, "--data", args.data, "--alpha", str(alpha), "--seed", str(seed)]
+                flags += ["--device-networks", sliced] if sliced else []
+                with tempfile.TemporaryDirectory() as folder:
+                    began = time.perf_counter()
+                    command(
+                        ["federated", *flags, *args.flags, "--quiet", "--checkpoint-freq", "0", "--output-dir", folder]
+                    )
+                    seconds = round(time.perf_counter() - began, 1)
+                    row = json.loads((Path(folder) / method / "log.jsonl").read_text().splitlines()[-1])
+                entry = {"method": name, "alpha": alpha, "seed": seed, "flags": args.flags, "seconds": seconds}
+                save(args.data, entry | {"result": row})
+                print(name, alpha, seed, f"{100 * row['pooled_acc']:.2f}", f"{seconds} s", flush=True)
+
+
+def save(data: str, entry: dict[str, Any]) -> None:
+    path = RESULTS / f"federated_{data}.json"
+    entries = json.loads(path.read_text()) if path.exists() else []
+    key = ("method", "alpha", "seed", "flags")
+    entries = [e for e in entries if any(e[k] != entry[k] for k in key)]
+    path.write_text(json.dumps([*entries, entry], indent=1) + "\n")
+
+
+COLUMNS = ("method", "seeds", "before %", "pruned %", "tuned %", "devices sliced %")
+COLUMNS += ("T server", "T devices", "FLOPs devices", "MB")
+
+
+def table(args: argparse.Namespace) -> None:
+    entries = json.loads((RESULTS / f"federated_{args.data}.json").read_text())
+    for alpha in sorted({e["alpha"] for e in entries}, reverse=True):
+        print(f"\nalpha = {alpha}\n\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+        for name in METHODS:
+            rows = [e["result"] for e in entries if (e["method"], e["alpha"]) == (name, alpha)]
+            if rows:
+                accuracies = ("acc_before_pruning", "acc_after_pruning", "pooled_acc", "device_acc_sliced")
+                cells = [name, str(len(rows)), *(_spread(rows, key) for key in accuracies)]
+                cells.append(f"{statistics.fmean(r['server_ratio'] for r in rows):.3f}")
+                cells.append(f"{statistics.fmean(statistics.fmean(r['device_ratio']) for r in rows):.3f}")
+                cells.append(f"{statistics.fmean(statistics.fmean(r['device_flops']) for r in rows):,.0f}")
+                total = statistics.fmean(sum(r["bytes_up"].values()) + sum(r["bytes_down"].values()) for r in rows)
+                print(f"| {' | '.join([*cells, f'{total / 1e6:,.0f}'])} |")
+
+
+def _spread(rows: list[dict[str, Any]], key: str) -> str:
+    values = [100 * row[key] for row in rows if key in row]
+    if not values:
+        return "-"
+    return f"{statistics.fmean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("run", "table"))
+    parser.add_argument("--data", default="digits")
+    parser.add_argument("--alphas", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    words = [*sys.argv[1:], "--"]
+    cut = words.index("--")
+    arguments = parser.parse_args(words[:cut], argparse.Namespace(flags=words[cut + 1 : -1]))
+    {"run": run, "table": table}[arguments.action](arguments)

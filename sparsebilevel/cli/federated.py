@@ -1,0 +1,351 @@
+"""The command ``sparsebilevel federated``: a method and its baselines on one partition, with figures and pictures.
+
+The folder of a run: ``config.json``, ``curves.png``, ``channels.png``, and for each method a folder with ``log.jsonl``
+(a row a round; those that were evaluated have accuracies and costs; the last one is of type "result"),
+``checkpoint.pth`` (everything needed to go on) and at the end ``model.pth`` (the server's network and all gates).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data import Data, load_data
+from ..data.partition import matching_partition, partition
+from ..federated.flops import parse_budgets
+from ..federated.models import find_gate_points, layers_changed_by_slicing, set_norm
+from ..federated.rounds import METHODS, Federation, Settings
+from ..models import create_model
+from ..training.checkpoint import load_checkpoint, save_checkpoint, write_text
+from ..training.runtime import Ranks, process_group
+from .tables import text_table
+
+# Where and how long to run, not what: free to differ when a run is resumed.
+_RUN_FLAGS = ("output_dir", "resume", "overwrite", "quiet", "max_rounds", "data_path", "checkpoint_freq", "baselines")
+
+
+def federated(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Run the method and its baselines; the result row of each that came to its end, by name (on rank 0)."""
+    with process_group("cpu") as ranks:
+        return _federated(args, ranks)
+
+
+def _federated(args: argparse.Namespace, ranks: Ranks) -> dict[str, dict[str, Any]]:
+    names = list(dict.fromkeys([args.method, *args.baselines]))
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(f"method={name!r} is not known; allowed: {', '.join(METHODS)}")
+    if args.evaluations < 1:
+        raise ValueError(f"evaluations={args.evaluations} is not allowed; expected at least 1")
+    settings = make_settings(args)
+    data = load_data(args.data, args.data_path, batch_size=args.batch_size, eval_batch_size=250, seed=args.seed)
+    if args.limit is not None:
+        data = dataclasses.replace(data, train=_first(data, args.limit))
+    labels = data.train.labels
+    if not 1 <= args.clients <= len(labels):
+        raise ValueError(f"clients={args.clients} is not allowed; expected 1 to {len(labels)}, the training samples")
+    settings.validate(args.clients)
+    budgets = parse_budgets("device_flops", args.device_flops, args.clients, args.seed)
+    parts = partition(
+        labels, args.clients, args.partition, alpha=args.alpha, balance=True, shards=args.shards, seed=args.seed
+    )
+    tests = matching_partition(labels, parts, data.test.labels, args.seed)
+    if names != ["fedavg"]:
+        find_gate_points(make_network(args, data))  # what is wrong with it shows before the folder is touched
+    folder = Path(args.output_dir)
+    if ranks.is_main:
+        _open_folder(folder, args)
+    ranks.barrier()
+    say = (lambda text: None) if args.quiet or not ranks.is_main else lambda text: print(text, flush=True)
+    sizes = [len(part) for part in parts]
+    say(f"{args.arch} on {args.data}: {args.clients} clients ({args.partition}), samples {sizes}")
+    results, logs = {}, {}
+    for name in names:
+        torch.manual_seed(args.seed)
+        model = make_network(args, data)
+        dense = copy.deepcopy(model)
+        points = find_gate_points(model) if name != "fedavg" or _has_points(model) else []
+        chosen = dataclasses.replace(settings, method=name)
+        run = Federation(model, points, data, parts, tests, budgets, chosen, report=say, ranks=ranks)
+        rows = run_method(name, run, dense, args, folder / name, say)
+        logs[name] = rows
+        if rows and rows[-1]["type"] == "result":
+            results[name] = rows[-1]
+    if results:
+        say(result_table(results))
+    if ranks.is_main:
+        _draw(logs, folder)
+    say(f"run folder: {folder}")
+    return results
+
+
+def make_network(args: argparse.Namespace, data: Data) -> nn.Module:
+    """The dense network with its normalization."""
+    features = math.prod(data.input_shape) if args.arch == "mlp" else data.input_shape[0]
+    model = create_model(args.arch, data.num_classes, features)
+    return set_norm(model, args.norm, standardize=not args.arch.startswith("mobilenet"))
+
+
+def _has_points(model: nn.Module) -> bool:
+    try:
+        return bool(find_gate_points(model))
+    except ValueError:
+        return False
+
+
+def _first(data: Data, limit: int) -> Any:
+    """``limit`` training samples, chosen evenly over the data set."""
+    total = len(data.train.indices)
+    if not 1 <= limit <= total:
+        raise ValueError(f"limit={limit} is not allowed; expected 1 to {total}")
+    return data.train.subset(torch.arange(limit) * total // limit)
+
+
+def make_settings(args: argparse.Namespace) -> Settings:
+    """Those of the main method; what was not given is `Settings`'s own."""
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    given = {k: v for k, v in vars(args).items() if k in fields and v is not None}
+    return Settings(**given, server_budget=args.server_flops)
+
+
+def _open_folder(folder: Path, args: argparse.Namespace) -> None:
+    config = {k: v for k, v in vars(args).items() if k not in ("command", "traceback")}
+    written = folder / "config.json"
+    if args.resume and written.exists():
+        before = json.loads(written.read_text())
+        odd = [k for k, v in config.items() if k not in _RUN_FLAGS and before.get(k) != v]
+        if odd:
+            raise ValueError(f"resume: the run in {folder} has another configuration ({', '.join(odd)})")
+    elif folder.exists() and any(folder.iterdir()) and not args.overwrite:
+        raise ValueError(f"output_dir={str(folder)!r} is not empty; give --resume, --overwrite or another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(written, json.dumps(config, indent=2) + "\n")
+
+
+def run_method(
+    name: str, run: Federation, dense: nn.Module, args: argparse.Namespace, folder: Path, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Run, or continue, one method; its rows (on rank 0, which alone writes and evaluates)."""
+    is_main = run.ranks.is_main
+    folder.mkdir(parents=True, exist_ok=True)
+    log, checkpoint = folder / "log.jsonl", folder / "checkpoint.pth"
+    rows: list[dict[str, Any]] = []
+    if args.resume and checkpoint.exists():
+        run.load_state_dict(load_checkpoint(checkpoint))
+    run.ranks.barrier()  # all have read it before it changes
+    if args.resume and run.done and is_main:
+        kept = [json.loads(line) for line in log.read_text().splitlines()]
+        rows = [row for row in kept if row["round"] <= run.done]
+        if rows and rows[-1]["type"] == "result":
+            return rows
+        write_text(log, "".join(json.dumps(row) + "\n" for row in rows))
+    elif is_main:
+        log.unlink(missing_ok=True)
+    rounds = sum(phase.rounds for phase in run.phases)
+    every = max(1, rounds // args.evaluations)
+    last = min(rounds, args.max_rounds or rounds)
+
+    def write(row: dict[str, Any]) -> None:
+        rows.append(row)
+        with log.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    while run.done < last:
+        row = {"type": "round"} | run.round()
+        if not is_main:
+            continue
+        upcoming = None if run.is_done else run.phases[run.phase].name
+        if run.done % every == 0 or upcoming == "prune" or row["phase"] == "prune" or run.is_done:
+            row |= run.evaluate()
+            say(_line(name, rounds, row))
+        write(row)
+        if args.checkpoint_freq and (run.done % args.checkpoint_freq == 0 or run.done == last):
+            save_checkpoint(checkpoint, run.state_dict())
+    if run.is_done and is_main:
+        write(_result(run, dense, rows))
+        sizes, times = rows[-1]["params"], rows[-1]["time_forward_ms"]
+        parts = (f"{kind} {sizes[kind]:,} and {times[kind]:.2f} ms" for kind in sizes)
+        say(f"{name}: parameters, and time of a forward pass of 64 samples: {', '.join(parts)}")
+        gates = {} if run.gates is None else {"server_gates": run.gates[0], "device_gates": run.gates[1]}
+        state = run.state_dict()["model"]
+        save_checkpoint(folder / "model.pth", {"model": state, "arch": args.arch, "norm": args.norm} | gates)
+        for why, layer in _changed(run).items():
+            say(f"{name}: slicing changes what {layer} computes: {why}")
+    return rows
+
+
+def _changed(run: Federation) -> dict[str, str]:
+    """What slicing changes, and the first layer of each kind."""
+    first: dict[str, str] = {}
+    changed = layers_changed_by_slicing(run.model, run.points) if run.gates is not None else {}
+    for layer, why in changed.items():
+        first.setdefault(why, layer)
+    return first
+
+
+def _result(run: Federation, dense: nn.Module, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracy before and after pruning and at the end, costs, bytes, and measured sizes and times.
+
+    The sizes and times are those of the dense network, the server's and the first device's, physically smaller ones.
+    """
+    at_end = run.evaluate()
+    evaluated = [row for row in rows if "pooled_acc" in row]
+    result = {"type": "result", "round": run.done} | at_end
+    pruned = next((i for i, row in enumerate(evaluated) if row["phase"] == "prune"), None)
+    if pruned:
+        before, after = evaluated[pruned - 1 : pruned + 1]
+        result |= {"acc_before_pruning": before["pooled_acc"], "acc_after_pruning": after["pooled_acc"]}
+    result |= {"bytes_down": run.sent, "bytes_up": run.received, "failures": run.failures}
+    result |= {"hyper_rounds": run.hyper_rounds, "rounds": {phase.name: phase.rounds for phase in run.phases}}
+    if run.personal and run.gates is not None:
+        result["device_acc_sliced"] = run.evaluate_sliced()
+    networks = {"dense": dense, "server": run.model, "device": run.device_model(0)}
+    result["params"] = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+    result |= {"time_forward_ms": _forward_times(networks, run)}
+    return result
+
+
+@torch.no_grad()
+def _forward_times(networks: dict[str, nn.Module], run: Federation) -> dict[str, float]:
+    """Median milliseconds of a forward pass of 64 samples, the networks in turns."""
+    x = torch.zeros(64, *run.input_shape)
+    times: dict[str, list[float]] = {name: [] for name in networks}
+    for network in networks.values():
+        network.eval()(x)
+    for _ in range(9):
+        for name, network in networks.items():
+            start = time.perf_counter()
+            network(x)
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _line(name: str, rounds: int, row: dict[str, Any]) -> str:
+    loss = f"  loss {row['train_loss']:.4f}" if "train_loss" in row else ""
+    cost = ""
+    if "server_ratio" in row:
+        mean = statistics.fmean(row["device_ratio"])
+        cost = f"  T: server {row['server_ratio']:.3f}, devices {mean:.3f}"
+    return (
+        f"{name:8} round {row['round']:5}/{rounds} {row['phase']:13}{loss}  accuracy: devices "
+        f"{100 * row['pooled_acc']:.2f} %, server {100 * row['server_acc']:.2f} %{cost}"
+    )
+
+
+def result_table(results: dict[str, dict[str, Any]]) -> str:
+    """The end of every run, side by side."""
+    header = (
+        *("method", "before %", "pruned %", "tuned %", "worst device %", "server %"),
+        *("T server", "T devices", "FLOPs server", "FLOPs devices", "down MB", "up MB"),
+    )
+    table = []
+    for name, r in results.items():
+        worst = min(a for a in r["device_acc"] if a is not None)
+        cells = [f"{100 * r[key]:.2f}" if key in r else "-" for key in ("acc_before_pruning", "acc_after_pruning")]
+        cells += [f"{100 * value:.2f}" for value in (r["pooled_acc"], worst, r["server_acc"])]
+        if "server_ratio" in r:
+            cells += [f"{r['server_ratio']:.4f}", f"{statistics.fmean(r['device_ratio']):.4f}"]
+            cells += [f"{r['server_flops']:,}", f"{statistics.fmean(r['device_flops']):,.0f}"]
+        else:
+            cells += ["-"] * 4
+        cells += [f"{sum(r[key].values()) / 1e6:.1f}" for key in ("bytes_down", "bytes_up")]
+        table.append((name, *cells))
+    return text_table(table, header)
+
+
+def _draw(logs: dict[str, list[dict[str, Any]]], folder: Path) -> None:
+    try:
+        from .._plots import federated_channels, federated_curves
+    except ImportError:  # the figures are in the logs; pictures need matplotlib
+        return
+    (folder / "curves.png").write_bytes(federated_curves(logs))
+    results = {name: rows[-1] for name, rows in logs.items() if rows and "server_kept" in rows[-1]}
+    if results:
+        (folder / "channels.png").write_bytes(federated_channels(results))
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of the command."""
+    from ..data.partition import PARTITIONS
+    from ..federated import rounds as r
+    from ..federated.models import NORMS
+
+    def add(group: Any, field: str, help: str, **options: Any) -> None:
+        """A flag of `Settings`; not given, the setting keeps its default."""
+        default = getattr(Settings, field)
+        if "choices" not in options and "action" not in options:
+            options["type"] = int if default is None else type(default)
+        help = help if default in (None, False) else f"{help} [{default}]"
+        group.add_argument(f"--{field.replace('_', '-')}", default=None, help=help, **options)
+
+    group = parser.add_argument_group("federation")
+    add(group, "method", "what to run", choices=tuple(METHODS))
+    parser.set_defaults(method=Settings.method)
+    group.add_argument("--baselines", nargs="*", default=[], metavar="METHOD", help="to compare it with")
+    group.add_argument("--clients", type=int, default=10, help="devices [%(default)s]")
+    choices = [how for how in PARTITIONS if how != "source"]
+    group.add_argument("--partition", choices=choices, default="dirichlet", help="of the samples [%(default)s]")
+    group.add_argument("--alpha", type=float, default=0.5, help="of dirichlet [%(default)s]")
+    group.add_argument("--shards", type=int, default=2, help="of shards: pieces a client gets [%(default)s]")
+    add(group, "sample", "clients of a round [all]")
+    add(group, "min_clients", "repeat a round with fewer [half of those asked]")
+    add(group, "retries", "of a round with too few clients")
+    add(group, "average", "of the clients' momentum", choices=r.AVERAGES)
+    add(group, "weighting", "of clients in averages", choices=("uniform", "samples"))
+    group = parser.add_argument_group("network and data")
+    group.add_argument("--arch", default="resnet20", help="a network of residual blocks [%(default)s]")
+    group.add_argument("--norm", choices=NORMS, default="group", help="normalization [%(default)s]")
+    group.add_argument("--data", default="digits", help="digits (embedded), mnist, cifar10, cifar100, fake")
+    group.add_argument("--data-path", default=".data", help="where its files lie [%(default)s]")
+    group.add_argument("--limit", type=int, help="use only so many training samples")
+    group = parser.add_argument_group("budgets")
+    group.add_argument("--server-flops", type=float, default=0.8, help="kept part of T on the server [%(default)s]")
+    help = "on the devices: one number, one each with commas, or uniform:LOW:HIGH [%(default)s]"
+    group.add_argument("--device-flops", default="0.5", help=help)
+    add(group, "device_networks", "what devices train after pruning", choices=("masked", "sliced"))
+    add(group, "fill", "use up a budget that the hypernetwork stays below", action="store_true")
+    group = parser.add_argument_group("weights")
+    add(group, "epochs", "before pruning")
+    add(group, "finetune_epochs", "after pruning")
+    add(group, "batch_size", "of a client")
+    add(group, "lr", "of the clients' SGD")
+    add(group, "finetune_lr", "after pruning")
+    add(group, "momentum", "of the clients' SGD")
+    add(group, "weight_decay", "of the clients' SGD")
+    add(group, "local_steps", "in a round (r_W)")
+    group = parser.add_argument_group("hypernetwork")
+    add(group, "hyper_interval", "steps on the weights for one on the hypernetwork (r_HN)")
+    add(group, "hyper_steps", "in a round (r_theta)")
+    add(group, "hyper_start", "part of the epochs before it is trained")
+    add(group, "hyper_part", "part of a client's samples that train it")
+    add(group, "hyper_lr", "of the clients' AdamW")
+    add(group, "hyper_weight_decay", "of the clients' AdamW")
+    add(group, "search_epochs", "of the hypernetwork alone (fedosp)")
+    add(group, "separate", "one for the server and one for the devices", action="store_true")
+    add(group, "embedding", "rows of devices in an average", choices=("mean", "own"))
+    add(group, "strength", "of the penalties on budgets")
+    add(group, "two_sided", "penalize costs below a budget too", action="store_true")
+    add(group, "noise", "of the gates", choices=r.NOISES)
+    add(group, "temperature", "of the gates")
+    add(group, "soft", "soft gates in the hypernetwork's loss", action="store_true")
+    group = parser.add_argument_group("run")
+    add(group, "seed", "of everything")
+    parser.set_defaults(seed=0, batch_size=Settings.batch_size)
+    group.add_argument("--output-dir", default="runs/federated", help="[%(default)s]")
+    group.add_argument("--resume", action="store_true", help="continue from the last checkpoints")
+    group.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    group.add_argument("--checkpoint-freq", type=int, default=20, help="rounds between checkpoints; 0: none")
+    group.add_argument("--max-rounds", type=int, help="stop each method after so many rounds, as if interrupted")
+    group.add_argument("--evaluations", type=int, default=10, help="during a run [%(default)s]")
+    group.add_argument("--quiet", action="store_true")

@@ -1,0 +1,547 @@
+"""The rounds of federated training, and the command `sparsebilevel federated`."""
+
+import copy
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+
+from sparsebilevel.cli import main
+from sparsebilevel.data import load_data
+from sparsebilevel.data.partition import matching_partition, partition
+from sparsebilevel.federated import Hypernetwork, find_gate_points, set_norm
+from sparsebilevel.federated.local import FlatModule, adamw, sgd
+from sparsebilevel.federated.rounds import METHODS, Federation, FederationError, Settings
+from sparsebilevel.models.resnet import resnet_cifar
+from sparsebilevel.training.checkpoint import load_checkpoint, save_checkpoint
+
+QUICK = {"epochs": 8, "finetune_epochs": 2, "search_epochs": 4, "batch_size": 25, "local_steps": 2}
+QUICK |= {"hyper_interval": 2, "hyper_lr": 0.02}
+
+
+def make_data(clients=4, train=240, seed=0, how="dirichlet", **options):
+    """The first digits, shared out."""
+    data = load_data("digits", batch_size=25, eval_batch_size=360, seed=seed, **options)
+    data = dataclasses.replace(data, train=data.train.subset(torch.arange(0, 1437, 1437 // train)[:train]))
+    parts = partition(data.train.labels, clients, how, balance=True, seed=seed)
+    return data, parts, matching_partition(data.train.labels, parts, data.test.labels)
+
+
+def make_run(method="dwnp", clients=4, norm="group", data=None, report=None, budgets=None, **changes):
+    torch.manual_seed(changes.get("seed", 0))
+    model = set_norm(resnet_cifar(8, in_channels=1, width=8), norm)
+    data, parts, tests = data or make_data(clients)
+    settings = Settings(method=method, **{**QUICK, **changes})
+    report = report or (lambda message: None)
+    budgets = budgets or [0.5] * clients
+    return Federation(model, find_gate_points(model), data, parts, tests, budgets, settings, report=report)
+
+
+def finish(run):
+    rows = []
+    while not run.is_done:
+        rows.append(run.round())
+    return rows
+
+
+def assert_same(a, b):
+    """Two states, bit for bit."""
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        if isinstance(value, dict):
+            assert_same(value, b[name])
+        elif isinstance(value, torch.Tensor):
+            assert torch.equal(value, b[name]), name
+        elif isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
+            assert all(map(torch.equal, value, b[name])), name
+        else:
+            assert value == b[name], name
+
+
+# -- local steps -------------------------------------------------------------------------------------------------------
+
+
+def test_local_optimizers_are_torchs():
+    gradients = torch.randn(5, 40, dtype=torch.float64)
+    start = torch.randn(40, dtype=torch.float64)
+    for kind in ("sgd", "adamw"):
+        p = nn.Parameter(start.clone())
+        theirs = (
+            torch.optim.SGD([p], 0.1, momentum=0.9) if kind == "sgd" else torch.optim.AdamW([p], 0.1, weight_decay=0.02)
+        )
+        ours, mean, square = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
+        for i, gradient in enumerate(gradients):
+            p.grad = gradient.clone()
+            theirs.step()
+            if kind == "sgd":
+                sgd(ours, gradient, mean, 0.1, 0.9)
+            else:
+                adamw(ours, gradient, mean, square, i + 1, 0.1, 0.02)
+        assert_close(ours, p.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_flat_module_is_the_module():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 3))
+    twin, x = copy.deepcopy(model), torch.randn(4, 1, 8, 8)
+    flat = FlatModule(model)
+    _, gradient = flat.gradient_of(lambda: flat.module(x).square().sum())
+    twin(x).square().sum().backward()
+    assert torch.equal(gradient, torch.cat([p.grad.reshape(-1) for p in twin.parameters()]))
+    assert_close(flat.statistics, torch.cat([twin[1].running_mean, twin[1].running_var]))
+    flat.load(torch.zeros_like(flat.values), torch.ones(4))
+    assert all(p.abs().max() == 0 for p in model.parameters())
+    assert model[1].running_mean.tolist() == [1, 1]
+
+
+def test_one_client_is_plain_training():
+    data, parts, tests = make_data(1, 100, how="iid")
+    run = make_run("fedavg", 1, data=(data, parts, tests), local_steps=3, epochs=2, finetune_epochs=0)
+    model = copy.deepcopy(run.model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+    batches = run._loaders[0].stream()
+    for _ in range(run.phases[0].rounds):
+        row = run.round()
+        for _ in range(3):
+            x, y = next(batches)
+            optimizer.param_groups[0]["lr"] = row["lr"]
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    assert run.is_done
+    assert_close(run.weights, torch.cat([p.detach().reshape(-1) for p in model.parameters()]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_averages_are_those_of_the_clients(norm):
+    run = make_run("fedavg", 3, norm=norm, local_steps=2, data=make_data(3))
+    alone = []
+    for k in range(3):
+        other = make_run("fedavg", 3, norm=norm, local_steps=2, data=make_data(3), min_clients=1)
+
+        def only(kind, round, client, k=k):
+            if client != k:
+                raise ConnectionError("gone")
+
+        other.fault = only
+        other.round()
+        alone.append(other)
+    run.round()
+    for name in ("weights", "momentum", "statistics"):
+        assert_close(getattr(run, name), torch.stack([getattr(o, name) for o in alone]).mean(0), rtol=1e-4, atol=1e-5)
+    weighted = make_run("fedavg", 3, norm=norm, local_steps=2, data=make_data(3), weighting="samples")
+    weighted.round()
+    share = torch.tensor(weighted.sizes, dtype=torch.float32).view(-1, 1) / sum(weighted.sizes)
+    assert_close(weighted.weights, (torch.stack([o.weights for o in alone]) * share).sum(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("average", ["mime_lite", "mime"])
+def test_mime_is_the_mean_when_all_clients_take_one_full_step(average):
+    """Then the gradient at the server's point is the local one, and the corrections cancel."""
+    options = {"batch_size": 240, "local_steps": 1, "epochs": 20, "finetune_epochs": 0, "lr": 0.01}
+    runs = [make_run("fedavg", 3, data=make_data(3), average=how, **options) for how in ("mean", average)]
+    for run in runs:
+        for _ in range(4):
+            run.round()
+        run.flat.load(run.weights)
+    assert (runs[0].momentum.abs() > 0).any()
+    for name in ("weights", "momentum"):
+        assert_close(getattr(runs[1], name), getattr(runs[0], name), rtol=1e-3, atol=1e-4)
+    several = make_run("fedavg", 3, data=make_data(3), average=average, **{**options, "local_steps": 3})
+    plain = make_run("fedavg", 3, data=make_data(3), **{**options, "local_steps": 3})
+    several.round()
+    plain.round()
+    assert (several.weights - plain.weights).abs().max() > 1e-3
+
+
+def test_mime_corrects_the_drift_of_clients():
+    """Local full-batch steps with correction start along the mean gradient on every client."""
+    run = make_run("fedavg", 2, data=make_data(2, how="label"), average="mime", batch_size=240, local_steps=1)
+    steps = []
+    run._mean, mean = lambda results, name, old: steps.append((name, results)) or mean(results, name, old), run._mean
+    start = run.weights.clone()
+    run.round()
+    updates = [r["weights"] - start for name, results in steps if name == "weights" for r in results.values()]
+    assert len(updates) == 2
+    assert_close(updates[0], updates[1], rtol=1e-3, atol=1e-5)
+
+
+# -- rounds ------------------------------------------------------------------------------------------------------------
+
+
+def test_weights_and_hypernetwork_are_trained_in_turns():
+    run = make_run(epochs=12, local_steps=3, hyper_interval=2, hyper_steps=2, hyper_start=0.25)
+    seen = []
+
+    def watch(kind, round, client):
+        if client == 0:
+            seen.append((kind, round, run.weights.clone(), run.hyper.values.clone()))
+
+    run.fault = watch
+    phase = run.phases[0]
+    for _ in range(phase.rounds):
+        run.round()
+    start = 0.25 * 12 * run.steps_per_epoch
+    hyper = [round for kind, round, *_ in seen if kind == "hypernetwork"]
+    expected = int((phase.rounds * 3 - start) // 4)
+    assert len(hyper) == run.hyper_rounds == expected > 0
+    assert (hyper[0] + 1) * 3 >= start + 4 > hyper[0] * 3
+    for (kind, _, w, h), (_, _, w_next, h_next) in zip(seen, seen[1:], strict=False):
+        assert torch.equal(w, w_next) == (kind == "hypernetwork")
+        assert torch.equal(h, h_next) == (kind == "weights")
+    assert run.hyper_step == 2 * run.hyper_rounds
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_keeps_to_its_budget(method):
+    run = make_run(method, budgets=[0.5, 0.6, 0.45, 0.5])
+    dense = sum(p.numel() for p in run.model.parameters())
+    rows = finish(run)
+    assert [row["round"] for row in rows] == list(range(1, len(rows) + 1))
+    figures = run.evaluate()
+    assert len(figures["device_acc"]) == 4
+    size = sum(p.numel() for p in run.model.parameters())
+    if method == "fedavg":
+        assert size == dense
+        assert figures["server_ratio"] == 1
+        assert run.gates is None
+        return
+    server, devices = run.gates
+    assert not (devices & ~server).any()
+    assert size < dense
+    assert figures["server_ratio"] <= (0.8 if method == "dwnp" else 0.45)
+    if method == "dwnp":
+        for ratio, budget in zip(figures["device_ratio"], run.budgets, strict=True):
+            assert ratio <= budget
+        assert len({tuple(row.tolist()) for row in devices}) > 1
+    else:
+        assert torch.equal(devices, server.expand(4, -1))
+    if method in ("filter", "random"):
+        assert figures["server_ratio"] > 0.35
+    assert figures["server_flops"] < figures["dense_flops"]
+    assert figures["union_kept"] <= figures["server_kept"]
+
+
+def test_training_learns():
+    run = make_run("fedavg", data=make_data(4, 1000), epochs=4, finetune_epochs=0)
+    before = run.evaluate()["pooled_acc"]
+    finish(run)
+    assert before < 0.3 < 0.8 < run.evaluate()["pooled_acc"]
+
+
+def test_the_penalty_closes_gates():
+    run = make_run("fedosp", epochs=1, search_epochs=40, hyper_lr=0.02, finetune_epochs=0)
+    finish(run)
+    assert run.hyper_rounds > 10
+    logits = run.hyper.module.logits()[0]
+    assert run.costs.ratio(logits > 0) < 0.6  # by itself, before the export closes what is left
+
+
+def test_filters_with_small_weights_go_first():
+    run = make_run("filter", epochs=1)
+    with torch.no_grad():
+        run.model.stages[0][0].conv1.weight[3] *= 1e-3
+    run.weights = run.flat.values.clone()
+    scores = run._scores()
+    assert scores[:8].argmin() == 3
+    server, _ = run.export_gates()
+    kept = run.costs.kept(server)
+    shares = [k / size for k, size in zip(kept, run.costs.sizes, strict=True)]
+    assert max(shares) - min(shares) <= 1 / 8 + 1e-9  # the same part of each
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_own_rows_are_not_divided_by_the_number_of_clients(separate):
+    moved = {}
+    for embedding in ("mean", "own"):
+        run = make_run(embedding=embedding, hyper_weight_decay=0.0, separate=separate)
+        network: Hypernetwork = run.hyper.module
+        before = network.embedding.weight.detach().clone()
+        run._hyper_round()
+        moved[embedding] = network.embedding.weight.detach() - before
+    first = 0 if separate else 1  # the server's row comes before them
+    assert_close(moved["own"][first:], 4 * moved["mean"][first:], rtol=1e-2, atol=1e-5)
+    assert_close(moved["own"][:first], moved["mean"][:first])
+
+
+def test_sampled_clients_only():
+    run = make_run("fedavg", sample=2, local_steps=2)
+    taken = []
+    run.fault = lambda kind, round, client: taken.append((round, client))
+    for _ in range(4):
+        run.round()
+    rounds = [{client for round, client in taken if round == i} for i in range(4)]
+    assert {len(clients) for clients in rounds} == {2}
+    assert len(set().union(*rounds)) > 2
+    assert sum(run.positions["weights"]) == 4 * 2 * 2
+
+
+def test_bytes_are_counted():
+    run = make_run("fedavg", finetune_epochs=0)
+    run.round()
+    size = 4 * run.weights.numel()
+    assert run.sent == {"weights": 4 * 2 * size}  # weights and momentum to each client
+    assert run.received == {"weights": 4 * 2 * size}
+    run = make_run()
+    run._hyper_round()
+    hyper = 4 * run.hyper.values.numel()
+    assert run.sent == {"hypernetwork": 4 * (3 * hyper + size)}
+    assert run.received["hypernetwork"] == 4 * (3 * hyper + 4 * 8)
+    gates = run.client_gates()
+    run.round()
+    assert run.sent["weights"] == 4 * (2 * size + -(-len(gates[0]) // 8))
+
+
+def test_devices_train_their_sliced_networks():
+    masked, run = (make_run(device_networks=how, norm="batch", finetune_epochs=4) for how in ("masked", "sliced"))
+    for federation in (masked, run):
+        while federation.phases[federation.phase].name != "finetune":
+            federation.round()
+    # With batch normalization both are the same function.
+    assert run.evaluate() == masked.evaluate()
+    server, devices = run.gates
+    shared, nobody = devices[:, server].all(0), ~devices[:, server].any(0)
+    assert shared.any()
+    assert nobody.any()
+    before, sent = run.weights.clone(), run.received["weights"]
+    filters = run.costs.kept(server)[0]
+    run.round()
+    masked.round()
+    sizes = [sum(p.numel() for p in run.device_model(k).parameters()) for k in range(4)]
+    statistics = [sum(b.numel() for b in run.device_model(k).buffers() if b.dim()) for k in range(4)]
+    assert run.received["weights"] - sent == 4 * (2 * sum(sizes) + sum(statistics))
+    first = run.flat.spans["stages.0.0.conv1.weight"]
+    changed = (run.weights != before)[first].view(filters, -1).any(1)
+    assert changed.tolist() == (~nobody[:filters]).tolist()
+    for k in range(4):
+        span = run.device_model(k).stages[0][0].conv1.weight
+        own = devices[k, server][:filters]
+        assert torch.equal(span, run.model.stages[0][0].conv1.weight[own])
+    # A filter that all devices have is averaged alike.
+    together = shared[:filters]
+    ours, theirs = (f.weights[first].view(filters, -1)[together] for f in (run, masked))
+    assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+def test_clients_that_fail_are_left_out_and_counted():
+    messages = []
+    run = make_run(report=messages.append)
+    clean = make_run()
+
+    def fault(kind, round, client):
+        if client == 2 and round in (0, 2):
+            raise TimeoutError("no answer")
+
+    run.fault = fault
+    for _ in range(3):
+        run.round()
+        clean.round()
+    assert run.failures == [0, 0, 2, 0]
+    assert messages == [f"round {i} (weights): client 2 is left out: no answer" for i in (1, 3)]
+    assert run.positions["weights"] == [6, 6, 2, 6]
+    assert not torch.equal(run.weights, clean.weights)
+
+
+def test_values_that_are_not_finite_are_left_out():
+    messages = []
+    run = make_run("fedavg", report=messages.append)
+    loader = run._loaders[1]
+
+    class Broken:
+        labels = loader.source.labels
+
+        def batches(self, *args):
+            for x, y in loader.source.batches(*args):
+                yield x * torch.nan, y
+
+    run._loaders[1] = dataclasses.replace(loader, source=Broken())
+    run.round()
+    assert run.weights.isfinite().all()
+    assert run.failures == [0, 1, 0, 0]
+    assert messages == ["round 1 (weights): client 1 is left out: not finite: weights, momentum"]
+
+
+def test_a_round_with_too_few_clients_is_repeated():
+    run = make_run("fedavg", sample=2, min_clients=2)
+    calls = []
+
+    def fault(kind, round, client):
+        calls.append(client)
+        if len(calls) <= 2:
+            raise RuntimeError("busy")
+
+    run.fault = fault
+    run.round()
+    assert len(calls) == 4
+    assert run.done == 1
+    assert sum(run.failures) == 2
+
+    def always(kind, round, client):
+        raise RuntimeError("busy")
+
+    run.fault = always
+    state = copy.deepcopy(run.state_dict())
+    with pytest.raises(FederationError, match="0 of 2 clients .* at least 2 are needed, in 4 attempts.*: busy"):
+        run.round()
+    after = run.state_dict()
+    del state["failures"], after["failures"]
+    assert_same(after, state)
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("dwnp", {"device_networks": "sliced"}),
+        (
+            "dwnp",
+            {"sample": 2, "embedding": "own", "separate": True, "noise": "gumbel", "soft": True, "two_sided": True},
+        ),
+        ("fedosp", {"average": "mime", "norm": "batch"}),
+        ("filter", {"average": "mime_lite"}),
+    ],
+)
+def test_a_run_goes_on_from_any_round(method, options, tmp_path):
+    run = make_run(method, **options)
+    states = [copy.deepcopy(run.state_dict())]
+    while not run.is_done:
+        run.round()
+        states.append(copy.deepcopy(run.state_dict()))
+    result = run.evaluate()
+    for start in sorted({0, 1, len(states) // 2, run.phases[0].rounds, len(states) - 2}):
+        save_checkpoint(tmp_path / "checkpoint.pth", states[start])
+        torch.rand(3)  # other random numbers on the way change nothing
+        again = make_run(method, **options)
+        again.load_state_dict(load_checkpoint(tmp_path / "checkpoint.pth"))
+        finish(again)
+        assert_same(again.state_dict(), states[-1])
+        assert again.evaluate() == result
+
+
+def test_other_settings_are_refused():
+    state = make_run().state_dict()
+    with pytest.raises(ValueError, match="other lr"):
+        make_run(lr=0.2).load_state_dict(state)
+    with pytest.raises(ValueError, match="other budgets"):
+        make_run(budgets=[0.5, 0.5, 0.5, 0.6]).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"method": "fedprox"}, "method='fedprox'"),
+        ({"average": "sum"}, "average='sum'"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"lr": float("nan")}, "lr=nan"),
+        ({"hyper_start": 1.0}, "hyper_start=1.0"),
+        ({"server_budget": 0.0}, "server_budget=0.0"),
+        ({"sample": 5}, "sample=5"),
+        ({"sample": 2, "min_clients": 3}, "min_clients=3"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+    ],
+)
+def test_bad_settings_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        Settings(**options).validate(4)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+COMMAND = ["federated", "--clients", "3", "--arch", "resnet20", "--limit", "150", "--batch-size", "25", "--epochs", "4"]
+COMMAND += ["--finetune-epochs", "2", "--search-epochs", "2", "--hyper-interval", "1", "--local-steps", "2", "--quiet"]
+
+
+def read_rows(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if not k.startswith("time_")} for row in rows]
+
+
+def test_the_command_compares_methods(tmp_path, capsys):
+    main([*[c for c in COMMAND if c != "--quiet"], "--baselines", "filter", "fedavg", "--output-dir", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "slicing changes what stages.0.0.bn1 computes: its statistics are over channels" in out
+    table = out[out.index("method ") :].splitlines()
+    assert [line.split()[0] for line in table[2:5]] == ["dwnp", "filter", "fedavg"]
+    result = read_rows(tmp_path / "dwnp")[-1]
+    assert result["type"] == "result"
+    assert 0 <= result["acc_after_pruning"] <= 1
+    assert max(result["device_ratio"]) <= 0.5
+    assert result["server_ratio"] <= 0.8
+    assert result["params"]["device"] < result["params"]["server"] < result["params"]["dense"]
+    assert set(result["time_forward_ms"]) == {"dense", "server", "device"}
+    assert {"weights", "hypernetwork", "masks"} == set(result["bytes_down"])
+    state = load_checkpoint(tmp_path / "dwnp" / "model.pth")
+    assert state["device_gates"].shape == (3, 9 * (16 + 32 + 64) // 3)
+    assert (tmp_path / "channels.png").stat().st_size > 1000
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_the_command_goes_on_from_its_checkpoint(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    main([*COMMAND, "--output-dir", str(whole)])
+    for stop in ("3", "5", "1000"):
+        main([*COMMAND, "--output-dir", str(parts), "--checkpoint-freq", "2", "--max-rounds", stop, "--resume"])
+    rows = [without_times(read_rows(folder / "dwnp")) for folder in (whole, parts)]
+    assert rows[0] == rows[1]
+    for name in ("model", "device_gates"):
+        states = [load_checkpoint(folder / "dwnp" / "model.pth")[name] for folder in (whole, parts)]
+        assert_same(*(state if name == "model" else {name: state} for state in states))
+
+
+def test_torchrun_gives_the_numbers_of_one_process(tmp_path):
+    main([*COMMAND, "--output-dir", str(tmp_path / "one")])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, "-m", "sparsebilevel", *COMMAND, "--output-dir", str(tmp_path / "many")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},  # sums depend on it
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [without_times(read_rows(tmp_path / name / "dwnp")) for name in ("one", "many")]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--arch", "digits_cnn"], "has no residual blocks"),
+        (["--device-flops", "2"], "device_flops='2'"),
+        (["--baselines", "fedprox"], "method='fedprox'"),
+        (["--clients", "0", "--device-flops", "uniform:0.3:0.5"], "clients=0"),
+        (["--sample", "9"], "sample=9"),
+        (["--limit", "0"], "limit=0"),
+        (["--data", "cifar10", "--data-path", "/nowhere"], "does not exist"),
+    ],
+)
+def test_bad_flags_end_in_one_line(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*COMMAND, "--output-dir", str(tmp_path / "run"), *flags])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(SystemExit):
+        main([*COMMAND, "--output-dir", str(tmp_path)])
+    assert "is not empty" in capsys.readouterr().err
