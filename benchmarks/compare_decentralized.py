@@ -1,17 +1,21 @@
 """Compare decentralized algorithms at equal numbers of sample gradients; writes a JSON file, a table and pictures.
 
-    python benchmarks/compare_decentralized.py run --data a9a --seeds 0 --sparsities 0.2 0.8 --epochs 10
+    python benchmarks/compare_decentralized.py tune --data a9a
+    python benchmarks/compare_decentralized.py run --data a9a --seeds 0 1 2
     python benchmarks/compare_decentralized.py bytes
     python benchmarks/compare_decentralized.py table
 
-`run` adds to, or replaces runs of, benchmarks/results/decentralized_a9a.json and so on, so that seeds can be run one by
-one. Learning rates are the same for all algorithms. `table` prints Markdown and draws the curves of the first seed.
+`tune` gives every algorithm the learning rate, of one grid for all, that ends with the lowest upper loss (training
+samples only) on seed 0 and at the largest of the sparsities; it writes benchmarks/results/decentralized_lr.json. `run`
+takes those, and adds to, or replaces runs of, benchmarks/results/decentralized_a9a.json and so on, so that seeds can be
+run one by one. `table` prints Markdown and draws the curves of the first seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -21,28 +25,70 @@ import torch
 
 from sparsebilevel._plots import decentralized_curves
 from sparsebilevel.comm import LocalCommunicator
-from sparsebilevel.decentralized import ALGORITHMS, Decentralized, Gossip, Settings, make_problem, make_topology
+from sparsebilevel.decentralized import (
+    ALGORITHMS,
+    Decentralized,
+    Gossip,
+    Problem,
+    Settings,
+    make_problem,
+    make_topology,
+)
 from sparsebilevel.decentralized.algorithms import DENSE_ALGORITHMS
+from sparsebilevel.decentralized.tasks import TASK_SETTINGS
 
 RESULTS = Path(__file__).parent / "results"
-TASK = {"digits": "svm", "a9a": "svm", "covtype": "svm", "imdb": "svm", "sent140": "rnn"}
-LEARNING_RATE = {"svm": 0.1, "rnn": 0.05}
+LEARNING_RATES = RESULTS / "decentralized_lr.json"
+TASK = {"digits": "svm", "a9a": "svm", "covtype": "svm", "imdb": "svm", "sent140": "rnn", "cifar10": "resnet"}
+
+
+def problem_of(args: argparse.Namespace, seed: int) -> Problem:
+    return make_problem(
+        TASK[args.data], args.data, args.data_path, args.workers, hidden=args.hidden, init_from=args.init_from,
+        limit=args.limit, seed=seed,
+    )  # fmt: skip
+
+
+def read_learning_rates() -> dict[str, dict[str, dict[str, float | None]]]:
+    """``{data: {algorithm: {learning rate: upper loss, or None where the run diverged}}}``."""
+    return json.loads(LEARNING_RATES.read_text()) if LEARNING_RATES.exists() else {}
+
+
+def tune(args: argparse.Namespace) -> None:
+    problem = problem_of(args, 0)
+    for name in args.algorithms:
+        losses: dict[str, float | None] = {}
+        for lr in args.grid:
+            try:
+                loss = train(problem, name, max(args.sparsities), args, lr, 0)[-1]["upper_loss"]
+            except ValueError:  # weights that are not finite
+                loss = math.inf
+            losses[str(lr)] = loss if math.isfinite(loss) else None
+        print(args.data, name, losses, flush=True)
+        known = read_learning_rates()
+        known.setdefault(args.data, {})[name] = losses
+        rows = [f'"{d}": {{\n' + ",\n".join(f'"{n}": {json.dumps(v)}' for n, v in algorithms.items()) + "}"
+                for d, algorithms in known.items()]  # fmt: skip
+        LEARNING_RATES.write_text("{" + ",\n".join(rows) + "}\n")
+
+
+def tuned(data: str, name: str) -> float:
+    losses = read_learning_rates()[data][name]
+    return float(min((lr for lr, loss in losses.items() if loss is not None), key=lambda lr: losses[lr]))
 
 
 def run(args: argparse.Namespace) -> None:
-    task = TASK[args.data]
     for seed in args.seeds:
-        problem = make_problem(
-            task, args.data, args.data_path, args.workers, hidden=args.hidden, limit=args.limit, seed=seed
-        )
+        problem = problem_of(args, seed)
         for sparsity in args.sparsities:
             for name in args.algorithms:
                 if name in DENSE_ALGORITHMS and sparsity != args.sparsities[0]:
                     continue  # the same run
                 began = time.perf_counter()
-                rows = train(problem, name, sparsity, args, LEARNING_RATE[task], seed)
+                lr = tuned(args.data, name)
+                rows = train(problem, name, sparsity, args, lr, seed)
                 entry = {
-                    "task": task,
+                    "task": TASK[args.data],
                     "data": args.data,
                     "algorithm": name,
                     "sparsity": None if name in DENSE_ALGORITHMS else sparsity,
@@ -50,6 +96,7 @@ def run(args: argparse.Namespace) -> None:
                     "workers": args.workers,
                     "graph": args.graph,
                     "epochs": args.epochs,
+                    "lr": lr,
                     "hidden": args.hidden,
                     "limit": args.limit,
                     "samples": problem.sizes,
@@ -66,10 +113,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def train(
-    problem: Any, name: str, sparsity: float, args: argparse.Namespace, lr: float, seed: int
+    problem: Problem, name: str, sparsity: float, args: argparse.Namespace, lr: float, seed: int
 ) -> list[dict[str, Any]]:
     gossip = Gossip(LocalCommunicator(args.workers), make_topology(args.graph, args.workers))
-    settings = Settings(**{"sparsity": sparsity, "lr": lr, "seed": seed, **ALGORITHMS[name]})
+    settings = Settings(
+        **{**TASK_SETTINGS[TASK[args.data]], "batch_size": args.batch_size, **ALGORITHMS[name]}
+        | {"sparsity": sparsity, "lr": lr, "seed": seed}
+    )
     training = Decentralized(problem, gossip, settings, args.epochs * problem.mean_size)
     rows = []
     every = max(1, training.rounds // 8)
@@ -161,21 +211,24 @@ def count_bytes(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("action", choices=("run", "table", "bytes"))
+    parser.add_argument("action", choices=("tune", "run", "table", "bytes"))
     parser.add_argument("--data", choices=tuple(TASK), default="a9a")
     parser.add_argument("--data-path", default=".data")
     parser.add_argument("--algorithms", nargs="+", choices=tuple(ALGORITHMS), default=list(ALGORITHMS))
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.2, 0.8])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--epochs", type=float, default=10.0, help="sample gradients, in epochs of the mean worker")
-    parser.add_argument("--limit", type=int, help="training samples")
+    parser.add_argument("--grid", nargs="+", type=float, default=[0.05, 0.1, 0.2, 0.4], help="learning rates (tune)")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--limit", type=int, default=16000, help="training samples [%(default)s]")
+    parser.add_argument("--init-from", help="checkpoint of a trained network (cifar10)")
     parser.add_argument("--hidden", type=int)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--graph", default="ring")
     parser.add_argument("--steps", type=int, default=200, help="steps on the weights (bytes)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    {"run": run, "table": table, "bytes": count_bytes}[args.action](args)
+    {"tune": tune, "run": run, "table": table, "bytes": count_bytes}[args.action](args)
 
 
 if __name__ == "__main__":
