@@ -2,13 +2,15 @@
 
     python benchmarks/compare_decentralized.py tune --data a9a
     python benchmarks/compare_decentralized.py run --data a9a --seeds 0 1 2
+    python benchmarks/compare_decentralized.py ablate --data a9a
     python benchmarks/compare_decentralized.py bytes
     python benchmarks/compare_decentralized.py table
 
 `tune` gives every algorithm the learning rate, of one grid for all, that ends with the lowest upper loss (training
 samples only) on seed 0 and at the largest of the sparsities; it writes benchmarks/results/decentralized_lr.json. `run`
-takes those, and adds to, or replaces runs of, benchmarks/results/decentralized_a9a.json and so on, so that seeds can be
-run one by one. `table` prints Markdown and draws the curves of the first seed.
+takes those, or --lr for all, and adds to, or replaces runs of, benchmarks/results/decentralized_a9a.json and so on, so
+that seeds can be run one by one. `ablate` changes one thing about `bilevel` at a time, and gives what it has to
+magnitude pruning, at its learning rate. `table` prints Markdown and draws the curves of the first seed.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +66,7 @@ def tune(args: argparse.Namespace) -> None:
                 loss = train(problem, name, max(args.sparsities), args, lr, 0)[-1]["upper_loss"]
             except ValueError:  # weights that are not finite
                 loss = math.inf
-            losses[str(lr)] = loss if math.isfinite(loss) else None
+            losses[str(lr)] = round(loss, 6) if math.isfinite(loss) else None
         print(args.data, name, losses, flush=True)
         known = read_learning_rates()
         known.setdefault(args.data, {})[name] = losses
@@ -85,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
                 if name in DENSE_ALGORITHMS and sparsity != args.sparsities[0]:
                     continue  # the same run
                 began = time.perf_counter()
-                lr = tuned(args.data, name)
+                lr = args.lr or tuned(args.data, name)
                 rows = train(problem, name, sparsity, args, lr, seed)
                 entry = {
                     "task": TASK[args.data],
@@ -113,12 +116,18 @@ def run(args: argparse.Namespace) -> None:
 
 
 def train(
-    problem: Problem, name: str, sparsity: float, args: argparse.Namespace, lr: float, seed: int
+    problem: Problem,
+    name: str,
+    sparsity: float,
+    args: argparse.Namespace,
+    lr: float,
+    seed: int,
+    changes: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     gossip = Gossip(LocalCommunicator(args.workers), make_topology(args.graph, args.workers))
     settings = Settings(
         **{**TASK_SETTINGS[TASK[args.data]], "batch_size": args.batch_size, **ALGORITHMS[name]}
-        | {"sparsity": sparsity, "lr": lr, "seed": seed}
+        | {"sparsity": sparsity, "lr": lr, "seed": seed, **(changes or {})}
     )
     training = Decentralized(problem, gossip, settings, args.epochs * problem.mean_size)
     rows = []
@@ -131,6 +140,37 @@ def train(
 
 
 KEY = ("data", "algorithm", "sparsity", "seed")
+
+
+ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bilevel": ("bilevel", {}),
+    "estimators storm": ("bilevel", {"lower": "storm", "upper": "storm"}),
+    "estimators sgd": ("bilevel", {"lower": "sgd", "upper": "sgd"}),
+    "1 inner step": ("bilevel", {"inner_steps": 1}),
+    "10 inner steps": ("bilevel", {"inner_steps": 10}),
+    "constant steps": ("bilevel", {"schedule": "constant"}),
+    "lr 0.1": ("bilevel", {"lr": 0.1}),
+    "mask_lr 0.01": ("bilevel", {"mask_lr": 0.01}),
+    "without tracking": ("bilevel", {"tracking": "none"}),
+    "magnitude-after, saga": ("magnitude-after", {"lower": "saga"}),
+    "magnitude-during, saga": ("magnitude-during", {"lower": "saga"}),
+}
+
+
+def ablate(args: argparse.Namespace) -> None:
+    path = RESULTS / "decentralized_ablation.json"
+    losses: dict[str, list[float]] = {label: [] for label in ABLATIONS}
+    for seed in args.seeds:
+        problem = problem_of(args, seed)
+        for label, (name, changes) in ABLATIONS.items():
+            lr = tuned(args.data, "bilevel")
+            last = train(problem, name, max(args.sparsities), args, lr, seed, changes)[-1]
+            losses[label].append(last["upper_loss"])
+            print(f"{args.data} seed {seed} {label:22} {last['upper_loss']:.4f} {last['test_acc']:.4f}", flush=True)
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known[args.data] = {"sparsity": max(args.sparsities), "epochs": args.epochs, "limit": args.limit,
+                        "seeds": args.seeds, "upper_loss": losses}  # fmt: skip
+    path.write_text(json.dumps(known, indent=1) + "\n")
 
 
 def read(data: str) -> list[dict[str, Any]]:
@@ -211,7 +251,7 @@ def count_bytes(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("action", choices=("tune", "run", "table", "bytes"))
+    parser.add_argument("action", choices=("tune", "run", "ablate", "table", "bytes"))
     parser.add_argument("--data", choices=tuple(TASK), default="a9a")
     parser.add_argument("--data-path", default=".data")
     parser.add_argument("--algorithms", nargs="+", choices=tuple(ALGORITHMS), default=list(ALGORITHMS))
@@ -219,6 +259,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--epochs", type=float, default=10.0, help="sample gradients, in epochs of the mean worker")
     parser.add_argument("--grid", nargs="+", type=float, default=[0.05, 0.1, 0.2, 0.4], help="learning rates (tune)")
+    parser.add_argument("--lr", type=float, help="one for all algorithms, instead of those that tune found (run)")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--limit", type=int, default=16000, help="training samples [%(default)s]")
     parser.add_argument("--init-from", help="checkpoint of a trained network (cifar10)")
@@ -228,7 +269,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="steps on the weights (bytes)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    {"tune": tune, "run": run, "table": table, "bytes": count_bytes}[args.action](args)
+    {"tune": tune, "run": run, "ablate": ablate, "table": table, "bytes": count_bytes}[args.action](args)
 
 
 if __name__ == "__main__":

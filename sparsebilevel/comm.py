@@ -7,6 +7,7 @@ them), each with a header and a checksum; a damaged one is sent again. Every wai
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 import threading
@@ -129,6 +130,22 @@ class LocalCommunicator(Communicator):
         return dict(values)
 
 
+def _with_store(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Say whose end it is when the store does not answer any more."""
+
+    @functools.wraps(method)
+    def call(self: TorchCommunicator, *args: Any) -> Any:
+        try:
+            return method(self, *args)
+        except dist.DistNetworkError as error:
+            raise CommunicationError(
+                f"worker {self.rank}: worker 0, which keeps the store where workers find each other, does not answer "
+                f"({_first_line(error)})"
+            ) from None
+
+    return call
+
+
 class TorchCommunicator(Communicator):
     """One worker in this process; the others in processes that torchrun, or anything that sets its variables, started.
 
@@ -214,6 +231,8 @@ class TorchCommunicator(Communicator):
         try:
             work = self._groups[other].recv([buffer], int(self.rank < other), tag)
             self._wait(work, deadline, other)
+        except dist.DistNetworkError:  # of the store, not of this edge
+            raise
         except RuntimeError as error:
             self._fail(other, _first_line(error))
             return None
@@ -262,6 +281,7 @@ class TorchCommunicator(Communicator):
         key = f"waiting/{other}"
         return self._store.get(key) if self._store.check([key]) else b""
 
+    @_with_store
     def exchange(self, outgoing: Outgoing, kind: str) -> Incoming:
         messages = {j: m for j, m in outgoing[self.rank].items() if j not in self.lost}
         received: dict[int, bytes] = {}
@@ -337,6 +357,7 @@ class TorchCommunicator(Communicator):
                     out[k] = value
         return out
 
+    @_with_store
     def barrier(self) -> None:
         self.gather({self.rank: b""})
         for k in [k for k in self._groups if k not in self.lost] if self.rank == 0 else [0]:
@@ -353,6 +374,7 @@ class TorchCommunicator(Communicator):
     # round unless they have heard when it starts, and it starts in the last of these rounds. The promises are so far
     # ahead that all have made one before the first stops: two workers are never further apart than the graph is wide.
 
+    @_with_store
     def welcome(self, round: int, clock: int) -> set[int]:
         back = set()
         for j in sorted(self.lost & set(self._others)):
@@ -374,10 +396,13 @@ class TorchCommunicator(Communicator):
                     back.add(j)
                     self.lost.discard(j)
                     del self._returns[j]
+            except dist.DistNetworkError:
+                raise
             except RuntimeError:  # it was lost again
                 del self._returns[j]
         return back
 
+    @_with_store
     def return_to(self, rounds: int) -> tuple[int, int]:
         """(round, clock) in which this worker is back; neighbours that do not answer in time count as lost.
 

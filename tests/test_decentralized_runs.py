@@ -501,7 +501,7 @@ class Workers:
             time.sleep(0.02)
 
     def errors(self):
-        return [process.communicate(timeout=100)[1] for process in self.processes]
+        return [process.communicate(timeout=200)[1] for process in self.processes]
 
     def codes(self):
         return [process.returncode for process in self.processes]
@@ -540,7 +540,7 @@ def test_a_worker_is_killed_in_the_middle_of_a_run(on_failure, size, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [4, 8])
 def test_a_killed_worker_comes_back_with_its_checkpoint(size, tmp_path):
-    flags = [*FAILING, "--on-failure", "drop", "--epochs", "100", "--search", "0.05", "--checkpoint-freq", "20"]
+    flags = [*FAILING, "--on-failure", "drop", "--epochs", "50", "--search", "0.05", "--checkpoint-freq", "20"]
     with Workers(size, tmp_path, flags) as workers:
         workers.wait_for_rows(8)
         workers.processes[2].kill()

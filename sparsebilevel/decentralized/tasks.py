@@ -31,7 +31,7 @@ TASKS = ("svm", "rnn", "resnet")
 TASK_DATA = {"svm": ("digits", "a9a", "covtype", "imdb"), "rnn": ("sent140",), "resnet": ("cifar10", "digits")}
 TASK_SETTINGS: dict[str, dict[str, Any]] = {
     "svm": {"lr": 0.2},
-    "rnn": {"lr": 0.5},
+    "rnn": {"lr": 0.3},
     # The tables of saga, a vector for each batch, would be too large.
     "resnet": {"lr": 0.05, "lower": "storm", "upper": "storm"},
 }
