@@ -8,9 +8,10 @@
 
 `tune` gives every algorithm the learning rate, of one grid for all, that ends with the lowest upper loss (training
 samples only) on seed 0 and at the largest of the sparsities; it writes benchmarks/results/decentralized_lr.json. `run`
-takes those, or --lr for all, and adds to, or replaces runs of, benchmarks/results/decentralized_a9a.json and so on, so
-that seeds can be run one by one. `ablate` changes one thing about `bilevel` at a time, and gives what it has to
-magnitude pruning, at its learning rate. `table` prints Markdown and draws the curves of the first seed.
+takes those, or --lr for all, halved where a run diverges, and adds to, or replaces runs of,
+benchmarks/results/decentralized_a9a.json and so on, so that seeds can be run one by one. `ablate` changes one thing
+about `bilevel` at a time, and gives what it has to magnitude pruning, at its learning rate. `table` prints Markdown and
+draws the curves of the first seed.
 """
 
 from __future__ import annotations
@@ -80,6 +81,21 @@ def tuned(data: str, name: str) -> float:
     return float(min((lr for lr, loss in losses.items() if loss is not None), key=lambda lr: losses[lr]))
 
 
+def train_tuned(
+    problem: Problem, name: str, sparsity: float, args: argparse.Namespace, seed: int
+) -> tuple[float, list[dict[str, Any]]]:
+    """(learning rate, rows); the rate is halved until the run does not diverge."""
+    lr = args.lr or tuned(args.data, name)
+    while True:
+        try:
+            rows = train(problem, name, sparsity, args, lr, seed)
+            if math.isfinite(rows[-1]["upper_loss"]):
+                return lr, rows
+        except ValueError:  # weights that are not finite
+            pass
+        lr /= 2
+
+
 def run(args: argparse.Namespace) -> None:
     for seed in args.seeds:
         problem = problem_of(args, seed)
@@ -88,8 +104,7 @@ def run(args: argparse.Namespace) -> None:
                 if name in DENSE_ALGORITHMS and sparsity != args.sparsities[0]:
                     continue  # the same run
                 began = time.perf_counter()
-                lr = args.lr or tuned(args.data, name)
-                rows = train(problem, name, sparsity, args, lr, seed)
+                lr, rows = train_tuned(problem, name, sparsity, args, seed)
                 entry = {
                     "task": TASK[args.data],
                     "data": args.data,
