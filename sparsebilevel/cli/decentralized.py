@@ -265,7 +265,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("algorithm (what is not given is the algorithm's own)")
     group.add_argument("--algorithm", default="bilevel", help=f"{', '.join(ALGORITHMS)} [%(default)s]")
     group.add_argument("--baselines", nargs="*", default=["d-sgd", "magnitude-after"], help="to compare it with")
-    group.add_argument("--epochs", type=float, default=50.0, help="sample gradients: epochs of the mean worker")
+    group.add_argument(
+        "--epochs", type=float, default=50.0, help="sample gradients: epochs of the mean worker [%(default)s]"
+    )
     group.add_argument("--evaluations", type=float, default=float("inf"), help="sample gradients of a worker, instead")
     group.add_argument("--sparsity", type=float, help=f"fraction of zeros [{Settings.sparsity}]")
     group.add_argument("--hypergradient", choices=a.HYPERGRADIENTS)
