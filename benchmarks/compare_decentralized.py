@@ -1,19 +1,27 @@
 """Compare decentralized algorithms at equal numbers of sample gradients; writes a JSON file, a table and pictures.
 
-    python benchmarks/compare_decentralized.py run --data a9a --seeds 0 --sparsities 0.2 0.8 --epochs 10
+    python benchmarks/compare_decentralized.py tune --data a9a
+    python benchmarks/compare_decentralized.py run --data a9a --seeds 0 1 2
+    python benchmarks/compare_decentralized.py ablate --data a9a
     python benchmarks/compare_decentralized.py bytes
     python benchmarks/compare_decentralized.py table
 
-`run` adds to, or replaces runs of, benchmarks/results/decentralized_a9a.json and so on, so that seeds can be run one by
-one. Learning rates are the same for all algorithms. `table` prints Markdown and draws the curves of the first seed.
+`tune` gives every algorithm the learning rate, of one grid for all, that ends with the lowest upper loss (training
+samples only) on seed 0 and at the largest of the sparsities; it writes benchmarks/results/decentralized_lr.json. `run`
+takes those, or --lr for all, halved where a run diverges, and adds to, or replaces runs of,
+benchmarks/results/decentralized_a9a.json and so on, so that seeds can be run one by one. `ablate` changes one thing
+about `bilevel` at a time, and gives what it has to magnitude pruning, at its learning rate. `table` prints Markdown and
+draws the curves of the first seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +29,84 @@ import torch
 
 from sparsebilevel._plots import decentralized_curves
 from sparsebilevel.comm import LocalCommunicator
-from sparsebilevel.decentralized import ALGORITHMS, Decentralized, Gossip, Settings, make_problem, make_topology
+from sparsebilevel.decentralized import (
+    ALGORITHMS,
+    Decentralized,
+    Gossip,
+    Problem,
+    Settings,
+    make_problem,
+    make_topology,
+)
 from sparsebilevel.decentralized.algorithms import DENSE_ALGORITHMS
+from sparsebilevel.decentralized.tasks import TASK_SETTINGS
 
 RESULTS = Path(__file__).parent / "results"
-TASK = {"digits": "svm", "a9a": "svm", "covtype": "svm", "imdb": "svm", "sent140": "rnn"}
-LEARNING_RATE = {"svm": 0.1, "rnn": 0.05}
+LEARNING_RATES = RESULTS / "decentralized_lr.json"
+TASK = {"digits": "svm", "a9a": "svm", "covtype": "svm", "imdb": "svm", "sent140": "rnn", "cifar10": "resnet"}
+
+
+def problem_of(args: argparse.Namespace, seed: int) -> Problem:
+    return make_problem(
+        TASK[args.data], args.data, args.data_path, args.workers, hidden=args.hidden, init_from=args.init_from,
+        limit=args.limit, seed=seed,
+    )  # fmt: skip
+
+
+def read_learning_rates() -> dict[str, dict[str, dict[str, float | None]]]:
+    """``{data: {algorithm: {learning rate: upper loss, or None where the run diverged}}}``."""
+    return json.loads(LEARNING_RATES.read_text()) if LEARNING_RATES.exists() else {}
+
+
+def tune(args: argparse.Namespace) -> None:
+    problem = problem_of(args, 0)
+    for name in args.algorithms:
+        losses: dict[str, float | None] = {}
+        for lr in args.grid:
+            try:
+                loss = train(problem, name, max(args.sparsities), args, lr, 0)[-1]["upper_loss"]
+            except ValueError:  # weights that are not finite
+                loss = math.inf
+            losses[str(lr)] = round(loss, 6) if math.isfinite(loss) else None
+        print(args.data, name, losses, flush=True)
+        known = read_learning_rates()
+        known.setdefault(args.data, {})[name] = losses
+        rows = [f'"{d}": {{\n' + ",\n".join(f'"{n}": {json.dumps(v)}' for n, v in algorithms.items()) + "}"
+                for d, algorithms in known.items()]  # fmt: skip
+        LEARNING_RATES.write_text("{" + ",\n".join(rows) + "}\n")
+
+
+def tuned(data: str, name: str) -> float:
+    losses = read_learning_rates()[data][name]
+    return float(min((lr for lr, loss in losses.items() if loss is not None), key=lambda lr: losses[lr]))
+
+
+def train_tuned(
+    problem: Problem, name: str, sparsity: float, args: argparse.Namespace, seed: int
+) -> tuple[float, list[dict[str, Any]]]:
+    """(learning rate, rows); the rate is halved until the run does not diverge."""
+    lr = args.lr or tuned(args.data, name)
+    while True:
+        try:
+            rows = train(problem, name, sparsity, args, lr, seed)
+            if math.isfinite(rows[-1]["upper_loss"]):
+                return lr, rows
+        except ValueError:  # weights that are not finite
+            pass
+        lr /= 2
 
 
 def run(args: argparse.Namespace) -> None:
-    task = TASK[args.data]
     for seed in args.seeds:
-        problem = make_problem(
-            task, args.data, args.data_path, args.workers, hidden=args.hidden, limit=args.limit, seed=seed
-        )
+        problem = problem_of(args, seed)
         for sparsity in args.sparsities:
             for name in args.algorithms:
                 if name in DENSE_ALGORITHMS and sparsity != args.sparsities[0]:
                     continue  # the same run
                 began = time.perf_counter()
-                rows = train(problem, name, sparsity, args, LEARNING_RATE[task], seed)
+                lr, rows = train_tuned(problem, name, sparsity, args, seed)
                 entry = {
-                    "task": task,
+                    "task": TASK[args.data],
                     "data": args.data,
                     "algorithm": name,
                     "sparsity": None if name in DENSE_ALGORITHMS else sparsity,
@@ -50,6 +114,7 @@ def run(args: argparse.Namespace) -> None:
                     "workers": args.workers,
                     "graph": args.graph,
                     "epochs": args.epochs,
+                    "lr": lr,
                     "hidden": args.hidden,
                     "limit": args.limit,
                     "samples": problem.sizes,
@@ -66,10 +131,19 @@ def run(args: argparse.Namespace) -> None:
 
 
 def train(
-    problem: Any, name: str, sparsity: float, args: argparse.Namespace, lr: float, seed: int
+    problem: Problem,
+    name: str,
+    sparsity: float,
+    args: argparse.Namespace,
+    lr: float,
+    seed: int,
+    changes: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     gossip = Gossip(LocalCommunicator(args.workers), make_topology(args.graph, args.workers))
-    settings = Settings(**{"sparsity": sparsity, "lr": lr, "seed": seed, **ALGORITHMS[name]})
+    settings = Settings(
+        **{**TASK_SETTINGS[TASK[args.data]], "batch_size": args.batch_size, **ALGORITHMS[name]}
+        | {"sparsity": sparsity, "lr": lr, "seed": seed, **(changes or {})}
+    )
     training = Decentralized(problem, gossip, settings, args.epochs * problem.mean_size)
     rows = []
     every = max(1, training.rounds // 8)
@@ -81,6 +155,37 @@ def train(
 
 
 KEY = ("data", "algorithm", "sparsity", "seed")
+
+
+ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bilevel": ("bilevel", {}),
+    "estimators storm": ("bilevel", {"lower": "storm", "upper": "storm"}),
+    "estimators sgd": ("bilevel", {"lower": "sgd", "upper": "sgd"}),
+    "1 inner step": ("bilevel", {"inner_steps": 1}),
+    "10 inner steps": ("bilevel", {"inner_steps": 10}),
+    "constant steps": ("bilevel", {"schedule": "constant"}),
+    "lr 0.1": ("bilevel", {"lr": 0.1}),
+    "mask_lr 0.01": ("bilevel", {"mask_lr": 0.01}),
+    "without tracking": ("bilevel", {"tracking": "none"}),
+    "magnitude-after, saga": ("magnitude-after", {"lower": "saga"}),
+    "magnitude-during, saga": ("magnitude-during", {"lower": "saga"}),
+}
+
+
+def ablate(args: argparse.Namespace) -> None:
+    path = RESULTS / "decentralized_ablation.json"
+    losses: dict[str, list[float]] = {label: [] for label in ABLATIONS}
+    for seed in args.seeds:
+        problem = problem_of(args, seed)
+        for label, (name, changes) in ABLATIONS.items():
+            lr = tuned(args.data, "bilevel")
+            last = train(problem, name, max(args.sparsities), args, lr, seed, changes)[-1]
+            losses[label].append(last["upper_loss"])
+            print(f"{args.data} seed {seed} {label:22} {last['upper_loss']:.4f} {last['test_acc']:.4f}", flush=True)
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known[args.data] = {"sparsity": max(args.sparsities), "epochs": args.epochs, "limit": args.limit,
+                        "seeds": args.seeds, "upper_loss": losses}  # fmt: skip
+    path.write_text(json.dumps(known, indent=1) + "\n")
 
 
 def read(data: str) -> list[dict[str, Any]]:
@@ -96,18 +201,23 @@ def save(entry: dict[str, Any]) -> None:
 
 
 def table(args: argparse.Namespace) -> None:
-    print("| data | pruned | algorithm | upper loss | accuracy % | AUC | consensus error | MB sent |")
-    print("|---|---|---|---|---|---|---|---|")
+    """Sorted by the distance to `bilevel`, seed by seed: seeds differ more than algorithms do."""
+    header = "data pruned algorithm seeds upper_loss over_bilevel accuracy_% AUC consensus_error MB_sent".split()
+    print(f"| {' | '.join(header).replace('_', ' ')} |")
+    print(f"|{'---|' * len(header)}")
     for data in TASK:
         mine = read(data)
         for sparsity in sorted({e["sparsity"] or 0 for e in mine}):
+            runs: dict[str, dict[int, dict[str, Any]]] = {}
+            for e in mine:
+                if (e["sparsity"] or 0) == sparsity:
+                    runs.setdefault(e["algorithm"], {})[e["seed"]] = e["rows"][-1]
             lines = []
-            for name in ALGORITHMS:
-                chosen = [e for e in mine if e["algorithm"] == name and (e["sparsity"] or 0) == sparsity]
-                if chosen:
-                    lasts = [e["rows"][-1] for e in chosen]
-                    loss = statistics.fmean(row["upper_loss"] for row in lasts)
-                    lines.append((loss, line(data, sparsity, name, lasts)))
+            for name, rows in runs.items():
+                ours = runs.get("bilevel", {})
+                over = [rows[k]["upper_loss"] - ours[k]["upper_loss"] for k in rows if k in ours]
+                losses = over or [row["upper_loss"] for row in rows.values()]
+                lines.append((statistics.fmean(losses), line(data, sparsity, name, list(rows.values()), over)))
             print("\n".join(text for _, text in sorted(lines)))
         for sparsity in sorted({e["sparsity"] or 0 for e in mine} - {0}):
             seed = mine[0]["seed"]
@@ -118,20 +228,24 @@ def table(args: argparse.Namespace) -> None:
             path.write_bytes(decentralized_curves(curves))
 
 
-def line(data: str, sparsity: float, name: str, rows: list[dict[str, Any]]) -> str:
-    def mean(field: str, scale: float = 1.0, digits: int = 4) -> str:
-        values = [scale * row[field] for row in rows]
+def line(data: str, sparsity: float, name: str, rows: list[dict[str, Any]], over: list[float]) -> str:
+    def mean(values: list[float], digits: int = 4) -> str:
         spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{statistics.fmean(values):.{digits}f}{spread}"
 
-    auc = mean("test_auc") if "test_auc" in rows[0] else "-"
-    consensus = statistics.fmean(row["consensus_error"] for row in rows)
-    sent = statistics.fmean(row["bytes_total"] for row in rows) / 1e6
-    pruned = f"{sparsity:.0%}" if sparsity else "dense"
-    return (
-        f"| {data} | {pruned} | {name} | {mean('upper_loss')} | {mean('test_acc', 100, 2)} | {auc} | {consensus:.1e} | "
-        f"{sent:.1f} |"
+    cells = (
+        data,
+        f"{sparsity:.0%}" if sparsity else "dense",
+        name,
+        str(len(rows)),
+        mean([row["upper_loss"] for row in rows]),
+        mean(over) if over and name != "bilevel" else "-",
+        mean([100 * row["test_acc"] for row in rows], 2),
+        mean([row["test_auc"] for row in rows]) if "test_auc" in rows[0] else "-",
+        f"{statistics.fmean(row['consensus_error'] for row in rows):.1e}",
+        f"{statistics.fmean(row['bytes_total'] for row in rows) / 1e6:.1f}",
     )
+    return f"| {' | '.join(cells)} |"
 
 
 def count_bytes(args: argparse.Namespace) -> None:
@@ -161,21 +275,25 @@ def count_bytes(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("action", choices=("run", "table", "bytes"))
+    parser.add_argument("action", choices=("tune", "run", "ablate", "table", "bytes"))
     parser.add_argument("--data", choices=tuple(TASK), default="a9a")
     parser.add_argument("--data-path", default=".data")
     parser.add_argument("--algorithms", nargs="+", choices=tuple(ALGORITHMS), default=list(ALGORITHMS))
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.2, 0.8])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--epochs", type=float, default=10.0, help="sample gradients, in epochs of the mean worker")
-    parser.add_argument("--limit", type=int, help="training samples")
+    parser.add_argument("--grid", nargs="+", type=float, default=[0.05, 0.1, 0.2, 0.4], help="learning rates (tune)")
+    parser.add_argument("--lr", type=float, help="one for all algorithms, instead of those that tune found (run)")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--limit", type=int, default=16000, help="training samples [%(default)s]")
+    parser.add_argument("--init-from", help="checkpoint of a trained network (cifar10)")
     parser.add_argument("--hidden", type=int)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--graph", default="ring")
     parser.add_argument("--steps", type=int, default=200, help="steps on the weights (bytes)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    {"run": run, "table": table, "bytes": count_bytes}[args.action](args)
+    {"tune": tune, "run": run, "ablate": ablate, "table": table, "bytes": count_bytes}[args.action](args)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ them), each with a header and a checksum; a damaged one is sent again. Every wai
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 import threading
@@ -26,6 +27,7 @@ Incoming = dict[int, dict[int, bytes]]
 
 _HEADER = struct.Struct("<4sIQqI")  # magic, checksum of the payload, its length, notice, checksum of the header so far
 _MAGIC = b"SBGM"
+_GOOD, _DAMAGED, _NO_HEADER = b"\1", b"\0", b"\2"  # how a message arrived; of the last, the header alone comes again
 RETRIES = 3
 
 
@@ -43,7 +45,8 @@ class Communicator:
         notice: a number that spreads with every message; all workers soon have the largest that any of them set.
         sent: bytes sent by the workers of this process, headers and repetitions included, by kind.
         resent: messages that arrived damaged and were sent again.
-        tamper: for tests; maps (sender, receiver, payload) to the payload that arrives.
+        tamper: for tests; maps (sender, receiver, data) to what arrives, of payloads and, between processes, of
+            headers.
     """
 
     ranks: tuple[int, ...]
@@ -127,6 +130,22 @@ class LocalCommunicator(Communicator):
         return dict(values)
 
 
+def _with_store(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Say whose end it is when the store does not answer any more."""
+
+    @functools.wraps(method)
+    def call(self: TorchCommunicator, *args: Any) -> Any:
+        try:
+            return method(self, *args)
+        except dist.DistNetworkError as error:
+            raise CommunicationError(
+                f"worker {self.rank}: worker 0, which keeps the store where workers find each other, does not answer "
+                f"({_first_line(error)})"
+            ) from None
+
+    return call
+
+
 class TorchCommunicator(Communicator):
     """One worker in this process; the others in processes that torchrun, or anything that sets its variables, started.
 
@@ -195,22 +214,25 @@ class TorchCommunicator(Communicator):
         if other == 0:
             raise CommunicationError(f"worker {self.rank}: worker 0, which keeps the log, does not answer ({reason})")
 
-    # -- one edge: every method returns whether it worked, and None or False means that the worker is lost
+    # -- one edge: None means that the worker is lost. Payloads have a tag of their own, so that a header can overtake
+    # the payload that waits for it.
 
-    def _send(self, other: int, data: bytes) -> list[Any] | None:
+    def _send(self, other: int, data: bytes, tag: int = 0) -> list[Any] | None:
         buffer = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)
         try:
             # The tensor is kept beside the work, since it must live until that has ended.
-            return [self._groups[other].send([buffer], int(self.rank < other), 0), buffer]
+            return [self._groups[other].send([buffer], int(self.rank < other), tag), buffer]
         except RuntimeError as error:
             self._fail(other, _first_line(error))
             return None
 
-    def _receive(self, other: int, size: int, deadline: float) -> bytes | None:
+    def _receive(self, other: int, size: int, deadline: float, tag: int = 0) -> bytes | None:
         buffer = torch.zeros(max(size, 1), dtype=torch.uint8)
         try:
-            work = self._groups[other].recv([buffer], int(self.rank < other), 0)
+            work = self._groups[other].recv([buffer], int(self.rank < other), tag)
             self._wait(work, deadline, other)
+        except dist.DistNetworkError:  # of the store, not of this edge
+            raise
         except RuntimeError as error:
             self._fail(other, _first_line(error))
             return None
@@ -259,63 +281,62 @@ class TorchCommunicator(Communicator):
         key = f"waiting/{other}"
         return self._store.get(key) if self._store.check([key]) else b""
 
+    @_with_store
     def exchange(self, outgoing: Outgoing, kind: str) -> Incoming:
         messages = {j: m for j, m in outgoing[self.rank].items() if j not in self.lost}
         received: dict[int, bytes] = {}
-        sending, expecting = set(messages), set(messages)
+        payloads: dict[int, list[Any]] = {}  # those on their way, which end when the receiver asks for them
+        sending, expecting = dict.fromkeys(messages, _DAMAGED), set(messages)
         for _ in range(RETRIES + 1):
             deadline = time.monotonic() + self.timeout
-            works: list[tuple[int, list[Any]]] = []
-            for j in sorted(sending):
-                works += self._post(j, messages[j], kind)
+            works: list[tuple[int, list[Any] | None]] = []
+            for j, wanted in sorted(sending.items()):
+                works.append((j, self._post_header(j, messages[j], kind)))
+                if wanted == _DAMAGED and j not in self.lost and (work := self._post_payload(j, messages[j], kind)):
+                    payloads[j] = work
             verdicts = {j: self._take(j, received, deadline) for j in sorted(expecting - self.lost)}
-            for j, is_good in verdicts.items():
-                if j not in self.lost and (sent := self._send(j, b"\1" if is_good else b"\0")):
-                    works.append((j, sent))
-            answers = {j: self._receive(j, 1, deadline) for j in sorted(sending - self.lost)}
-            for j, (work, _) in works:
-                if j not in self.lost:
+            works += [(j, self._send(j, verdict)) for j, verdict in verdicts.items() if j not in self.lost]
+            answers = {j: self._receive(j, 1, deadline) for j in sorted(set(sending) - self.lost)}
+            works += [(j, payloads.pop(j)) for j in sorted(payloads) if answers.get(j) != _NO_HEADER]
+            for j, sent in works:
+                if j not in self.lost and sent is not None:
                     try:
-                        self._wait(work, deadline)
+                        self._wait(sent[0], deadline)
                     except RuntimeError as error:
                         self._fail(j, _first_line(error))
-            expecting = {j for j, is_good in verdicts.items() if not is_good} - self.lost
-            sending = {j for j, answer in answers.items() if answer == b"\0"} - self.lost
+            expecting = {j for j, verdict in verdicts.items() if verdict != _GOOD} - self.lost
+            sending = {j: answer for j, answer in answers.items() if answer and answer != _GOOD and j not in self.lost}
             self.resent += len(sending)
             if not sending and not expecting:
                 break
-        for j in sorted(expecting | sending):
+        for j in sorted(expecting | set(sending)):
             self._fail(j, f"a message arrived damaged {RETRIES + 1} times")
         return {self.rank: {j: received[j] for j in sorted(received) if j not in self.lost}}
 
-    def _post(self, j: int, payload: bytes, kind: str) -> list[tuple[int, list[Any]]]:
-        self.sent[kind] += _HEADER.size + len(payload)
+    def _post_header(self, j: int, payload: bytes, kind: str) -> list[Any] | None:
+        self.sent[kind] += _HEADER.size
         head = _HEADER.pack(_MAGIC, zlib.crc32(payload), len(payload), self.notice, 0)[:-4]
         head += struct.pack("<I", zlib.crc32(head))
-        arriving = self.tamper(self.rank, j, payload) if self.tamper else payload
-        works = []
-        for part in (head, arriving):
-            if (sent := self._send(j, part)) is None:
-                break
-            works.append((j, sent))
-        return works
+        return self._send(j, self.tamper(self.rank, j, head) if self.tamper else head)
 
-    def _take(self, j: int, received: dict[int, bytes], deadline: float) -> bool:
-        """Receive a message; False if its checksum is wrong."""
+    def _post_payload(self, j: int, payload: bytes, kind: str) -> list[Any] | None:
+        self.sent[kind] += len(payload)
+        return self._send(j, self.tamper(self.rank, j, payload) if self.tamper else payload, tag=1)
+
+    def _take(self, j: int, received: dict[int, bytes], deadline: float) -> bytes:
+        """Receive a message, and say how it arrived. Without a header its length is not known: it has to wait."""
         head = self._receive(j, _HEADER.size, deadline)
         if head is None:
-            return False
+            return _NO_HEADER
         magic, checksum, size, notice, head_checksum = _HEADER.unpack(head)
         if magic != _MAGIC or zlib.crc32(head[:-4]) != head_checksum:
-            # Without a length the next message cannot be found.
-            self._fail(j, "the header of its message is damaged")
-            return False
-        payload = self._receive(j, size, deadline)
+            return _NO_HEADER
+        payload = self._receive(j, size, deadline, tag=1)
         if payload is None or zlib.crc32(payload) != checksum:
-            return False
+            return _DAMAGED
         self.notice = max(self.notice, notice)
         received[j] = payload
-        return True
+        return _GOOD
 
     def gather(self, values: Mapping[int, bytes]) -> dict[int, bytes] | None:
         deadline = time.monotonic() + self.timeout
@@ -336,6 +357,7 @@ class TorchCommunicator(Communicator):
                     out[k] = value
         return out
 
+    @_with_store
     def barrier(self) -> None:
         self.gather({self.rank: b""})
         for k in [k for k in self._groups if k not in self.lost] if self.rank == 0 else [0]:
@@ -352,6 +374,7 @@ class TorchCommunicator(Communicator):
     # round unless they have heard when it starts, and it starts in the last of these rounds. The promises are so far
     # ahead that all have made one before the first stops: two workers are never further apart than the graph is wide.
 
+    @_with_store
     def welcome(self, round: int, clock: int) -> set[int]:
         back = set()
         for j in sorted(self.lost & set(self._others)):
@@ -373,10 +396,13 @@ class TorchCommunicator(Communicator):
                     back.add(j)
                     self.lost.discard(j)
                     del self._returns[j]
+            except dist.DistNetworkError:
+                raise
             except RuntimeError:  # it was lost again
                 del self._returns[j]
         return back
 
+    @_with_store
     def return_to(self, rounds: int) -> tuple[int, int]:
         """(round, clock) in which this worker is back; neighbours that do not answer in time count as lost.
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sparsebilevel.comm import CommunicationError, LocalCommunicator, TorchCommunicator
+from sparsebilevel.comm import _HEADER, CommunicationError, LocalCommunicator, TorchCommunicator
 from sparsebilevel.decentralized.gossip import Gossip
 from sparsebilevel.decentralized.graphs import make_topology
 
@@ -64,29 +64,54 @@ def test_processes_give_the_numbers_of_one_process(size, tmp_path):
     assert total == dict(gossip.comm.sent)
 
 
-def repeat(rank, folder, size):
+def repeat(rank, folder, size, header):
     comm, gossip = connect(rank, folder, size, timeout=20)
     damaged = []
 
     def tamper(sender, receiver, payload):
-        if (sender, receiver) == (0, 1) and len(damaged) < 2:
+        if (sender, receiver) == (0, 1) and (len(payload) == _HEADER.size) == header and len(damaged) < 2:
             damaged.append(1)
             return payload[:-1] + bytes([payload[-1] ^ 1])
         return payload
 
     comm.tamper = tamper
-    values = gossip.mix({rank: vector(rank)}, "x")
-    torch.save((values[rank], comm.resent), f"{folder}/{rank}.pt")
+    values = gossip.mix(gossip.mix({rank: vector(rank)}, "x"), "x")
+    torch.save((values[rank], comm.resent, comm.sent["x"]), f"{folder}/{rank}.pt")
     comm.barrier()
 
 
-def test_a_damaged_message_is_sent_again(tmp_path):
-    torch.multiprocessing.spawn(repeat, (str(tmp_path), 3), nprocs=3)
-    expected = Gossip(LocalCommunicator(3), make_topology("ring", 3)).mix({k: vector(k) for k in range(3)}, "x")
+@pytest.mark.parametrize("header", [False, True])
+def test_a_damaged_message_is_sent_again(header, tmp_path):
+    torch.multiprocessing.spawn(repeat, (str(tmp_path), 3, header), nprocs=3)
+    gossip = Gossip(LocalCommunicator(3), make_topology("ring", 3))
+    expected = gossip.mix(gossip.mix({k: vector(k) for k in range(3)}, "x"), "x")
+    message = gossip.comm.sent["x"] // 12  # bytes: 3 workers, 2 neighbours, 2 mixings
     for k in range(3):
-        value, resent = torch.load(tmp_path / f"{k}.pt")
+        value, resent, sent = torch.load(tmp_path / f"{k}.pt")
         assert torch.equal(value, expected[k])
         assert resent == (2 if k == 0 else 0)
+        assert sent == 4 * message + resent * (_HEADER.size if header else message)
+
+
+def always_damaged(rank, folder, size, on_failure):
+    comm, gossip = connect(rank, folder, size, timeout=5, on_failure=on_failure)
+    comm.tamper = lambda sender, receiver, data: b"\0" * len(data) if (sender, receiver) == (2, 1) else data
+    try:
+        gossip.mix({rank: vector(rank)}, "x")
+        result = sorted(comm.lost), ""
+    except CommunicationError as error:
+        result = sorted(comm.lost), str(error)
+    torch.save(result, f"{folder}/{rank}.pt")
+    time.sleep(1)  # the others may still be reading
+
+
+@pytest.mark.parametrize("on_failure", ["error", pytest.param("drop", marks=pytest.mark.slow)])
+def test_a_neighbour_whose_messages_stay_damaged_is_lost(on_failure, tmp_path):
+    run_processes(always_damaged, 4, str(tmp_path), 4, on_failure)
+    for k, other in ((1, 2), (2, 1)):
+        lost, message = torch.load(tmp_path / f"{k}.pt")
+        assert lost == [other]
+        assert ("a message arrived damaged 4 times" in message) == (on_failure == "error")
 
 
 def lose_one(rank, folder, size, how, on_failure):

@@ -228,7 +228,7 @@ def test_both_gradients_of_a_difference_see_the_same_samples_and_key(name):
     assert estimator.evaluations > 0
 
 
-@pytest.mark.parametrize("name", ["svrg", "spider", "storm", "finite"])
+@pytest.mark.parametrize("name", ["svrg", "spider", "storm", "finite", "saga"])
 def test_variance_reduction_converges_where_sgd_does_not(name):
     oracle = Quadratic(samples=20)
     solution = torch.linalg.solve(oracle.hessian(), oracle.constant())
@@ -246,8 +246,27 @@ def test_estimators_with_all_samples_give_the_gradient():
     oracle = Quadratic()
     p = (torch.ones(4, dtype=torch.float64),)
     full = oracle(p, torch.arange(12), 0)
-    for name in ("svrg", "spider", "finite"):
+    for name in ("svrg", "spider", "finite", "saga"):
         assert_close(Estimator(name, oracle, 12)(p), full)
+
+
+def test_saga_follows_its_formula_and_takes_one_gradient_a_step():
+    oracle = Quadratic(samples=10)
+    estimator = Estimator("saga", oracle, 3)
+    batches = [torch.arange(b, 10, 4) for b in range(4)]
+    table = [torch.zeros(4, dtype=torch.float64) for _ in batches]
+    for t in range(20):
+        oracle.keys.clear()
+        p = (torch.full((4,), 0.1 * t, dtype=torch.float64),)
+        value = estimator(p)
+        ((indices, _),) = oracle.keys
+        chosen = indices[0]
+        assert list(indices) == batches[chosen].tolist()
+        gradient = Quadratic(samples=10)(p, batches[chosen], 0)
+        mean = sum(len(b) * h for b, h in zip(batches, table, strict=True)) / 10
+        assert_close(value, gradient - table[chosen] + mean)
+        table[chosen] = gradient
+    assert estimator.cost(10) == 2.5
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)

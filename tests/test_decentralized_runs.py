@@ -1,12 +1,14 @@
 """The algorithms of decentralized pruning, their tasks, and the command `sparsebilevel decentralized`."""
 
 import json
+import math
 import os
 import socket
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -192,10 +194,12 @@ def test_one_worker_is_the_centralized_algorithm_bit_for_bit():
 
     for t in range(run.search_rounds - 1):
         run.round()
+        lr = s.lr * (0.5 + 0.5 * math.cos(math.pi * t / run.rounds))
+        mask_lr = s.mask_lr * (0.5 + 0.5 * math.cos(math.pi * t / run.search_rounds))
         for _ in range(s.inner_steps):
-            y = y - s.lr * (x * gradient(0) + s.ridge * y) * (x > 0)
-        step = s.mask_lr * (y[:d] * gradient(1)[:d])
-        step = step * (s.mask_lr / step.abs().mean())
+            y = y - lr * (x * gradient(0) + s.ridge * y) * (x > 0)
+        step = mask_lr * (y[:d] * gradient(1)[:d])
+        step = step * (mask_lr / step.abs().mean())
         x = torch.cat([project_capped_simplex(x[:d] - step, run._count()), x[d:]])
         assert torch.equal(run.x[0], x), t
         assert torch.equal(run.y[0], y), t
@@ -222,6 +226,27 @@ def test_runs_resume_bit_for_bit_and_with_the_same_bytes():
         make_run("bilevel-penalty", budget=2000, lower="finite").load_state_dict(states)
 
 
+def test_a_run_that_diverges_says_so():
+    run = make_run("d-sgd", budget=3000, lr=100.0)
+
+    def train():
+        for _ in range(run.rounds):
+            run.round()
+            assert run.evaluate()["upper_loss"] > 0  # the hinge loss of NaN would be zero
+
+    with pytest.raises(ValueError, match=r"lr=100.0 is too large"):
+        train()
+
+
+def test_step_sizes_go_to_zero_along_a_cosine():
+    run = make_run(budget=600)
+    factors = [run._cosine(t, run.rounds) for t in range(run.rounds)]
+    assert factors[0] == 1
+    assert factors == sorted(factors, reverse=True)
+    assert 0 < factors[-1] < 0.1
+    assert make_run(schedule="constant")._cosine(5, 6) == 1
+
+
 def test_training_goes_on_without_a_lost_worker_and_trackers_start_again():
     run = make_run("d-sgd-tracking", workers=4, budget=1500, graph="complete")
     for _ in range(5):
@@ -240,6 +265,7 @@ def test_training_goes_on_without_a_lost_worker_and_trackers_start_again():
     [
         ({"sparsity": 1.0}, "sparsity=1.0"),
         ({"mask": "soft"}, "mask='soft'"),
+        ({"schedule": "step"}, "schedule='step'"),
         ({"inner_steps": 0}, "inner_steps=0"),
         ({"lr": 0}, "lr=0"),
         ({"ridge": -1}, "ridge=-1"),
@@ -304,6 +330,24 @@ def test_libsvm_files_are_read(tmp_path):
     (tmp_path / "a9a").write_text("+1 three:1")
     with pytest.raises(ValueError, match="damaged"):
         make_problem("svm", "a9a", str(tmp_path), workers=1)
+
+
+def test_frequent_words_of_tweets_without_a_vector_get_one(tmp_path):
+    for name in ("glove", "sent140"):
+        (tmp_path / name).mkdir()
+    vectors = np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)
+    np.savez(tmp_path / "glove" / "glove.npz", words=np.array(["good", "sun"]), vectors=vectors)
+    (tmp_path / "sent140" / "positive.txt").write_text("A good sun!\n" * 10)
+    (tmp_path / "sent140" / "negative.txt").write_text("no sun\n" * 10)
+    problem = make_problem("rnn", "sent140", str(tmp_path), workers=2, how="iid", hidden=4)
+    table = problem.objective.module.vectors
+    assert torch.equal(table[1:3], torch.from_numpy(vectors))
+    assert table.shape == (5, 3)  # nothing, good, sun, and of the tweets: a, no
+    assert problem.train.inputs.shape == (16, 24)
+    for words, target in zip(problem.train.inputs, problem.train.targets, strict=True):
+        sentence = words[words > 0].tolist()
+        assert sentence[-1] == 2
+        assert sentence[:-1] in ([[3, 1], [4, 1]] if target else [[3], [4]])
 
 
 def test_area_under_curve():
@@ -428,53 +472,100 @@ def test_torchrun_gives_the_numbers_of_one_process(size, tmp_path):
         assert rows(tmp_path / "one", name) == rows(tmp_path / "many", name)
 
 
-@pytest.mark.parametrize("on_failure", ["error", "drop", pytest.param("rejoin", marks=pytest.mark.slow)])
+class Workers:
+    """Processes that no launcher ends together: one a worker, with the variables that torchrun sets."""
+
+    def __init__(self, size, folder, flags):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.folder = folder
+        self.run = [sys.executable, "-m", "sparsebilevel", *command(folder / "run", "--baselines", *flags)]
+        self.common = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        self.processes = [self.start(k) for k in range(size)]
+
+    def start(self, rank, *flags):
+        return subprocess.Popen(
+            [*self.run, *flags],
+            cwd=self.folder,
+            env={**self.common, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def wait_for_rows(self, count):
+        log, deadline = self.folder / "run" / "bilevel" / "log.jsonl", time.monotonic() + 100
+        while not (log.exists() and log.read_text().count("\n") >= count):
+            assert time.monotonic() < deadline
+            assert all(process.poll() is None for process in self.processes)
+            time.sleep(0.02)
+
+    def errors(self):
+        return [process.communicate(timeout=200)[1] for process in self.processes]
+
+    def codes(self):
+        return [process.returncode for process in self.processes]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for process in self.processes:
+            process.kill()
+
+
+FAILING = ["--timeout", "10", "--reports", "40"]
+
+
+@pytest.mark.parametrize("on_failure", ["error", "drop"])
 @pytest.mark.parametrize("size", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_worker_is_killed_in_the_middle_of_a_run(on_failure, size, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    rejoins = on_failure == "rejoin"
-    flags = ["--baselines", "--on-failure", "drop" if rejoins else on_failure, "--timeout", "10", "--reports", "40"]
-    flags += ["--epochs", "100", "--search", "0.05", "--checkpoint-freq", "20"] if rejoins else ["--epochs", "8"]
-    run = [sys.executable, "-m", "sparsebilevel", *command(tmp_path / "run", *flags)]
-    common = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(run, cwd=tmp_path, env={**common, "RANK": str(k)}, stderr=subprocess.PIPE, text=True)
-        for k in range(size)
-    ]
-    try:
-        log, deadline = tmp_path / "run" / "bilevel" / "log.jsonl", time.monotonic() + 100
-        while not (log.exists() and log.read_text().count("\n") >= (8 if rejoins else 3)):
-            assert time.monotonic() < deadline
-            assert all(process.poll() is None for process in processes)
-            time.sleep(0.02)
-        processes[2].kill()
-        if rejoins:
-            processes[2].wait()
-            again = {**common, "RANK": "2"}
-            processes[2] = subprocess.Popen(
-                [*run, "--rejoin"], cwd=tmp_path, env=again, stderr=subprocess.PIPE, text=True
-            )
-        outcomes = [process.communicate(timeout=100)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    if rejoins:
-        assert [process.returncode for process in processes] == [0] * size, outcomes
-        workers = [row["workers"] for row in rows(tmp_path / "run")]
-        assert workers[0] == workers[-1] == size
-        assert size - 1 in workers
-        assert rows(tmp_path / "run")[-1]["consensus_error"] < 0.1
-        return
-    codes = [process.returncode for k, process in enumerate(processes) if k != 2]
+    with Workers(size, tmp_path, [*FAILING, "--on-failure", on_failure, "--epochs", "8"]) as workers:
+        workers.wait_for_rows(3)
+        workers.processes[2].kill()
+        errors = workers.errors()
+    codes = [code for k, code in enumerate(workers.codes()) if k != 2]
     if on_failure == "error":
         assert codes == [1] * (size - 1)
-        assert "worker 1: worker 2 does not answer" in outcomes[1]
+        assert "worker 1: worker 2 does not answer" in errors[1]
     else:
-        assert codes == [0] * (size - 1), outcomes
+        assert codes == [0] * (size - 1), errors
         last = rows(tmp_path / "run")[-1]
         assert last["workers"] == size - 1
         assert last["sparsity"] == pytest.approx(0.8, abs=0.01)
         assert last["mask_agreed"]
         assert last["consensus_error"] < rows(tmp_path / "run")[1]["consensus_error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [4, 8])
+def test_a_killed_worker_comes_back_with_its_checkpoint(size, tmp_path):
+    flags = [*FAILING, "--on-failure", "drop", "--epochs", "50", "--search", "0.05", "--checkpoint-freq", "20"]
+    with Workers(size, tmp_path, flags) as workers:
+        workers.wait_for_rows(8)
+        workers.processes[2].kill()
+        workers.processes[2].wait()
+        workers.processes[2] = workers.start(2, "--rejoin")
+        errors = workers.errors()
+    assert workers.codes() == [0] * size, errors
+    alive = [row["workers"] for row in rows(tmp_path / "run")]
+    assert alive[0] == alive[-1] == size
+    assert size - 1 in alive
+    assert rows(tmp_path / "run")[-1]["consensus_error"] < 0.1
+
+
+@pytest.mark.slow
+def test_without_worker_0_all_end_and_resume(tmp_path):
+    flags = [*FAILING, "--on-failure", "drop", "--epochs", "20", "--checkpoint-freq", "3"]
+    with Workers(4, tmp_path, flags) as workers:
+        workers.wait_for_rows(8)
+        workers.processes[0].kill()
+        errors = workers.errors()
+    assert workers.codes()[1:] == [1] * 3
+    assert all("worker 0" in error for error in errors[1:]), errors
+    with Workers(4, tmp_path, [*flags, "--resume"]) as workers:
+        errors = workers.errors()
+    assert workers.codes() == [0] * 4, errors
+    last = rows(tmp_path / "run")[-1]
+    assert last["workers"] == 4
+    assert last["mask_agreed"]

@@ -15,7 +15,7 @@ from ..comm import Communicator, LocalCommunicator, TorchCommunicator, launched_
 from ..decentralized.algorithms import ALGORITHMS, Decentralized, Settings
 from ..decentralized.gossip import Gossip
 from ..decentralized.graphs import Topology, make_topology
-from ..decentralized.tasks import Problem, make_problem
+from ..decentralized.tasks import TASK_SETTINGS, Problem, make_problem
 from ..training.checkpoint import load_checkpoint, save_checkpoint, write_text
 from .tables import text_table
 
@@ -103,11 +103,11 @@ def _open_folder(folder: Path, args: argparse.Namespace, workers: int) -> None:
 
 
 def make_settings(name: str, args: argparse.Namespace) -> Settings:
-    """Those of the algorithm, with what the command line changes."""
+    """Those of the task, changed by the algorithm and by the command line."""
     fields = {field.name for field in dataclasses.fields(Settings)}
     given = {k: v for k, v in vars(args).items() if k in fields and v is not None}
     chosen = ALGORITHMS[name] if name != args.algorithm else {**ALGORITHMS[name], **given}
-    return Settings(**{**given, **chosen})
+    return Settings(**{**TASK_SETTINGS[args.task], **given, **chosen})
 
 
 def run_algorithm(
@@ -241,8 +241,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the command."""
     from ..decentralized import algorithms as a
     from ..decentralized.graphs import GRAPHS, WEIGHTS
-    from ..decentralized.tasks import PARTITIONS, TASKS
+    from ..decentralized.tasks import PARTITIONS, TASK_SETTINGS, TASKS
 
+    lr = ", ".join(f"{task}: {settings['lr']}" for task, settings in TASK_SETTINGS.items())
     add = parser.add_argument
     add("--workers", type=int, help="number of workers [8, or the processes that torchrun started]")
     add("--graph", choices=GRAPHS, default="ring", help="who talks to whom [%(default)s]")
@@ -264,7 +265,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("algorithm (what is not given is the algorithm's own)")
     group.add_argument("--algorithm", default="bilevel", help=f"{', '.join(ALGORITHMS)} [%(default)s]")
     group.add_argument("--baselines", nargs="*", default=["d-sgd", "magnitude-after"], help="to compare it with")
-    group.add_argument("--epochs", type=float, default=10.0, help="sample gradients: epochs of the mean worker")
+    group.add_argument(
+        "--epochs", type=float, default=50.0, help="sample gradients: epochs of the mean worker [%(default)s]"
+    )
     group.add_argument("--evaluations", type=float, default=float("inf"), help="sample gradients of a worker, instead")
     group.add_argument("--sparsity", type=float, help=f"fraction of zeros [{Settings.sparsity}]")
     group.add_argument("--hypergradient", choices=a.HYPERGRADIENTS)
@@ -276,7 +279,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--upper", choices=a.ESTIMATORS, help="estimator of the hypergradient")
     group.add_argument("--inner-steps", type=int, help="steps on the weights in a round")
     group.add_argument("--batch-size", "-b", type=int, help=f"[{Settings.batch_size}]")
-    group.add_argument("--lr", type=float, help=f"of the weights [{Settings.lr}]")
+    group.add_argument("--lr", type=float, help=f"of the weights [{lr}]")
+    group.add_argument("--schedule", choices=a.SCHEDULES, help=f"of both step sizes [{Settings.schedule}]")
     group.add_argument("--mask-lr", type=float, help=f"of the mask [{Settings.mask_lr}]")
     group.add_argument("--ridge", type=float, help=f"on the weights [{Settings.ridge}]")
     group.add_argument("--rho", type=float, help=f"of storm and finite [{Settings.rho}]")

@@ -34,6 +34,7 @@ CONSTRAINTS = ("simplex", "box", "count")
 REGULARIZERS = ("none", "l1", "group")
 MASKS = ("learned", "dense", "magnitude-after", "magnitude-during")
 CLIPS = ("none", "update", "mask")
+SCHEDULES = ("constant", "cosine")
 
 
 @dataclasses.dataclass
@@ -42,9 +43,9 @@ class Settings:
 
     mask: str = "learned"
     hypergradient: str = "direct"
-    inner_steps: int = 10
-    lower: str = "storm"
-    upper: str = "storm"
+    inner_steps: int = 2
+    lower: str = "saga"
+    upper: str = "saga"
     tracking: str = "atc"
     clip: str = "none"
     # the problem
@@ -56,6 +57,7 @@ class Settings:
     # the steps
     lr: float = 0.1
     mask_lr: float = 0.05
+    schedule: str = "cosine"
     normalize: bool = True
     batch_size: int = 32
     rho: float = 0.1
@@ -77,6 +79,7 @@ class Settings:
             "upper": ESTIMATORS,
             "tracking": TRACKING,
             "clip": CLIPS,
+            "schedule": SCHEDULES,
             "constraint": CONSTRAINTS,
             "regularizer": REGULARIZERS,
         }
@@ -98,12 +101,14 @@ class Settings:
             raise ValueError("hypergradient='implicit' needs ridge > 0, or an implicit_scale")
 
 
+_STORM = {"lower": "storm", "upper": "storm", "inner_steps": 10}
 _PENALTY = {"hypergradient": "penalty", "upper": "sgd", "lower": "sgd", "tracking": "none"}
 _ASCENT = {"hypergradient": "penalty", "inner_steps": 1, "lower": "storm", "upper": "storm", "tracking": "atc"}
-_PLAIN = {"lower": "sgd", "tracking": "none", "mask": "dense"}
+_PLAIN = {"lower": "sgd", "upper": "sgd", "tracking": "none", "mask": "dense", "inner_steps": 10}
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "bilevel": {},
+    "bilevel-storm": _STORM,
     "bilevel-implicit": {"hypergradient": "implicit"},
     "bilevel-penalty": {"hypergradient": "penalty"},
     "d-svrgda": {**_ASCENT, "mask": "dense"},
@@ -265,10 +270,11 @@ class Decentralized:
         """Steps on the weights, then one on the mask while that is open."""
         self._notice_losses()
         s = self.settings
+        lr = s.lr * self._cosine(self.done, self.rounds)
         for _ in range(s.inner_steps):
             gradients = {k: self.lower[k]((self.x[k], self.y[k])) for k in self.y}
             limit = (lambda step: step.clamp(-s.clip_at, s.clip_at)) if s.clip == "update" else None
-            self.y = self.lower_step(self.y, gradients, s.lr, self._lower_masks(), limit)
+            self.y = self.lower_step(self.y, gradients, lr, self._lower_masks(), limit)
         self.done += 1
         if self.done <= self.search_rounds and s.mask == "learned":
             self._mask_step()
@@ -296,6 +302,12 @@ class Decentralized:
             self.lower_step.restart()
             self.upper_step.restart()
 
+    def _cosine(self, done: int, rounds: int) -> float:
+        """What is left of a step size after ``done`` of ``rounds``: its end decides how much noise stays."""
+        if self.settings.schedule == "constant":
+            return 1.0
+        return 0.5 + 0.5 * math.cos(math.pi * done / rounds)
+
     def _count(self) -> int:
         """Weights that the mask keeps now: from all to `kept` along a cubic, which prunes early when much is left."""
         done = min(1.0, self.done / max(1, 0.8 * self.search_rounds))
@@ -305,8 +317,9 @@ class Decentralized:
         s, d = self.settings, self.maskable
         estimates = {k: self.upper[k]((self.x[k], self.y[k])) for k in self.x}
         gradients = {k: v + self._regularizer_gradient(self.x[k][:d]) for k, v in estimates.items()}
-        limit = self._scaled if s.normalize else None
-        mixed = self.upper_step({k: x[:d] for k, x in self.x.items()}, gradients, s.mask_lr, None, limit)
+        lr = s.mask_lr * self._cosine(self.done - 1, self.search_rounds)
+        limit = (lambda step: _rescale(step, lr)) if s.normalize else None
+        mixed = self.upper_step({k: x[:d] for k, x in self.x.items()}, gradients, lr, None, limit)
         for k, x in mixed.items():
             if s.clip == "mask":
                 x = x.clamp(0, 1)
@@ -319,11 +332,6 @@ class Decentralized:
                 x = project_count(x, self._count())
             self.x[k] = torch.cat([x, self.x[k][d:]])
         self._update_masks()
-
-    def _scaled(self, step: Tensor) -> Tensor:
-        """A step of the mean size ``mask_lr``: hypergradients shrink by orders of magnitude during a run."""
-        size = step.abs().mean()
-        return step * (self.settings.mask_lr / size) if size > 0 else step
 
     def _update_masks(self) -> None:
         """Boolean supports; the object stays the same as long as the mask does, by which gossip knows it."""
@@ -367,6 +375,8 @@ class Decentralized:
     def _scores(self, x: Tensor, y: Tensor) -> Tensor:
         """Importances: the mask, and among equals the magnitude; magnitude alone where the mask is not learned."""
         magnitude = y.abs()
+        if not magnitude.isfinite().all():
+            raise ValueError(f"lr={self.settings.lr!r} is too large: the weights are no longer finite")
         if self.settings.mask != "learned":
             return magnitude * x if self.settings.mask == "magnitude-during" else magnitude
         return x + 1e-4 * magnitude / magnitude.max().clamp_min(1e-30)
@@ -529,6 +539,12 @@ class _Oracle:
 
     def __call__(self, point: Point, indices: Tensor, key: int) -> Tensor:
         return self.function(point, indices, key)
+
+
+def _rescale(step: Tensor, size: float) -> Tensor:
+    """A step of the mean size ``size``: hypergradients shrink by orders of magnitude during a run."""
+    mean = step.abs().mean()
+    return step * (size / mean) if mean > 0 else step
 
 
 def _group_gradient(x: Tensor) -> Tensor:

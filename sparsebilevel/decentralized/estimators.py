@@ -10,13 +10,17 @@ marks what is of the step before.
     spider    v = g(p; B) - g(p'; B) + v',                         v = g(p; all) every `period` steps
     storm     v = g(p; B) + (1 - rho) (v' - g(p'; B))              rho = 1 is sgd, rho = 0 spider without restarts
     finite    v = g(p; B) - g(p'; B) + (1 - rho) v' + rho (g(p'; B) - h_B + mean h),  then h_B = g(p; B)
+    saga      v = g(p; B) - h_B + mean h,                          then h_B = g(p; B)
 
-`finite` needs no full gradients: it is the finite-sum form used in decentralized minimax methods, over fixed batches B
-of the local samples, with the last gradient ``h`` of each (zero before the first), so its memory is one vector a batch.
+`finite` and `saga` need no full gradients. They work over fixed batches B of the local samples, with the last gradient
+``h`` of each (zero before the first), so their memory is one vector a batch: much for large networks. `finite` is the
+finite-sum form used in decentralized minimax methods. `saga` (Defazio, Bach and Lacoste-Julien, arXiv 1407.0202; with
+gradient tracking it is GT-SAGA, Xin, Kar and Khan, arXiv 1909.11774) takes one gradient a step, the others take two.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -25,7 +29,7 @@ from torch import Tensor
 
 Point = tuple[Tensor, ...]
 
-ESTIMATORS = ("sgd", "svrg", "spider", "storm", "finite")
+ESTIMATORS = ("sgd", "svrg", "spider", "storm", "finite", "saga")
 
 
 class Oracle(Protocol):
@@ -85,7 +89,7 @@ class Estimator:
 
     def __call__(self, point: Point) -> Tensor:
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.count))
-        if self.name == "finite":
+        if self.name in ("finite", "saga"):
             batches = -(-self.oracle.size // self.batch_size)
             self._chosen = int(torch.randint(batches, (), generator=generator))
             indices = torch.arange(self._chosen, self.oracle.size, batches)
@@ -145,13 +149,26 @@ class Estimator:
         self._table[self._chosen] = now
         return self._keep(point, value)
 
+    def _saga(self, point: Point, indices: Tensor, key: int) -> Tensor:
+        now = self._gradient(point, indices, key)
+        if self._mean is None:
+            self._mean = torch.zeros_like(now)
+        change = now - self._table.get(self._chosen, torch.zeros_like(now))
+        value = change + self._mean
+        self._mean = self._mean + len(indices) / self.oracle.size * change
+        self._table[self._chosen] = now
+        return value
+
     def cost(self, mean_size: float) -> float:
         """Sample gradients of one call, on average in the long run, for ``mean_size`` local samples."""
-        if self.name == "sgd" or (self.name == "storm" and self.rho == 1):
-            return self.batch_size
+        batch = float(self.batch_size)
+        if self.name in ("finite", "saga"):  # all samples in equal batches
+            batch = mean_size / math.ceil(mean_size / batch)
+        if self.name in ("sgd", "saga") or (self.name == "storm" and self.rho == 1):
+            return batch
         if self.name in ("svrg", "spider"):
             return (mean_size + 2 * self.batch_size * (self.period - 1)) / self.period
-        return 2 * self.batch_size
+        return 2 * batch
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold."""

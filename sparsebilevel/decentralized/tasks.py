@@ -31,6 +31,13 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 TASKS = ("svm", "rnn", "resnet")
 TASK_DATA = {"svm": ("digits", "a9a", "covtype", "imdb"), "rnn": ("sent140",), "resnet": ("cifar10", "digits")}
+TASK_SETTINGS: dict[str, dict[str, Any]] = {
+    "svm": {"lr": 0.2},
+    "rnn": {"lr": 0.3},
+    # The tables of saga, a vector for each batch, would be too large.
+    "resnet": {"lr": 0.05, "lower": "storm", "upper": "storm"},
+}
+"""What suits a task where neither the algorithm nor the user says otherwise: fields of `algorithms.Settings`."""
 
 
 class Objective:
@@ -170,8 +177,12 @@ class Problem:
         total = 0.0
         for part in chosen.split(1024):
             output = self.objective.outputs(z, self.prepare(self.train.inputs[part]))
-            total += self.objective.loss(output, self.train.targets[part]).item() * len(part)
+            total += self._loss(output, self.train.targets[part]) * len(part)
         return total / len(chosen)
+
+    def _loss(self, output: Tensor, targets: Tensor) -> float:
+        """Infinite where an output is not finite: the hinge loss of NaN would be zero."""
+        return self.objective.loss(output, targets).item() if output.isfinite().all() else math.inf
 
     @torch.no_grad()
     def test(self, z: Tensor) -> dict[str, float]:
@@ -180,7 +191,7 @@ class Problem:
         output = torch.cat([self.objective.outputs(z, self.prepare(inputs)) for inputs, _ in parts])
         targets = self.test_set.targets
         out = {
-            "test_loss": self.objective.loss(output, targets).item(),
+            "test_loss": self._loss(output, targets),
             "test_acc": (output.argmax(1) == targets).float().mean().item(),
         }
         if output.shape[1] == 2:
@@ -439,25 +450,36 @@ _READERS: dict[str, Callable[[Path, int], Read]] = {
 }
 
 
-def _read_sent140(path: Path, seed: int, length: int = 24) -> tuple[Tensor, Samples, Samples]:
-    """Tweets as the last ``length`` known words; a fifth for the test. Word vectors from ``glove*.npz``."""
+def _read_sent140(path: Path, seed: int, length: int = 24, frequent: int = 2000) -> tuple[Tensor, Samples, Samples]:
+    """Tweets as the last ``length`` known words; a fifth for the test. Word vectors from ``glove*.npz``.
+
+    Of the ``frequent`` most frequent words of the training tweets, those without a vector get a random one of the same
+    spread: small files of vectors lack most words that tell a mood.
+    """
     files = sorted((path / "glove").glob("*.npz"))
     if not files:
         raise FileNotFoundError(f"{path}/glove/*.npz does not exist: word vectors (arrays of words and of vectors)")
     with np.load(files[0]) as arrays:
         named = {name: arrays[name] for name in arrays.files}
-    vectors = next(a for a in named.values() if a.ndim == 2 and a.dtype.kind == "f").astype(np.float32)
-    words = next(a for a in named.values() if a.ndim == 1 and a.dtype.kind in "US")
-    number = {str(w): i + 1 for i, w in enumerate(words)}
-    rows, targets = [], []
+    vectors = torch.from_numpy(next(a for a in named.values() if a.ndim == 2 and a.dtype.kind == "f")).float()
+    words = [str(w) for w in next(a for a in named.values() if a.ndim == 1 and a.dtype.kind in "US")]
+    tweets, targets = [], []
     for label, name in enumerate(("negative", "positive")):
         file = _find(path, f"sent140/{name}.txt", "http://help.sentiment140.com/for-students")
         for text in io.StringIO(file.read_text(encoding="utf-8", errors="replace")):
-            known = [number[w] for w in _WORD.findall(text.lower()) if w in number][-length:]
-            rows.append([0] * (length - len(known)) + known)
+            tweets.append(_WORD.findall(text.lower()))
             targets.append(label)
-    inputs, labels = torch.tensor(rows), torch.tensor(targets)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
     test, train = order[: len(order) // 5], order[len(order) // 5 :]
-    table = torch.cat([torch.zeros(1, vectors.shape[1]), torch.from_numpy(vectors)])
+    counts = Counter(word for i in train.tolist() for word in tweets[i])
+    known = set(words)
+    words += [word for word, _ in counts.most_common(frequent) if word not in known]
+    more = torch.randn(len(words) - len(vectors), vectors.shape[1], generator=torch.Generator().manual_seed(0))
+    table = torch.cat([torch.zeros(1, vectors.shape[1]), vectors, more * vectors.std()])
+    number = {word: i + 1 for i, word in enumerate(words)}
+    inputs = torch.zeros(len(tweets), length, dtype=torch.int64)
+    for row, tweet in zip(inputs, tweets, strict=True):
+        if numbers := [number[word] for word in tweet if word in number][-length:]:
+            row[-len(numbers) :] = torch.tensor(numbers)
+    labels = torch.tensor(targets)
     return table, Samples(inputs[train], labels[train]), Samples(inputs[test], labels[test])
