@@ -174,14 +174,17 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def ablate(args: argparse.Namespace) -> None:
     path = RESULTS / "decentralized_ablation.json"
-    losses: dict[str, list[float]] = {label: [] for label in ABLATIONS}
+    losses: dict[str, list[float | None]] = {label: [] for label in ABLATIONS}
     for seed in args.seeds:
         problem = problem_of(args, seed)
         for label, (name, changes) in ABLATIONS.items():
-            lr = tuned(args.data, "bilevel")
-            last = train(problem, name, max(args.sparsities), args, lr, seed, changes)[-1]
-            losses[label].append(last["upper_loss"])
-            print(f"{args.data} seed {seed} {label:22} {last['upper_loss']:.4f} {last['test_acc']:.4f}", flush=True)
+            try:
+                lr = tuned(args.data, "bilevel")
+                loss = train(problem, name, max(args.sparsities), args, lr, seed, changes)[-1]["upper_loss"]
+            except ValueError:  # weights that are not finite
+                loss = math.inf
+            losses[label].append(round(loss, 6) if math.isfinite(loss) else None)
+            print(f"{args.data} seed {seed} {label:22} {loss:.4f}", flush=True)
     known = json.loads(path.read_text()) if path.exists() else {}
     known[args.data] = {"sparsity": max(args.sparsities), "epochs": args.epochs, "limit": args.limit,
                         "seeds": args.seeds, "upper_loss": losses}  # fmt: skip

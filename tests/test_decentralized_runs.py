@@ -226,8 +226,9 @@ def test_runs_resume_bit_for_bit_and_with_the_same_bytes():
         make_run("bilevel-penalty", budget=2000, lower="finite").load_state_dict(states)
 
 
-def test_a_run_that_diverges_says_so():
-    run = make_run("d-sgd", budget=3000, lr=100.0)
+@pytest.mark.parametrize("name", ["d-sgd", "magnitude-during"])
+def test_a_run_that_diverges_says_so(name):
+    run = make_run(name, budget=3000, lr=100.0)
 
     def train():
         for _ in range(run.rounds):

@@ -280,7 +280,9 @@ class Decentralized:
             self._mask_step()
         elif self.done < self.search_rounds and s.mask == "magnitude-during":
             for k, x in self.x.items():
-                x = torch.cat([binarize(self.y[k][: self.maskable].abs(), self._count()).float(), x[self.maskable :]])
+                x = torch.cat(
+                    [binarize(self._magnitude(self.y[k][: self.maskable]), self._count()).float(), x[self.maskable :]]
+                )
                 self.x[k] = x
             self._update_masks()
         if self.done == self.search_rounds and s.mask != "dense":
@@ -374,12 +376,15 @@ class Decentralized:
 
     def _scores(self, x: Tensor, y: Tensor) -> Tensor:
         """Importances: the mask, and among equals the magnitude; magnitude alone where the mask is not learned."""
-        magnitude = y.abs()
-        if not magnitude.isfinite().all():
-            raise ValueError(f"lr={self.settings.lr!r} is too large: the weights are no longer finite")
+        magnitude = self._magnitude(y)
         if self.settings.mask != "learned":
             return magnitude * x if self.settings.mask == "magnitude-during" else magnitude
         return x + 1e-4 * magnitude / magnitude.max().clamp_min(1e-30)
+
+    def _magnitude(self, y: Tensor) -> Tensor:
+        if not y.isfinite().all():
+            raise ValueError(f"lr={self.settings.lr!r} is too large: the weights are no longer finite")
+        return y.abs()
 
     def _flood(self, masks: Mapping[int, Tensor]) -> Values:
         """The mask of the first living worker, handed on from neighbour to neighbour, one bit a weight."""
