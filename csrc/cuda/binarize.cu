@@ -1,7 +1,7 @@
 // The k largest of n scores as a boolean mask, exactly: the algorithm of csrc/cpu/binarize.cpp for a GPU. Scores become
 // integer keys of the same order. A sample gives a narrow window of keys, which holds the k-th largest but for a chance
 // of one in thousands. One read of all scores splits them at the window, into bits: above it, inside it; the keys
-// inside, one or two in a hundred, are kept beside them. The counts prove that the window was right, or say on which
+// inside, two or three in a hundred, are kept beside them. The counts prove that the window was right, or say on which
 // side to look. Histograms narrow it down to one key, of the keys that were kept or, where these are no small part of a
 // chunk, of its scores. The mask follows from the bits.
 //

@@ -17,6 +17,7 @@ from ..decentralized.gossip import Gossip
 from ..decentralized.graphs import Topology, make_topology
 from ..decentralized.tasks import TASK_SETTINGS, Problem, make_problem
 from ..training.checkpoint import load_checkpoint, save_checkpoint, write_text
+from ..training.runlog import open_folder
 from .tables import text_table
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -90,16 +91,7 @@ def decentralized(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
 def _open_folder(folder: Path, args: argparse.Namespace, workers: int) -> None:
     config = {k: v for k, v in vars(args).items() if k not in ("command", "traceback")} | {"workers": workers}
     config = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
-    written = folder / "config.json"
-    if args.resume and written.exists():
-        before = json.loads(written.read_text())
-        odd = [k for k, v in config.items() if k not in _RUN_FLAGS and before.get(k) != v]
-        if odd:
-            raise ValueError(f"resume: the run in {folder} has another configuration ({', '.join(odd)})")
-    elif folder.exists() and any(folder.iterdir()) and not args.overwrite:
-        raise ValueError(f"output_dir={str(folder)!r} is not empty; give --resume, --overwrite or another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(written, json.dumps(config, indent=2) + "\n")
+    open_folder(folder, config, _RUN_FLAGS, args.resume, args.overwrite)
 
 
 def make_settings(name: str, args: argparse.Namespace) -> Settings:

@@ -28,6 +28,7 @@ from ..federated.models import find_gate_points, layers_changed_by_slicing, set_
 from ..federated.rounds import METHODS, Federation, Settings
 from ..models import create_model
 from ..training.checkpoint import load_checkpoint, save_checkpoint, write_text
+from ..training.runlog import open_folder
 from ..training.runtime import Ranks, process_group
 from .tables import text_table
 
@@ -121,16 +122,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
 
 def _open_folder(folder: Path, args: argparse.Namespace) -> None:
     config = {k: v for k, v in vars(args).items() if k not in ("command", "traceback")}
-    written = folder / "config.json"
-    if args.resume and written.exists():
-        before = json.loads(written.read_text())
-        odd = [k for k, v in config.items() if k not in _RUN_FLAGS and before.get(k) != v]
-        if odd:
-            raise ValueError(f"resume: the run in {folder} has another configuration ({', '.join(odd)})")
-    elif folder.exists() and any(folder.iterdir()) and not args.overwrite:
-        raise ValueError(f"output_dir={str(folder)!r} is not empty; give --resume, --overwrite or another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(written, json.dumps(config, indent=2) + "\n")
+    open_folder(folder, config, _RUN_FLAGS, args.resume, args.overwrite)
 
 
 def run_method(

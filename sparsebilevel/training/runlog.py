@@ -10,6 +10,7 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,31 @@ from .checkpoint import write_text
 from .config import Config
 
 FILES = ("config.json", "log.jsonl", "checkpoint.pth", "best.pth")
+
+
+def open_folder(folder: Path, config: Mapping[str, Any], free: Container[str], resume: bool, overwrite: bool) -> None:
+    """Make the folder of a command's run and write its ``config.json``; `RunFolder` is that of ``train``.
+
+    Args:
+        folder: where to.
+        config: what the run is, in values that JSON has.
+        free: names in it that may differ when a run is resumed.
+        resume: continue the run that is there, if there is one.
+        overwrite: take a folder that is not empty.
+
+    Raises:
+        ValueError: the folder is not empty, or ``resume`` finds a run of another configuration.
+    """
+    written = folder / "config.json"
+    if resume and written.exists():
+        before = json.loads(written.read_text())
+        odd = [name for name, value in config.items() if name not in free and before.get(name) != value]
+        if odd:
+            raise ValueError(f"resume: the run in {folder} has another configuration ({', '.join(odd)})")
+    elif folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise ValueError(f"output_dir={str(folder)!r} is not empty; give --resume, --overwrite or another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(written, json.dumps(config, indent=2) + "\n")
 
 
 class RunFolder:
