@@ -384,6 +384,7 @@ def test_masks_follow_the_training():
     assert masks == [[None] * 3] * 4  # the hypernetwork has been trained at the end of the third round
     gates = strategy.federation.client_gates()
     assert gates is not None
+    assert "has kept no mask" in strategy.export()[0]
     strategy.start(loop, num_rounds=1)
     for k, context in enumerate(loop.states.values()):
         assert torch.equal(device_gates(context), gates[k])
@@ -520,6 +521,8 @@ def test_initial_arrays_and_arguments_that_do_not_fit():
         make_strategy(config, timeout=0.01).start(LoopGrid(make_app(config), 2))
     with pytest.raises(ValueError, match="after start"):
         make_strategy(config).export()
+    with pytest.raises(ValueError, match="fedavg has one network for all devices"):
+        strategy.export()
 
 
 # -- Flower's own processes --------------------------------------------------------------------------------------------

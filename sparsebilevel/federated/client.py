@@ -105,8 +105,8 @@ class Clients:
         }
         return work[request["kind"]](client, request)
 
-    def network(self, request: Message) -> FlatModule:
-        """The network of the request, which holds its weights until the next one."""
+    def _network(self, request: Message) -> FlatModule:
+        """The network of the request, which holds its weights."""
         channels: Tensor | None = request.get("channels")
         key = b"" if channels is None else channels.numpy().tobytes()
         if channels is not None and key not in self._networks:
@@ -121,7 +121,7 @@ class Clients:
         return apply_gates(flat.module, self.points, gates.to(flat.values.dtype))
 
     def _train(self, client: int, request: Message) -> Message:
-        s, flat = self.settings, self.network(request)
+        s, flat = self.settings, self._network(request)
         batches = itertools.islice(self.loaders[client].stream(request["position"]), s.local_steps)
         mime = "" if s.average == "mean" else s.average
         flat.module.train()
@@ -141,14 +141,14 @@ class Clients:
         return reply | ({} if mime else {"momentum": momentum}) | sums
 
     def _full_gradient(self, client: int, request: Message) -> Message:
-        flat, loader = self.network(request), self.loaders[client]
+        flat, loader = self._network(request), self.loaders[client]
         every = loader.source.batches(loader.indices.split(loader.batch_size), None)
         flat.module.train()
         with self._gated(flat, request.get("gates")):
             return {"gradient": full_gradient(flat, every, self.settings.weight_decay)}
 
     def _train_hypernetwork(self, client: int, request: Message) -> Message:
-        s, hyper, flat = self.settings, self.hyper, self.network(request)
+        s, hyper, flat = self.settings, self.hyper, self._network(request)
         assert hyper is not None
         values, mean, square = (part.clone() for part in request["hypernetwork"])
         hyper.load(values)
@@ -200,7 +200,7 @@ class Clients:
         loader = self.tests[client]
         if loader is None:
             return {"correct": 0, "count": 0}
-        flat = self.network(request)
+        flat = self._network(request)
         flat.module.eval()
         with self._gated(flat, request.get("gates")):
             correct = sum(int((flat.module(x).argmax(1) == y).sum()) for x, y in loader)

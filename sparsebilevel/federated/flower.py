@@ -12,7 +12,6 @@ Needs ``pip install 'sparsebilevel[flower]'``.
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import time
@@ -413,18 +412,17 @@ class DWNPStrategy(Strategy):
 
     def _checked(self, request: Content, reply: Content) -> Content | str:
         """The reply, or what is wrong with it: a device may run anything."""
-        needed = set(_REPLIES[request["kind"]])
+        needed = list(_REPLIES[request["kind"]])
         if request["kind"] == "weights" and self.settings.average == "mean":
-            needed.add("momentum")
-        if missing := needed - reply.keys():
-            return f"the reply has no {', '.join(sorted(missing))}"
+            needed.append("momentum")
+        if missing := [name for name in needed if name not in reply]:
+            return f"the reply has no {', '.join(missing)}"
         for name in needed:
-            expected = request.get({"gradient": "weights"}.get(name, name))
+            given, expected = reply[name], request.get({"gradient": "weights"}.get(name, name))
             if isinstance(expected, Tensor):
-                given = reply[name]
                 if not isinstance(given, Tensor) or (given.shape, given.dtype) != (expected.shape, expected.dtype):
                     return f"the reply's {name} is not of the shape and dtype of the request's"
-            elif not isinstance(reply[name], (int, float)):
+            elif not isinstance(given, (int, float)):
                 return f"the reply's {name} is not a number"
         return reply
 
@@ -521,15 +519,20 @@ class DWNPStrategy(Strategy):
     def export(self) -> dict[int, dict[str, Any] | str]:
         """Have every device cut its own network out of the server's present one, by the mask that it has kept.
 
-        See `make_client_app` for what it does with it. The server does not send the mask.
+        The server does not send the masks. See `make_client_app` for what a device does with its network.
 
         Returns:
             By client ``params``, the number of its network's parameters, ``correct`` of ``count`` own test samples, and
             ``path``, where it has written it, if it has; or the reason why there is none.
+
+        Raises:
+            ValueError: the federation has not begun, or its devices have no networks of their own.
         """
         run = self.federation
         if run is None:
             raise ValueError("export() comes after start()")
+        if not self.settings.personal:
+            raise ValueError(f"method {self.settings.method} has one network for all devices: see arrays()")
         self._find_nodes()
         request: Content = {"weights": run.weights, "statistics": run.statistics}
         if run.gates is not None:
@@ -539,8 +542,8 @@ class DWNPStrategy(Strategy):
             k: Message(to_records(request, arrays), node, "query.export", ttl=self.timeout)
             for k, node in sorted(self._nodes.items())
         }
-        reasons = dict.fromkeys(range(run.clients), "no reply")
-        return reasons | self._send(messages)
+        answers = dict.fromkeys(range(run.clients), f"no reply within {self.timeout} s")
+        return answers | self._send(messages)
 
 
 def _metrics(row: Mapping[str, Any]) -> MetricRecord:
@@ -597,17 +600,15 @@ def make_client_app(clients: Callable[[Context], Clients], mods: list[Mod] | Non
 
     @app.query("export")
     def export(message: Message, context: Context) -> Message:
-        devices, client, request = clients(context), client_number(context), from_records(message.content)
-        network, gates, channels = devices.network(request).module, device_gates(context), request.get("channels")
-        own: Content = {"kind": "evaluate"}
+        devices, request, gates = clients(context), from_records(message.content), device_gates(context)
         if gates is None:
-            network = copy.deepcopy(network)
-        else:
-            network = slice_gates(network, devices.points, gates if channels is None else gates[channels])
-            own["channels"] = gates
+            raise ValueError("this node has kept no mask; it gets one when it trains after the hypernetwork's start")
+        channels = request.get("channels")
+        inside = gates if channels is None else gates[channels]
+        network = slice_gates(devices._network(request).module, devices.points, inside)
         flat = FlatModule(network)
-        reply = devices(client, own | {"weights": flat.values, "statistics": flat.statistics})
-        reply["params"] = flat.values.numel()
+        own: Content = {"kind": "evaluate", "weights": flat.values, "statistics": flat.statistics, "channels": gates}
+        reply = devices(client_number(context), own) | {"params": flat.values.numel()}
         path = context.node_config.get("export-path")
         if path is not None:
             state = {name: value.clone() for name, value in network.state_dict().items()}

@@ -39,8 +39,10 @@ def main(grid: Grid, context: Context) -> None:
             save_checkpoint(folder / "checkpoint.pth", federation.state_dict())
 
     strategy.start(grid, evaluate_fn=save)
-    result = federation.evaluate() | {"bytes": grid.bytes, "failures": federation.failures}
-    result |= {"devices": strategy.export()}
+    figures = strategy.rows[-1] if strategy.rows else federation.evaluate()  # none if the checkpoint was the end
+    result = figures | {"bytes": grid.bytes, "failures": federation.failures}
+    if task.settings.personal:
+        result["devices"] = strategy.export()
     print(json.dumps(result))
     if folder is not None:
         (folder / "result.json").write_text(json.dumps(result))
