@@ -21,26 +21,23 @@ from typing import Any
 from sparsebilevel.cli import main as command
 
 RESULTS = Path(__file__).parent / "results"
-METHODS = ("fedavg", "random", "filter", "fedosp", "fedilp", "dwnp", "dwnp sliced")
+METHODS = ("fedavg", "random", "filter", "energy", "fedosp", "fedilp", "dwnp")
 
 
 def run(args: argparse.Namespace) -> None:
     for seed in args.seeds:
         for alpha in args.alphas:
-            for name in args.methods:
-                method, _, sliced = name.partition(" ")
-                flags = ["--method", method, "--data", args.data, "--alpha", str(alpha), "--seed", str(seed)]
-                flags += ["--device-networks", sliced] if sliced else []
-                with tempfile.TemporaryDirectory() as folder:
-                    began = time.perf_counter()
-                    command(
-                        ["federated", *flags, *args.flags, "--quiet", "--checkpoint-freq", "0", "--output-dir", folder]
-                    )
-                    seconds = round(time.perf_counter() - began, 1)
+            name, *others = args.methods
+            flags = ["--method", name, "--baselines", *others, "--data", args.data, "--alpha", str(alpha)]
+            with tempfile.TemporaryDirectory() as folder:
+                began = time.perf_counter()
+                run_flags = ["--quiet", "--checkpoint-freq", "0", "--output-dir", folder]
+                command(["federated", *flags, "--seed", str(seed), *args.flags, *run_flags])
+                print(alpha, seed, f"{time.perf_counter() - began:.0f} s", flush=True)
+                for method in args.methods:
                     row = json.loads((Path(folder) / method / "log.jsonl").read_text().splitlines()[-1])
-                entry = {"method": name, "alpha": alpha, "seed": seed, "flags": args.flags, "seconds": seconds}
-                save(args.data, entry | {"result": row})
-                print(name, alpha, seed, f"{100 * row['pooled_acc']:.2f}", f"{seconds} s", flush=True)
+                    entry = {"method": method + args.label, "alpha": alpha, "seed": seed, "flags": args.flags}
+                    save(args.data, entry | {"result": row})
 
 
 def save(data: str, entry: dict[str, Any]) -> None:
@@ -59,7 +56,7 @@ def table(args: argparse.Namespace) -> None:
     entries = json.loads((RESULTS / f"federated_{args.data}.json").read_text())
     for alpha in sorted({e["alpha"] for e in entries}, reverse=True):
         print(f"\nalpha = {alpha}\n\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
-        for name in METHODS:
+        for name in dict.fromkeys(e["method"] for e in entries):
             rows = [e["result"] for e in entries if (e["method"], e["alpha"]) == (name, alpha)]
             if rows:
                 accuracies = ("acc_before_pruning", "acc_after_pruning", "pooled_acc", "device_acc_sliced")
@@ -84,7 +81,8 @@ if __name__ == "__main__":
     parser.add_argument("--data", default="digits")
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="one command a seed: they share training")
+    parser.add_argument("--label", default="", help="is added to the methods' names, for runs with other flags")
     words = [*sys.argv[1:], "--"]
     cut = words.index("--")
     arguments = parser.parse_args(words[:cut], argparse.Namespace(flags=words[cut + 1 : -1]))

@@ -73,6 +73,7 @@ def _federated(args: argparse.Namespace, ranks: Ranks) -> dict[str, dict[str, An
     sizes = [len(part) for part in parts]
     say(f"{args.arch} on {args.data}: {args.clients} clients ({args.partition}), samples {sizes}")
     results, logs = {}, {}
+    trained: dict[str, Any] = {}  # the phase "train", which is the same for all methods that have it
     for name in names:
         torch.manual_seed(args.seed)
         model = make_network(args, data)
@@ -80,7 +81,7 @@ def _federated(args: argparse.Namespace, ranks: Ranks) -> dict[str, dict[str, An
         points = find_gate_points(model) if name != "fedavg" or _has_points(model) else []
         chosen = dataclasses.replace(settings, method=name)
         run = make_federation(model, points, data, parts, tests, budgets, chosen, report=say, ranks=ranks)
-        rows = run_method(name, run, dense, args, folder / name, ranks, say)
+        rows = run_method(name, run, dense, args, folder / name, ranks, say, trained)
         logs[name] = rows
         if rows and rows[-1]["type"] == "result":
             results[name] = rows[-1]
@@ -134,8 +135,12 @@ def run_method(
     folder: Path,
     ranks: Ranks,
     say: Callable[[str], None],
+    trained: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Run, or continue, one method; its rows. Rank 0 alone writes."""
+    """Run, or continue, one method; its rows. Rank 0 alone writes.
+
+    ``trained`` gets the state and the rows of the phase ``train``, or has those of another method.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     log, checkpoint = folder / "log.jsonl", folder / "checkpoint.pth"
     rows: list[dict[str, Any]] = []
@@ -146,6 +151,10 @@ def run_method(
     ranks.barrier()  # all have read what the first is about to change
     if rows and rows[-1]["type"] == "result":
         return rows
+    if not run.done and trained and run.phases[0].name == "train":
+        run.adopt_training(trained["state"])
+        rows = list(trained["rows"])
+        say(f"{name}: the phase 'train' is that of {trained['name']}")
     if ranks.is_main:
         write_text(log, "".join(json.dumps(row) + "\n" for row in rows))
     rounds = sum(phase.rounds for phase in run.phases)
@@ -161,10 +170,12 @@ def run_method(
     while run.done < last:
         row = {"type": "round"} | run.round()
         upcoming = None if run.is_done else run.phases[run.phase].name
-        if run.done % every == 0 or upcoming == "prune" or row["phase"] == "prune" or run.is_done:
+        if run.done % every == 0 or upcoming != row["phase"]:
             row |= run.evaluate()
             say(_line(name, rounds, row))
         write(row)
+        if row["phase"] == "train" and upcoming != "train":
+            trained |= {"name": name, "state": copy.deepcopy(run.state_dict()), "rows": list(rows)}
         if ranks.is_main and args.checkpoint_freq and (run.done % args.checkpoint_freq == 0 or run.done == last):
             save_checkpoint(checkpoint, run.state_dict())
     if run.is_done:

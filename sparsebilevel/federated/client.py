@@ -62,6 +62,8 @@ class Clients:
     - ``hypernetwork``: ``hyper_steps`` steps from batch ``position`` on, with ``hypernetwork`` [3, H], its values and
       AdamW's two states after ``step`` steps, ``lr``, and ``turn``, the number of the round among its kind. Replies
       with ``hypernetwork`` and sums over the steps: ``loss``, ``accuracy``, ``server_penalty``, ``device_penalty``.
+    - ``energy``: replies with ``energy`` [G], float64, the mean square of every gate point's activations over the
+      training samples and positions.
     - ``evaluate``: replies with ``correct`` of ``count`` test samples.
     """
 
@@ -101,6 +103,7 @@ class Clients:
             "weights": self._train,
             "gradient": self._full_gradient,
             "hypernetwork": self._train_hypernetwork,
+            "energy": self._energy,
             "evaluate": self._evaluate,
         }
         return work[request["kind"]](client, request)
@@ -194,6 +197,28 @@ class Clients:
             for name, value in figures.items():
                 sums[name] += value.item()
         return loss + s.strength * sum(penalties.values()).to(loss.dtype)  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def _energy(self, client: int, request: Message) -> Message:
+        flat, loader = self._network(request), self.loaders[client]
+        sums: dict[str, Tensor] = {}
+
+        def add(name: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: Any) -> None:
+                sums[name] = sums.get(name, 0) + args[0].double().square().mean((2, 3)).sum(0)
+
+            return hook
+
+        consumers = {point.name: flat.module.get_submodule(point.consumer) for point in self.points}
+        handles = [consumer.register_forward_pre_hook(add(name)) for name, consumer in consumers.items()]
+        try:
+            flat.module.eval()
+            for x, _ in loader.source.batches(loader.indices.split(loader.batch_size), None):
+                flat.module(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {"energy": torch.cat([sums[point.name] for point in self.points]) / len(loader.indices)}
 
     @torch.no_grad()
     def _evaluate(self, client: int, request: Message) -> Message:
