@@ -566,6 +566,7 @@ def test_torchrun_gives_the_numbers_of_one_process(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--device", "tpu"], "device='tpu'"),
         (["--arch", "digits_cnn"], "has no residual blocks"),
         (["--device-flops", "2"], "device_flops='2'"),
         (["--baselines", "fedprox"], "method='fedprox'"),

@@ -39,7 +39,7 @@ _RUN_FLAGS = ("output_dir", "resume", "overwrite", "quiet", "max_rounds", "data_
 
 def federated(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Run the method and its baselines; the result row of each that came to its end, by name (on rank 0)."""
-    with process_group("cpu") as ranks:
+    with process_group(args.device) as ranks:
         return _federated(args, ranks)
 
 
@@ -51,7 +51,9 @@ def _federated(args: argparse.Namespace, ranks: Ranks) -> dict[str, dict[str, An
     if args.evaluations < 1:
         raise ValueError(f"evaluations={args.evaluations} is not allowed; expected at least 1")
     settings = make_settings(args)
-    data = load_data(args.data, args.data_path, batch_size=args.batch_size, eval_batch_size=250, seed=args.seed)
+    data = load_data(
+        args.data, args.data_path, batch_size=args.batch_size, eval_batch_size=250, seed=args.seed, device=ranks.device
+    )
     if args.limit is not None:
         data = dataclasses.replace(data, train=_first(data, args.limit))
     labels = data.train.labels
@@ -224,7 +226,7 @@ def _result(run: Federation, dense: nn.Module, rows: list[dict[str, Any]]) -> di
 
 @torch.no_grad()
 def _forward_times(networks: dict[str, nn.Module], run: Federation) -> dict[str, float]:
-    """Median milliseconds of a forward pass of 64 samples, the networks in turns."""
+    """Median milliseconds of a forward pass of 64 samples on the CPU, the networks in turns."""
     x = torch.zeros(64, *run.input_shape)
     times: dict[str, list[float]] = {name: [] for name in networks}
     for network in networks.values():
@@ -342,12 +344,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add(group, "embedding", "rows of devices in an average", choices=("mean", "own"))
     add(group, "strength", "of the penalties on budgets")
     add(group, "two_sided", "penalize costs below a budget too", action="store_true")
+    help = "the devices' penalty does not push the server's gates"
+    add(group, "detach_server", help, action=argparse.BooleanOptionalAction)
     add(group, "noise", "of the gates", choices=r.NOISES)
     add(group, "temperature", "of the gates")
     add(group, "soft", "soft gates in the hypernetwork's loss", action="store_true")
     group = parser.add_argument_group("run")
     add(group, "seed", "of everything")
     parser.set_defaults(seed=0, batch_size=Settings.batch_size)
+    group.add_argument("--device", default="auto", help="where clients compute: cpu, cuda or auto [%(default)s]")
     group.add_argument("--output-dir", default="runs/federated", help="[%(default)s]")
     group.add_argument("--resume", action="store_true", help="continue from the last checkpoints")
     group.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")

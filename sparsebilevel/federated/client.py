@@ -51,6 +51,7 @@ class Clients:
         budgets: kept fraction of T for each device, see `Federation`.
         settings: the server's.
         hypernetwork: the server's, for its structure; None where the method has none.
+        device: where they compute; ``data`` is there too. Messages are on the CPU.
 
     Requests, by ``kind``, all with ``weights`` [P] and ``statistics`` [B] of the network, the ``channels`` (bool [G])
     that are left of it, and which of these have open ``gates``, a bool each. What is absent is all of them.
@@ -77,7 +78,9 @@ class Clients:
         budgets: Sequence[float],
         settings: Settings,
         hypernetwork: Hypernetwork | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
+        self.device = torch.device(device)
         self.settings, self.points, self.budgets = settings, list(points), list(budgets)
         self.costs = GateCosts(model, points, data.input_shape) if points else None
         self.loaders = [self._loader(data.train, part, _ORDER, k) for k, part in enumerate(parts)]
@@ -85,8 +88,8 @@ class Clients:
             self._loader(data.train, self._choose(part, k), _HYPER_ORDER, k) for k, part in enumerate(parts)
         ]
         self.tests = [data.test.subset(part) if len(part) else None for part in test_parts]
-        self.hyper = None if hypernetwork is None else FlatModule(copy.deepcopy(hypernetwork))
-        self._networks = {b"": FlatModule(copy.deepcopy(model))}  # by the channels that are left
+        self.hyper = None if hypernetwork is None else FlatModule(copy.deepcopy(hypernetwork).to(self.device))
+        self._networks = {b"": FlatModule(copy.deepcopy(model).to(self.device))}  # by the channels that are left
 
     def _loader(self, train: Loader, part: Tensor, purpose: int, client: int) -> Loader:
         seed = make_seed(self.settings.seed, purpose, client)
@@ -106,7 +109,9 @@ class Clients:
             "energy": self._energy,
             "evaluate": self._evaluate,
         }
-        return work[request["kind"]](client, request)
+        request = {n: v.to(self.device) if isinstance(v, Tensor) and n != "channels" else v for n, v in request.items()}
+        reply = work[request["kind"]](client, request)
+        return {n: v.cpu() if isinstance(v, Tensor) else v for n, v in reply.items()}
 
     def _network(self, request: Message) -> FlatModule:
         """The network of the request, which holds its weights."""
@@ -175,7 +180,7 @@ class Clients:
         s = self.settings
         assert self.hyper is not None
         assert self.costs is not None
-        logits = self.hyper.module(torch.tensor([0, client + 1] if s.personal else [0]))
+        logits = self.hyper.module(torch.tensor([0, client + 1] if s.personal else [0], device=self.device))
 
         def draw(hard: bool) -> Tensor:
             return sample_gates(logits, s.temperature, s.noise, hard, noise)
@@ -196,7 +201,7 @@ class Clients:
             figures = {"loss": loss, "accuracy": (output.argmax(1) == y).double().mean()} | penalties
             for name, value in figures.items():
                 sums[name] += value.item()
-        return loss + s.strength * sum(penalties.values()).to(loss.dtype)  # type: ignore[union-attr]
+        return loss + s.strength * sum(penalties.values()).to(loss)  # type: ignore[union-attr]
 
     @torch.no_grad()
     def _energy(self, client: int, request: Message) -> Message:

@@ -604,14 +604,16 @@ def make_federation(
         data: `load_data`'s; its training loader's augmentation is the clients'.
         parts, test_parts: positions of each client's training and test samples.
         hypernetwork: None makes the one that the method needs, from torch's global generator.
-        ranks: processes that share the clients' work, see `LocalExchange`.
+        ranks: processes that share the clients' work, see `LocalExchange`, and the device on which they do; that of
+            ``data``. The server is on the CPU.
         model, points, budgets, settings, report: see `Federation`.
     """
     if not len(test_parts) == len(budgets) == len(parts):
         raise ValueError(f"{len(parts)} parts, {len(test_parts)} test_parts, {len(budgets)} budgets: must agree")
     settings.validate(len(parts))
     hypernetwork = hypernetwork or make_hypernetwork(model, points, len(parts), settings)
-    clients = Clients(model, points, data, parts, test_parts, budgets, settings, hypernetwork)
+    ranks = ranks or Ranks(torch.device("cpu"))
+    clients = Clients(model, points, data, parts, test_parts, budgets, settings, hypernetwork, ranks.device)
     sizes = [len(part) for part in parts]
     exchange = LocalExchange(clients, ranks)
     return Federation(model, points, data.input_shape, sizes, budgets, settings, exchange, hypernetwork, report)
