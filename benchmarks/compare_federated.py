@@ -1,7 +1,7 @@
 """Compare federated pruning methods at equal rounds and device budgets; writes a JSON file and a table.
 
     python benchmarks/compare_federated.py run --alphas 0.5 0.1 --seeds 0 1 2 -- --epochs 20 --finetune-epochs 10
-    python benchmarks/compare_federated.py table
+    python benchmarks/compare_federated.py table    # and: sizes
 
 What follows ``--`` goes to `sparsebilevel federated`. `run` adds to, or replaces runs of,
 benchmarks/results/federated_digits.json and so on, so that seeds can be run one by one.
@@ -68,6 +68,20 @@ def table(args: argparse.Namespace) -> None:
                 print(f"| {' | '.join([*cells, f'{total / 1e6:,.0f}'])} |")
 
 
+def sizes(args: argparse.Namespace) -> None:
+    """Parameters, and milliseconds of a forward pass of 64 samples on the CPU, of the first device's sliced network."""
+    entries = json.loads((RESULTS / f"federated_{args.data}.json").read_text())
+    columns = ("method", "runs", "FLOPs", "parameters", "ms dense", "ms device", "faster")
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for name in dict.fromkeys(e["method"] for e in entries):
+        rows = [e["result"] for e in entries if e["method"] == name]
+        part = statistics.fmean(r["device_flops"][0] / r["dense_flops"] for r in rows)
+        kept = statistics.fmean(r["params"]["device"] / r["params"]["dense"] for r in rows)
+        dense, device = (statistics.median(r["time_forward_ms"][k] for r in rows) for k in ("dense", "device"))
+        ratio = statistics.median(r["time_forward_ms"]["dense"] / r["time_forward_ms"]["device"] for r in rows)
+        print(f"| {name} | {len(rows)} | {part:.3f} | {kept:.3f} | {dense:.2f} | {device:.2f} | {ratio:.2f}x |")
+
+
 def _spread(rows: list[dict[str, Any]], key: str) -> str:
     values = [100 * row[key] for row in rows if key in row]
     if not values:
@@ -77,7 +91,7 @@ def _spread(rows: list[dict[str, Any]], key: str) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("run", "table"))
+    parser.add_argument("action", choices=("run", "table", "sizes"))
     parser.add_argument("--data", default="digits")
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -86,4 +100,4 @@ if __name__ == "__main__":
     words = [*sys.argv[1:], "--"]
     cut = words.index("--")
     arguments = parser.parse_args(words[:cut], argparse.Namespace(flags=words[cut + 1 : -1]))
-    {"run": run, "table": table}[arguments.action](arguments)
+    {"run": run, "table": table, "sizes": sizes}[arguments.action](arguments)
