@@ -74,7 +74,9 @@ def sizes(args: argparse.Namespace) -> None:
     columns = ("method", "runs", "FLOPs", "parameters", "ms dense", "ms device", "faster")
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name in dict.fromkeys(e["method"] for e in entries):
-        rows = [e["result"] for e in entries if e["method"] == name]
+        rows = [e["result"] for e in entries if e["method"] == name and "dense" in e["result"]["params"]]
+        if not rows:
+            continue  # older runs timed two networks only
         part = statistics.fmean(r["device_flops"][0] / r["dense_flops"] for r in rows)
         kept = statistics.fmean(r["params"]["device"] / r["params"]["dense"] for r in rows)
         dense, device = (statistics.median(r["time_forward_ms"][k] for r in rows) for k in ("dense", "device"))
