@@ -14,6 +14,7 @@ METHODS = {
     "fedilp": ("train+search", "prune", "finetune"),
     "fedosp": ("train", "search", "prune", "finetune"),
     "filter": ("train", "prune", "finetune"),
+    "energy": ("train", "prune", "finetune"),
     "random": ("train", "prune", "finetune"),
     "fedavg": ("train", "finetune"),
 }
@@ -98,6 +99,11 @@ class Settings:
     def personal(self) -> bool:
         """Whether devices have sub-networks of their own."""
         return self.method == "dwnp"
+
+    @property
+    def has_hypernetwork(self) -> bool:
+        """Whether gates come from one."""
+        return any("search" in phase for phase in METHODS[self.method])
 
     def validate(self, clients: int) -> None:
         """Raise ValueError, naming the setting, its value and what is allowed."""
