@@ -93,11 +93,7 @@ def make_strategy(config, **options):
 
 
 def make_app(config, mods=None):
-    def clients(context):
-        torch.set_num_threads(1)  # sums depend on it
-        return task.make_clients(config)
-
-    return make_client_app(clients, mods)
+    return make_client_app(lambda context: task.make_clients(config), mods)
 
 
 def assert_same_run(a, b):
@@ -163,6 +159,15 @@ class LoopGrid(Grid):
                 reply = Message(Error(0, str(error)), reply_to=received)
             replies.append(pickle.loads(pickle.dumps(reply)))
         return replies[::-1]  # whoever is last comes first
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the processes of Flower have here; sums depend on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -318,10 +323,10 @@ def test_pruned_fedavg_without_masks_is_fedavg():
         {},
         {"device_networks": "sliced", "device_flops": "0.5,0.3,0.4"},
         {"average": "mime", "sample": 2, "weighting": "samples"},
-        {"method": "filter", "clients": 2},
+        {"method": "energy", "clients": 2},
         {"method": "fedavg", "clients": 2},
     ],
-    ids=["dwnp", "sliced", "mime", "filter", "fedavg"],
+    ids=["dwnp", "sliced", "mime", "energy", "fedavg"],
 )
 def test_the_same_seeds_give_the_same_numbers(changes):
     config = make_config(**changes)
@@ -487,6 +492,25 @@ def test_malformed_replies_are_left_out():
         assert reason in messages[0]
 
 
+def test_malformed_energies_are_left_out():
+    config = make_config(method="energy", min_clients=1)
+    good = make_app(config)
+
+    def app(message, context):
+        answer = good(message, context)
+        content = from_records(answer.content)
+        if "energy" in content and client_number(context) == 2:
+            answer.content = to_records({"energy": content["energy"][1:]})
+        return answer
+
+    messages = []
+    strategy = make_strategy(config, report=messages.append)
+    strategy.start(LoopGrid(app, 3))
+    assert len(messages) == 1
+    assert "client 2 is left out: the reply's energy is not of the shape" in messages[0]
+    assert strategy.federation.gates is not None
+
+
 def test_a_run_goes_on_from_its_checkpoint(tmp_path):
     config = make_config()
     own = run_own(config)
@@ -622,15 +646,6 @@ def programs(tmp_path):
     programs.end()
 
 
-@pytest.fixture
-def one_thread():
-    """As the processes of the tests have; sums depend on it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def assert_same_as_checkpoint(own, state):
     for name in ("weights", "statistics", "momentum"):
         assert torch.equal(getattr(own, name), state[name]), name
@@ -641,7 +656,7 @@ def assert_same_as_checkpoint(own, state):
 
 
 @pytest.mark.slow
-def test_the_simulation_engine_gives_the_same_numbers(programs, tmp_path, one_thread):
+def test_the_simulation_engine_gives_the_same_numbers(programs, tmp_path):
     config = make_config(output_dir=str(tmp_path / "out"), timeout=120.0, evaluate_every=0)
     programs.start_superlink("--simulation")
     resources = "num-supernodes=3 client-resources-num-cpus=1 init-args-num-cpus=2"
@@ -657,7 +672,7 @@ def test_the_simulation_engine_gives_the_same_numbers(programs, tmp_path, one_th
 
 
 @pytest.mark.slow
-def test_supernodes_give_the_same_numbers_and_one_fails(programs, tmp_path, one_thread):
+def test_supernodes_give_the_same_numbers_and_one_fails(programs, tmp_path):
     app = tmp_path / "app"
     shutil.copytree(EXAMPLE, app, ignore=shutil.ignore_patterns("__pycache__"))
     code = (app / "client_app.py").read_text()

@@ -50,6 +50,7 @@ _REPLIES = {
     "weights": ("weights", "statistics", "loss", "correct", "count"),
     "gradient": ("gradient",),
     "hypernetwork": ("hypernetwork", "loss", "accuracy", "server_penalty", "device_penalty"),
+    "energy": ("energy",),
     "evaluate": ("correct", "count"),
 }
 _POLL = 1.0  # seconds between looks for nodes
@@ -87,11 +88,16 @@ def to_records(content: Mapping[str, Any], arrays: dict[Any, Array] | None = Non
     return RecordDict(records)
 
 
+def _tensors(record: Any) -> dict[str, Tensor]:
+    """Of an ArrayRecord."""
+    return dict(record.to_torch_state_dict())
+
+
 def from_records(records: RecordDict) -> Content:
     """The message of the engine that `to_records` made these records of."""
     content: Content = {}
     for record in records.values():
-        content |= record.to_torch_state_dict() if isinstance(record, ArrayRecord) else dict(record)
+        content |= _tensors(record) if isinstance(record, ArrayRecord) else dict(record)
     return content
 
 
@@ -160,7 +166,7 @@ def pack_mod(message: Message, context: Context, call_next: Callable[[Message, C
     The MetricRecord ``bytes`` of ``context.state`` counts those of arrays so far, ``received`` and ``sent``, and as
     they would have been without packing, ``received-dense`` and ``sent-dense``.
     """
-    counts = dict(context.state.get("bytes", {}))
+    counts: dict[str, Any] = dict(context.state.metric_records.get("bytes", {}))
 
     def add(name: str, packed: RecordDict, dense: RecordDict) -> None:
         for key, records in ((name, packed), (f"{name}-dense", dense)):
@@ -270,13 +276,13 @@ class PrunedFedAvg(FedAvg):
         """
         replies = list(replies)
         answers = [reply.content for reply in replies if reply.has_content()]
-        masks = [answer.pop(self.masks_key, ArrayRecord()).to_torch_state_dict() for answer in answers]
+        masks = [_tensors(answer.pop(self.masks_key, ArrayRecord())) for answer in answers]
         arrays, metrics = super().aggregate_train(server_round, replies)  # checks them too
         if arrays is None:
             return None, metrics
-        updates = [next(iter(answer.array_records.values())).to_torch_state_dict() for answer in answers]
-        weights = [float(next(iter(answer.metric_records.values()))[self.weighted_by_key]) for answer in answers]
-        mean = aggregate_masked(updates, masks, weights, self._arrays.to_torch_state_dict())
+        updates = [_tensors(*answer.array_records.values()) for answer in answers]
+        counts: list[Any] = [record[self.weighted_by_key] for a in answers for record in a.metric_records.values()]
+        mean = aggregate_masked(updates, masks, counts, _tensors(self._arrays))
         return ArrayRecord(mean), metrics
 
 
@@ -417,8 +423,13 @@ class DWNPStrategy(Strategy):
             needed.append("momentum")
         if missing := [name for name in needed if name not in reply]:
             return f"the reply has no {', '.join(missing)}"
+        like = request | {"gradient": request["weights"]}
+        if "energy" in needed:
+            assert self.federation is not None
+            assert self.federation.costs is not None
+            like["energy"] = torch.zeros(sum(self.federation.costs.sizes), dtype=torch.float64)
         for name in needed:
-            given, expected = reply[name], request.get({"gradient": "weights"}.get(name, name))
+            given, expected = reply[name], like.get(name)
             if isinstance(expected, Tensor):
                 if not isinstance(given, Tensor) or (given.shape, given.dtype) != (expected.shape, expected.dtype):
                     return f"the reply's {name} is not of the shape and dtype of the request's"
@@ -611,7 +622,7 @@ def make_client_app(clients: Callable[[Context], Clients], mods: list[Mod] | Non
         reply = devices(client_number(context), own) | {"params": flat.values.numel()}
         path = context.node_config.get("export-path")
         if path is not None:
-            state = {name: value.clone() for name, value in network.state_dict().items()}
+            state = {name: value.cpu().clone() for name, value in network.state_dict().items()}
             save_checkpoint(Path(str(path)), {"model": state, "gates": gates})
             reply["path"] = str(path)
         return Message(to_records(reply), reply_to=message)
@@ -634,7 +645,7 @@ def client_number(context: Context) -> int:
 def device_gates(context: Context) -> Tensor | None:
     """The mask that a node has kept, bool ``[G]`` over the channels of the dense network; None: all of them."""
     record = context.state.get("gates")
-    return None if record is None else torch.from_numpy(record["gates"].numpy())
+    return None if record is None else _tensors(record)["gates"]
 
 
 def _own_gates(request: Content) -> Tensor | None:
