@@ -1,5 +1,8 @@
 """The average over the devices that keep an entry."""
 
+import importlib
+import sys
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -75,3 +78,11 @@ def test_devices_of_no_weight_and_integers():
 def test_what_does_not_fit_is_refused(updates, masks, weights, match):
     with pytest.raises(ValueError, match=match):
         aggregate_masked(updates, masks, weights, {"w": torch.zeros(2)})
+
+
+def test_who_has_no_flower_is_told(monkeypatch):
+    for name in ("flwr", "flwr.app"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "sparsebilevel.federated.flower", raising=False)
+    with pytest.raises(ImportError, match=r"pip install 'sparsebilevel\[flower\]'"):
+        importlib.import_module("sparsebilevel.federated.flower")

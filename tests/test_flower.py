@@ -314,6 +314,28 @@ def test_pruned_fedavg_without_masks_is_fedavg():
     assert our_metrics == their_metrics
 
 
+def test_pruned_fedavg_over_a_packed_grid():
+    """Clients that add their number to what they keep; the server's arrays after two rounds."""
+    masks = [torch.tensor([1, 1, 0, 0] * 250, dtype=torch.bool), torch.tensor([0, 1, 1, 0] * 250, dtype=torch.bool)]
+
+    def train(message, context):
+        k = context.node_config["partition-id"]
+        weights = message.content["arrays"].to_torch_state_dict()["w"]
+        content = RecordDict({"arrays": ArrayRecord({"w": (weights + k + 1) * masks[k]})})
+        content["masks"] = ArrayRecord({"w": masks[k]})
+        content["metrics"] = MetricRecord({"num-examples": 10 * (k + 1)})
+        return Message(content, reply_to=message)
+
+    app = ClientApp(mods=[pack_mod])
+    app.train()(train)
+    grid = PackedGrid(LoopGrid(app, 2))
+    strategy = PrunedFedAvg(fraction_evaluate=0.0)
+    result = strategy.start(grid, ArrayRecord({"w": torch.full((1000,), 5.0)}), num_rounds=2)
+    expected = torch.tensor([7, 5 + 2 * 5 / 3, 9, 5] * 250)
+    assert_close(result.arrays.to_torch_state_dict()["w"], expected)
+    assert grid.bytes["received"] < 0.6 * grid.bytes["received-dense"]
+
+
 # -- DWNPStrategy ------------------------------------------------------------------------------------------------------
 
 
