@@ -449,6 +449,8 @@ def test_silent_nodes_and_nodes_that_are_gone_or_new():
         reply = good(message, context)
         if "says" in context.node_config:
             reply.content["metrics"]["client"] = context.node_config["says"]
+        if "mumbles" in context.node_config:
+            reply.content = RecordDict({"metrics": MetricRecord({"samples": 3})})
         return reply
 
     loop = LoopGrid(app, 3)
@@ -467,6 +469,7 @@ def test_silent_nodes_and_nodes_that_are_gone_or_new():
     loop.add(9, node=79)
     loop.add("x", node=80)
     loop.add(0, node=81, says=-1)
+    loop.add(0, node=82, mumbles=True)
     strategy.start(loop, num_rounds=1)
     assert messages == [
         f"client 2 is now node 78, no longer {nodes[2]}",
@@ -474,7 +477,8 @@ def test_silent_nodes_and_nodes_that_are_gone_or_new():
         "expected 0 to 2",
         "node 80 does not say which client it is, and is left out: partition-id='x' of the node_config is not allowed; "
         "expected the client's number",
-        "node 81 is client -1, of 3: it is left out",
+        f"node 81 is left out: it is client -1 of 3, with {strategy.federation.sizes[0]} samples",
+        "node 82 is left out: it is client None of 3, with 3 samples",
     ]
     assert strategy.federation.failures == [2, 0, 0]
     assert loop.seen[-1].metadata.dst_node_id == 78
@@ -512,6 +516,27 @@ def test_malformed_replies_are_left_out():
         assert strategy.federation.failures == [1, 0, 0]
         assert len(messages) == 1
         assert reason in messages[0]
+
+
+def test_replies_that_cannot_be_read_are_left_out():
+    config = make_config(method="fedavg", min_clients=1)
+    good = make_app(config, [pack_mod])
+
+    def app(message, context):
+        answer = good(message, context)
+        record = answer.content.get("arrays", {})
+        if client_number(context) == 0 and "statistics" in record:
+            record["w"] = Array("float32", (9,), "sparsebilevel.pack", b"SBPK, but damaged")
+        if client_number(context) == 1 and "statistics" in record:
+            record["w"] = Array("float32", (9,), "unknown", b"")
+        return answer
+
+    messages = []
+    strategy = make_strategy(config, report=messages.append)
+    strategy.start(PackedGrid(LoopGrid(app, 3)), num_rounds=1)
+    assert strategy.federation.failures == [1, 1, 0]
+    assert "client 0 is left out: the reply has no weights" in messages[0]
+    assert "client 1 is left out: Unsupported serialization type" in messages[1]
 
 
 def test_malformed_energies_are_left_out():

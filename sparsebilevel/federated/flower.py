@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..kernels import pack, unpack
+from ..kernels import PackError, pack, unpack
 from ..training.checkpoint import save_checkpoint
 from .aggregate import aggregate_masked
 from .client import Clients
@@ -54,6 +54,7 @@ _REPLIES = {
     "evaluate": ("correct", "count"),
 }
 _POLL = 1.0  # seconds between looks for nodes
+_log = logging.getLogger("flwr")
 
 Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Message]
 
@@ -78,7 +79,7 @@ def to_records(content: Mapping[str, Any], arrays: dict[Any, Array] | None = Non
     for name, value in content.items():
         if isinstance(value, Tensor):
             key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
-            if key not in arrays or not value.numel():
+            if key not in arrays:
                 arrays[key] = Array(value.detach().cpu().contiguous().numpy())
             records.setdefault(_RECORDS.get(name, "arrays"), ArrayRecord())[name] = arrays[key]
         elif is_request or isinstance(value, str):
@@ -185,7 +186,7 @@ def pack_mod(message: Message, context: Context, call_next: Callable[[Message, C
 class PackedGrid(Grid):
     """A grid whose messages are packed, for any strategy: ``strategy.start(PackedGrid(grid), ...)``.
 
-    The ClientApp needs `pack_mod`.
+    The ClientApp needs `pack_mod`. A reply that cannot be unpacked becomes an empty one, with a warning.
 
     Attributes:
         bytes: of arrays so far: ``sent`` and ``received``, and as they would have been without packing,
@@ -233,7 +234,12 @@ class PackedGrid(Grid):
         messages = list(messages)
         for message in messages:
             if message.has_content():
-                packed, message.content = message.content, unpack_arrays(message.content)
+                packed = message.content
+                try:
+                    message.content = unpack_arrays(packed)
+                except PackError as error:  # one bad reply must not end the round
+                    _log.warning("node %d: its reply is dropped: %s", message.metadata.src_node_id, error)
+                    message.content = RecordDict()
                 self.bytes["received"] += _size(packed)
                 self.bytes["received-dense"] += _size(message.content)
         return messages
@@ -290,9 +296,8 @@ class DWNPStrategy(Strategy):
     """A `Federation` whose clients are Flower's nodes, with any of its methods: DWNP and those it is compared with.
 
     ``start`` runs it to the end. One Flower round is one round of the federation: some exchanges over the grid (Mime's
-    gradient, weights, hypernetwork), each repeated if too few clients answer, or pruning, which is none. Since Flower's
-    loop knows one exchange a round, `configure_train` and `configure_evaluate` hold them themselves and leave nothing
-    to send.
+    gradient, weights, hypernetwork), each repeated if too few clients answer, or pruning. Since Flower's loop knows one
+    exchange a round, `configure_train` and `configure_evaluate` hold them themselves and leave nothing to send.
 
     Args:
         model, points, input_shape, settings, hypernetwork: see `Federation`; of the same structure as the clients'.
@@ -325,12 +330,12 @@ class DWNPStrategy(Strategy):
         self.model, self.points, self.input_shape = model, list(points), tuple(input_shape)
         self.budgets, self.settings, self.hypernetwork = list(budgets), settings, hypernetwork
         self.timeout, self.evaluate_every = timeout, evaluate_every
-        self.report = report or logging.getLogger("flwr").warning
+        self.report = report or _log.warning
         self.federation: Federation | None = None
         self.rows: list[dict[str, Any]] = []
         self._grid: Grid | None = None
         self._nodes: dict[int, int] = {}  # node of each client
-        self._known: set[int] = set()  # nodes that have said who they are
+        self._known: set[int] = set()  # nodes that have been asked who they are
         self._sizes: dict[int, int] = {}  # training samples of each client
         self._figures: dict[str, Any] | None = None  # of an evaluation that was due
 
@@ -380,14 +385,16 @@ class DWNPStrategy(Strategy):
             if isinstance(answer, str):
                 self.report(f"node {node} does not say which client it is, and is left out: {answer}")
                 continue
-            client = answer["client"]
-            if not 0 <= client < len(self.budgets):
-                self.report(f"node {node} is client {client}, of {len(self.budgets)}: it is left out")
+            client: Any = answer.get("client")
+            samples = answer.get("samples")
+            if client not in range(len(self.budgets)) or not isinstance(samples, int) or samples < 1:
+                clients = len(self.budgets)
+                self.report(f"node {node} is left out: it is client {client} of {clients}, with {samples} samples")
                 continue
             if client in self._nodes:  # a device that was started again has a new node
                 self.report(f"client {client} is now node {node}, no longer {self._nodes[client]}")
             self._nodes[client] = node
-            self._sizes[client] = answer["samples"]
+            self._sizes[client] = samples
 
     def _send(self, messages: Mapping[int, Message]) -> dict[int, Content | str]:
         """Replies to messages, or why there is none, by the same keys; those that do not come in time are missing."""
@@ -398,7 +405,10 @@ class DWNPStrategy(Strategy):
         keys = {message.metadata.message_id: key for key, message in messages.items()}
         outcomes: dict[int, Content | str] = {}
         for reply in replies:
-            outcome = f"{reply.error.reason}" if reply.has_error() else from_records(reply.content)
+            try:
+                outcome = f"{reply.error.reason}" if reply.has_error() else from_records(reply.content)
+            except Exception as error:  # whatever is wrong with one reply, the others count
+                outcome = f"{error}"
             outcomes[keys[reply.metadata.reply_to_message_id]] = outcome
         return outcomes
 
@@ -519,11 +529,10 @@ class DWNPStrategy(Strategy):
 
     def summary(self) -> None:
         """Log what will run."""
-        say = logging.getLogger("flwr").info
-        say("\t├──> Method: %s, %d clients", self.settings.method, len(self.budgets))
+        _log.info("\t├──> Method: %s, %d clients", self.settings.method, len(self.budgets))
         if self.federation is not None:
             phases = ", ".join(f"{phase.name} {phase.rounds}" for phase in self.federation.phases)
-            say("\t└──> Rounds: %s; %d done", phases, self.federation.done)
+            _log.info("\t└──> Rounds: %s; %d done", phases, self.federation.done)
 
     # -- after the run ------------------------------------------------------------------------------------------------
 
