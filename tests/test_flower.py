@@ -648,7 +648,7 @@ class Programs:
             env=self.env,
             capture_output=True,
             text=True,
-            timeout=480,
+            timeout=900,
         )
         output = Path(config["output-dir"])
         assert (output / "result.json").exists(), done.stdout + done.stderr + self.logs()
