@@ -1,5 +1,6 @@
 """The algorithms of decentralized pruning, their tasks, and the command `sparsebilevel decentralized`."""
 
+import dataclasses
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from torch.testing import assert_close
 
 from sparsebilevel.cli import main
 from sparsebilevel.comm import LocalCommunicator
+from sparsebilevel.data import datasets
 from sparsebilevel.decentralized import (
     ALGORITHMS,
     Decentralized,
@@ -33,6 +35,9 @@ from sparsebilevel.decentralized import (
 from sparsebilevel.decentralized.algorithms import project_box, project_capped_simplex, project_count
 from sparsebilevel.decentralized.estimators import mix_seed
 from sparsebilevel.decentralized.tasks import TextRNN, area_under_curve, hinge
+from sparsebilevel.models import create_model
+from sparsebilevel.training.checkpoint import load_checkpoint, save_checkpoint
+from sparsebilevel.training.runlog import read_log
 
 
 @pytest.fixture(autouse=True)
@@ -362,7 +367,7 @@ def test_masks_reach_recurrent_weights():
     z = objective.flat()
     gradient = objective.gradient(z, words, torch.randint(2, (6,)), 0)
     assert all(part.abs().sum() > 0 for part in objective.split(gradient).values())
-    assert_close(objective.outputs(z, words), objective.module(words).detach())
+    assert_close(objective.evaluate(z, words), objective.module(words).detach())
     reference = nn.RNN(3, 4, 2, batch_first=True)
     own = objective.split(z)
     with torch.no_grad():
@@ -372,7 +377,7 @@ def test_masks_reach_recurrent_weights():
             getattr(reference, f"bias_ih_l{layer}").copy_(own[f"b{layer}"][0])
             getattr(reference, f"bias_hh_l{layer}").copy_(own[f"b{layer}"][1])
         states, _ = reference(objective.module.vectors[words])
-        assert_close(objective.outputs(z, words), objective.module.fc(states[:, -1]))
+        assert_close(objective.evaluate(z, words), objective.module.fc(states[:, -1]))
 
 
 def test_dropout_masks_follow_from_the_key_and_norms_keep_their_statistics():
@@ -395,6 +400,39 @@ def test_resnet_on_images():
     assert run.maskable == sum(m.weight.numel() for m in problem.objective.module.modules()
                                if isinstance(m, (nn.Conv2d, nn.Linear)))  # fmt: skip
     assert all(torch.isfinite(y).all() for y in run.y.values())
+
+
+def test_a_trained_network_is_where_a_resnet_starts_from(tmp_path):
+    flags = ["--method", "dense", "--arch", "resnet8", "--epochs", "1", "--lr", "0.05", "--no-measure", "--quiet"]
+    main(["train", *flags, "--output-dir", str(tmp_path / "dense")])
+    trained = read_log(tmp_path / "dense")[-1]
+    for source in (tmp_path / "dense", tmp_path / "dense" / "checkpoint.pth"):
+        problem = make_problem("resnet", "digits", workers=2, init_from=str(source))
+        run = make_run("d-sgd", workers=2, problem=problem)
+        # The same inputs, weights and statistics of normalization layers.
+        assert run.evaluate()["test_acc"] == pytest.approx(trained["test_acc"], abs=1e-6)
+        assert trained["test_acc"] > 0.3
+    before = load_checkpoint(tmp_path / "dense" / "checkpoint.pth")["model"]
+    options = ["--workers", "2", "--baselines", "--evaluations", "40", "--limit", "60", "--sparsity", "0.5"]
+    main(command(tmp_path / "sparse", "--task", "resnet", "--init-from", str(tmp_path / "dense"), *options))
+    after = torch.load(tmp_path / "sparse" / "bilevel" / "model.pth")
+    assert after["model"].keys() == before.keys()
+    assert torch.equal(after["model"]["bn1.running_mean"], before["bn1.running_mean"])
+    assert sum(int(m.sum()) for m in after["masks"].values()) == sum(m.numel() for m in after["masks"].values()) // 2
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "match"),
+    [("svm", "digits", "is for task='resnet'"), ("resnet", "cifar10", "the network is of data='digits'")],
+)
+def test_a_network_to_start_from_must_fit(task, data, match, tmp_path, monkeypatch):
+    images = datasets.Split(torch.zeros(9, 3, 32, 32, dtype=torch.uint8), torch.arange(9))
+    read = dataclasses.replace(datasets.IMAGE_SETS["cifar10"], read=lambda path: (images, images))
+    monkeypatch.setitem(datasets.IMAGE_SETS, "cifar10", read)
+    state = create_model("digits_cnn").state_dict()
+    save_checkpoint(tmp_path / "checkpoint.pth", {"model": state, "config": {"arch": "digits_cnn", "data": "digits"}})
+    with pytest.raises(ValueError, match=match):
+        make_problem(task, data, init_from=str(tmp_path))
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -420,7 +458,8 @@ def test_the_command_writes_figures_pictures_and_the_network(tmp_path, capsys):
     assert rows(tmp_path)[-1]["sparsity"] == 0.75
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     saved = torch.load(tmp_path / "bilevel" / "model.pth")
-    assert torch.count_nonzero(saved["model"]["fc1.weight"]) <= saved["flat_mask"].sum() == 64
+    assert saved["masks"]["fc1.weight"].sum() == 64
+    assert not saved["model"]["fc1.weight"][~saved["masks"]["fc1.weight"]].any()
 
 
 def test_the_command_resumes_to_the_same_numbers(tmp_path):
@@ -445,6 +484,7 @@ def test_the_command_resumes_to_the_same_numbers(tmp_path):
         (["--data", "mnist"], "does not go with"),
         (["--workers", "0", "--graph", "star", "--epochs", "0"], "epochs=0"),
         (["--graph", "one-peer", "--workers", "3"], "power of two"),
+        (["--device", "tpu"], "device='tpu' is not"),
     ],
 )
 def test_bad_flags_end_in_one_line(flags, match, tmp_path, capsys):

@@ -13,8 +13,10 @@ class; `ALGORITHMS` lists them. With G = dL/d(x ⊙ y): dL/dy = x ⊙ G and dL/d
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -171,8 +173,8 @@ class Decentralized:
         rounds: number of rounds of the run.
         search_rounds: those in which the mask is still open.
         done: rounds so far.
-        x, y: mask ``[P]`` and weights ``[P]`` of each worker here, P all parameters, those with a mask first. With the
-            penalty form y is ``[2 P]``: the weights, and those of the lower level alone.
+        x, y: mask ``[P]`` and weights ``[P]`` of each worker here, P all parameters, those with a mask first; on the
+            problem's device. With the penalty form y is ``[2 P]``: the weights, and those of the lower level alone.
     """
 
     def __init__(self, problem: Problem, gossip: Gossip, settings: Settings, budget: float) -> None:
@@ -185,7 +187,8 @@ class Decentralized:
             self.kept = self.maskable
         copies = 2 if self.is_penalty else 1
         initial = problem.initial().repeat(copies)
-        self.x: Values = {k: torch.ones(self.size) for k in gossip.comm.ranks}
+        self.device = problem.device
+        self.x: Values = {k: torch.ones(self.size, device=self.device) for k in gossip.comm.ranks}
         self.y: Values = {k: initial.clone() for k in gossip.comm.ranks}
         self._masks: Values = {}
         self.done = 0
@@ -389,13 +392,13 @@ class Decentralized:
     def _flood(self, masks: Mapping[int, Tensor]) -> Values:
         """The mask of the first living worker, handed on from neighbour to neighbour, one bit a weight."""
         comm, topology = self.gossip.comm, self.gossip.topology
-        best = {k: struct.pack("<q", k) + np.packbits(mask.numpy()).tobytes() for k, mask in masks.items()}
+        best = {k: struct.pack("<q", k) + np.packbits(mask.cpu().numpy()).tobytes() for k, mask in masks.items()}
         for _ in range(comm.world_size - 1):
             neighbours = {k: topology.adjacency[k].nonzero().flatten().tolist() for k in best}
             incoming = comm.exchange({k: dict.fromkeys(neighbours[k], best[k]) for k in best}, "agreement")
             best = {k: min([best[k], *incoming[k].values()], key=lambda b: struct.unpack_from("<q", b)) for k in best}
         bits = {k: np.unpackbits(np.frombuffer(b[8:], np.uint8), count=self.maskable) for k, b in best.items()}
-        return {k: torch.from_numpy(b).bool() for k, b in bits.items()}
+        return {k: torch.from_numpy(b).bool().to(self.device) for k, b in bits.items()}
 
     # -- where it stands
 
@@ -411,31 +414,31 @@ class Decentralized:
         comm, P = self.gossip.comm, self.size
         out = {}
         for i, k in enumerate(comm.ranks):
-            sent = {**comm.sent, "evaluations": self.evaluations, "resent": comm.resent} if i == 0 else {}
-            loss = self.problem.local_loss(k, self.x[k] * self.y[k][:P])
-            numbers = torch.tensor([loss], dtype=torch.float64)
-            text = repr(sorted(sent.items())).encode()
-            state = torch.cat([self.x[k], self.y[k][:P]]).numpy().tobytes()
-            out[k] = struct.pack("<I", len(text)) + text + numbers.numpy().tobytes() + state
+            # Counts are those of the process, which hands them in once.
+            counts = {"evaluations": self.evaluations, "resent": comm.resent, "sent": comm.sent} if i == 0 else {}
+            counts["local_loss"] = self.problem.local_loss(k, self.x[k] * self.y[k][:P])
+            text = json.dumps(counts).encode()
+            state = torch.cat([self.x[k], self.y[k][:P]]).cpu().numpy().tobytes()
+            out[k] = struct.pack("<I", len(text)) + text + state
         gathered = comm.gather(out)
         return None if gathered is None else self._summarize(gathered)
 
     def _summarize(self, gathered: Mapping[int, bytes]) -> dict[str, Any]:
-        import ast
-
         P, d = self.size, self.maskable
-        xs, ys, losses, sent = {}, {}, [], dict[str, int]()
+        xs, ys, losses = {}, {}, []
+        evaluations, resent, sent = 0, 0, Counter[str]()
         for k, data in gathered.items():
             (length,) = struct.unpack_from("<I", data)
-            for name, count in ast.literal_eval(data[4 : 4 + length].decode()):
-                sent[name] = sent.get(name, 0) + count
-            losses.append(struct.unpack_from("<d", data, 4 + length)[0])
-            state = torch.frombuffer(bytearray(data[12 + length :]), dtype=torch.float32)
+            counts = json.loads(data[4 : 4 + length])
+            losses.append(counts["local_loss"])
+            evaluations += counts.get("evaluations", 0)
+            resent += counts.get("resent", 0)
+            sent.update(counts.get("sent", {}))
+            state = torch.frombuffer(bytearray(data[4 + length :]), dtype=torch.float32).to(self.device)
             xs[k], ys[k] = state[:P], state[P:]
         self.mean_x = torch.stack(list(xs.values())).mean(0)
         self.mean_y = torch.stack(list(ys.values())).mean(0)
         z = self.final_weights()
-        evaluations, resent = sent.pop("evaluations"), sent.pop("resent")
         # F at one model for all: workers that drift apart have lower losses, each on its own data.
         common = [self.problem.local_loss(k, z) for k in gathered]
         loss = sum(common) / len(common) + self.regularizer(self.mean_x[:d])
@@ -449,7 +452,7 @@ class Decentralized:
             "sparsity": 1 - torch.count_nonzero(self.final_mask()).item() / d if d else 0.0,
             "mask_sparsity": sum((x[:d] == 0).float().mean().item() for x in xs.values()) / len(xs),
             "mask_agreed": self.done >= self.search_rounds and self.settings.mask != "dense",
-            "bytes": sent,
+            "bytes": dict(sent),
             "bytes_total": sum(sent.values()),
             "resent": resent,
             "workers": len(gathered),
@@ -518,7 +521,7 @@ class Decentralized:
         comm = self.gossip.comm
         if next(iter(rounds.values())) >= self.search_rounds and self.settings.mask != "dense":
             self._settle()
-        for k, state in states.items():
+        for k, state in _to_device(dict(states), self.device).items():
             if state["model"]["x"].shape != self.x[k].shape or state["rounds"] != self.rounds:
                 raise ValueError(f"checkpoint of worker {k} is of another run (other sizes or number of rounds)")
             self.x[k], self.y[k] = state["model"]["x"], state["model"]["y"]
@@ -544,6 +547,17 @@ class _Oracle:
 
     def __call__(self, point: Point, indices: Tensor, key: int) -> Tensor:
         return self.function(point, indices, key)
+
+
+def _to_device(state: Any, device: torch.device) -> Any:
+    """The tensors in dictionaries, tuples and lists, on a device; checkpoints are read onto the CPU."""
+    if isinstance(state, Tensor):
+        return state.to(device)
+    if isinstance(state, dict):
+        return {key: _to_device(value, device) for key, value in state.items()}
+    if isinstance(state, (tuple, list)):
+        return type(state)(_to_device(value, device) for value in state)
+    return state
 
 
 def _rescale(step: Tensor, size: float) -> Tensor:
