@@ -35,6 +35,7 @@ from sparsebilevel.decentralized import (
 from sparsebilevel.decentralized.algorithms import project_box, project_capped_simplex, project_count
 from sparsebilevel.decentralized.estimators import mix_seed
 from sparsebilevel.decentralized.tasks import TextRNN, area_under_curve, hinge
+from sparsebilevel.kernels import binarize
 from sparsebilevel.models import create_model
 from sparsebilevel.training.checkpoint import load_checkpoint, save_checkpoint
 from sparsebilevel.training.runlog import read_log
@@ -244,6 +245,35 @@ def test_a_run_that_diverges_says_so(name):
         train()
 
 
+def test_a_mask_that_starts_from_magnitudes_changes_nothing_at_first_and_prunes_the_smallest():
+    run = make_run(initial_mask="magnitude", constraint="count", sparsity=0.5)
+    d, initial = run.maskable, run.problem.initial()
+    x, y = run.x[0], run.y[0]
+    assert_close(x * y, initial)
+    assert x[:d].sort().values.tolist() == pytest.approx([(i + 1) / d for i in range(d)])
+    assert torch.equal(x[:d].argsort(), initial[:d].abs().argsort())
+    assert bool((x[d:] == 1).all())
+    run.done = run.search_rounds
+    assert torch.equal(project_count(x[:d], run._count()) > 0, binarize(initial[:d].abs(), d // 2))
+    assert bool((make_run("magnitude-during", initial_mask="magnitude").x[0] == 1).all())
+
+
+def test_mask_steps_are_scaled_over_the_mask_or_in_every_tensor():
+    step = torch.randn(sum(p.numel() for p in (nn.Linear(6, 5).weight, nn.Linear(5, 2).weight)))
+    step[:30] *= 1000
+    parts = {}
+    for normalize in ("mask", "tensor"):
+        net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 2))
+        samples = Samples(torch.randn(8, 6), torch.arange(8) % 2)
+        problem = Problem(Objective(net, nn.functional.cross_entropy), samples, [torch.arange(8)], samples)
+        run = make_run(workers=1, problem=problem, normalize=normalize)
+        scaled = run._rescale(step, 0.01)
+        parts[normalize] = [part.abs().mean().item() for part in run.problem.split_masked(scaled)]
+        assert torch.equal(scaled.sign(), step.sign())
+    assert parts["tensor"] == pytest.approx([0.01, 0.01])
+    assert parts["mask"][0] > 100 * parts["mask"][1]
+
+
 def test_step_sizes_go_to_zero_along_a_cosine():
     run = make_run(budget=600)
     factors = [run._cosine(t, run.rounds) for t in range(run.rounds)]
@@ -272,6 +302,8 @@ def test_training_goes_on_without_a_lost_worker_and_trackers_start_again():
         ({"sparsity": 1.0}, "sparsity=1.0"),
         ({"mask": "soft"}, "mask='soft'"),
         ({"schedule": "step"}, "schedule='step'"),
+        ({"initial_mask": "random"}, "initial_mask='random'"),
+        ({"normalize": "layer"}, "normalize='layer'"),
         ({"inner_steps": 0}, "inner_steps=0"),
         ({"lr": 0}, "lr=0"),
         ({"ridge": -1}, "ridge=-1"),
@@ -475,6 +507,16 @@ def test_the_command_resumes_to_the_same_numbers(tmp_path):
     assert whole == cut
     models = [torch.load(tmp_path / n / "bilevel" / "model.pth") for n in ("whole", "cut")]
     assert all(torch.equal(models[0]["model"][n], models[1]["model"][n]) for n in models[0]["model"])
+
+
+def test_a_run_that_replaces_another_does_not_go_on_from_its_checkpoints(tmp_path):
+    flags = ["--workers", "2", "--baselines", "--checkpoint-freq", "4"]
+    main(command(tmp_path / "run", *flags, "--epochs", "3"))
+    main(command(tmp_path / "run", *flags, "--overwrite", "--max-rounds", "6"))
+    main(command(tmp_path / "run", *flags, "--resume"))
+    main(command(tmp_path / "new", *flags))
+    new, run = (rows(tmp_path / name)[-1] for name in ("new", "run"))
+    assert {**new, "bytes": 0, "bytes_total": 0} == {**run, "bytes": 0, "bytes_total": 0}
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,8 @@ def decentralized(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     folder = Path(args.output_dir)
     if is_main:
         _open_folder(folder, args, workers)
+        if not args.resume:
+            _forget_runs(folder)
         if not args.quiet:
             print(f"{args.task} on {args.data}: {workers} workers, {args.partition}, samples {problem.sizes}")
             print(f"graph {args.graph}: spectral gap {topology.gap:.6f}; {problem.maskable:,} weights have a mask")
@@ -118,6 +120,12 @@ def _open_folder(folder: Path, args: argparse.Namespace, workers: int) -> None:
     config = {k: v for k, v in vars(args).items() if k not in ("command", "traceback")} | {"workers": workers}
     config = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
     open_folder(folder, config, _RUN_FLAGS, args.resume, args.overwrite)
+
+
+def _forget_runs(folder: Path) -> None:
+    """Remove what a run before this one has left: ``--resume`` would take its checkpoints for those of this one."""
+    for path in (*folder.glob("*/worker*-*.pth"), *folder.glob("*/model.pth"), *folder.glob("*/log.jsonl")):
+        path.unlink()
 
 
 def make_settings(name: str, args: argparse.Namespace) -> Settings:
@@ -291,6 +299,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sparsity", type=float, help=f"fraction of zeros [{Settings.sparsity}]")
     group.add_argument("--hypergradient", choices=a.HYPERGRADIENTS)
     group.add_argument("--constraint", choices=a.CONSTRAINTS)
+    group.add_argument("--initial-mask", choices=a.INITIAL_MASKS, help="ones, or ranks of the initial weights' sizes")
     group.add_argument("--regularizer", choices=a.REGULARIZERS)
     group.add_argument("--strength", type=float, help="of the regularizer")
     group.add_argument("--tracking", choices=("none", "cta", "atc"))

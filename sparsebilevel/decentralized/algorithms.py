@@ -33,6 +33,8 @@ from .tracking import TRACKING, TrackedStep
 
 HYPERGRADIENTS = ("direct", "implicit", "penalty")
 CONSTRAINTS = ("simplex", "box", "count")
+INITIAL_MASKS = ("ones", "magnitude")
+NORMALIZATIONS = ("none", "mask", "tensor")
 REGULARIZERS = ("none", "l1", "group")
 MASKS = ("learned", "dense", "magnitude-after", "magnitude-during")
 CLIPS = ("none", "update", "mask")
@@ -53,6 +55,7 @@ class Settings:
     # the problem
     sparsity: float = 0.8
     constraint: str = "simplex"
+    initial_mask: str = "ones"
     regularizer: str = "none"
     strength: float = 0.0
     ridge: float = 1e-4
@@ -60,7 +63,7 @@ class Settings:
     lr: float = 0.1
     mask_lr: float = 0.05
     schedule: str = "cosine"
-    normalize: bool = True
+    normalize: str = "mask"
     batch_size: int = 32
     rho: float = 0.1
     period: int = 0
@@ -83,6 +86,8 @@ class Settings:
             "clip": CLIPS,
             "schedule": SCHEDULES,
             "constraint": CONSTRAINTS,
+            "initial_mask": INITIAL_MASKS,
+            "normalize": NORMALIZATIONS,
             "regularizer": REGULARIZERS,
         }
         for name, allowed in choices.items():
@@ -91,7 +96,7 @@ class Settings:
         for name in ("inner_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; expected at least 1")
-        for name in ("lr", "mask_lr", "epsilon"):
+        for name in ("lr", "mask_lr", "epsilon", "clip_at"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; expected a number above 0")
         for name in ("strength", "ridge"):
@@ -186,10 +191,10 @@ class Decentralized:
         if s.mask == "dense":
             self.kept = self.maskable
         copies = 2 if self.is_penalty else 1
-        initial = problem.initial().repeat(copies)
         self.device = problem.device
-        self.x: Values = {k: torch.ones(self.size, device=self.device) for k in gossip.comm.ranks}
-        self.y: Values = {k: initial.clone() for k in gossip.comm.ranks}
+        mask, weights = self._initial()
+        self.x: Values = {k: mask.clone() for k in gossip.comm.ranks}
+        self.y: Values = {k: weights.repeat(copies) for k in gossip.comm.ranks}
         self._masks: Values = {}
         self.done = 0
         self.evaluations = 0  # of all workers here
@@ -207,6 +212,16 @@ class Decentralized:
         self.rounds = max(2, int(budget / mean_cost))
         self.search_rounds = max(1, int(s.search * self.rounds))
         self._update_masks()
+
+    def _initial(self) -> tuple[Tensor, Tensor]:
+        """Mask and weights at the start; their product is the problem's network in any case."""
+        weights = self.problem.initial()
+        mask = torch.ones_like(weights)
+        if self.settings.initial_mask == "magnitude" and self.settings.mask == "learned":
+            order = weights[: self.maskable].abs().argsort(stable=True)
+            ranks = torch.arange(1, self.maskable + 1, dtype=mask.dtype, device=mask.device)
+            mask[order] = ranks / self.maskable
+        return mask, weights / mask
 
     def _estimator(self, k: int, name: str, oracle: Any, level: int) -> Estimator:
         s = self.settings
@@ -323,7 +338,7 @@ class Decentralized:
         estimates = {k: self.upper[k]((self.x[k], self.y[k])) for k in self.x}
         gradients = {k: v + self._regularizer_gradient(self.x[k][:d]) for k, v in estimates.items()}
         lr = s.mask_lr * self._cosine(self.done - 1, self.search_rounds)
-        limit = (lambda step: _rescale(step, lr)) if s.normalize else None
+        limit = None if s.normalize == "none" else (lambda step: self._rescale(step, lr))
         mixed = self.upper_step({k: x[:d] for k, x in self.x.items()}, gradients, lr, None, limit)
         for k, x in mixed.items():
             if s.clip == "mask":
@@ -337,6 +352,12 @@ class Decentralized:
                 x = project_count(x, self._count())
             self.x[k] = torch.cat([x, self.x[k][d:]])
         self._update_masks()
+
+    def _rescale(self, step: Tensor, size: float) -> Tensor:
+        """A step on the mask of the mean size ``size``, over all of it or in every tensor."""
+        if self.settings.normalize == "mask":
+            return _scale_to(step, size)
+        return torch.cat([_scale_to(part, size).flatten() for part in self.problem.split_masked(step)])
 
     def _update_masks(self) -> None:
         """Boolean supports; the object stays the same as long as the mask does, by which gossip knows it."""
@@ -475,7 +496,6 @@ class Decentralized:
         self.gossip.forget()
         comm = self.gossip.comm
         is_first = k == comm.ranks[0]
-        steps = {"lower_step": self.lower_step, "upper_step": self.upper_step}
         return {
             "model": {"x": self.x[k], "y": self.y[k]},
             "round": self.done,
@@ -484,10 +504,11 @@ class Decentralized:
             "notice": comm.notice,
             "lower": self.lower[k].state_dict(),
             "upper": self.upper[k].state_dict(),
+            "lower_step": self.lower_step.state_dict(k),
+            "upper_step": self.upper_step.state_dict(k),
             "error": {kind: values[k] for kind, values in self.gossip.error.items() if k in values},
             "sent": dict(comm.sent) if is_first else {},
             "evaluations": self.evaluations if is_first else 0,
-            **{n: {p: v[k] for p, v in step.state_dict().items() if k in v} for n, step in steps.items()},
         }
 
     def rejoin(self, state: dict[str, Any]) -> None:
@@ -528,11 +549,10 @@ class Decentralized:
             self.done, self.gossip.clock, comm.notice = state["round"], state["clock"], state["notice"]
             self.lower[k].load_state_dict(state["lower"])
             self.upper[k].load_state_dict(state["upper"])
+            self.lower_step.load_state_dict(k, state["lower_step"])
+            self.upper_step.load_state_dict(k, state["upper_step"])
             for kind, value in state["error"].items():
                 self.gossip.error.setdefault(kind, {})[k] = value
-            for step, name in ((self.lower_step, "lower_step"), (self.upper_step, "upper_step")):
-                for part, value in state[name].items():
-                    getattr(step, part)[k] = value
             for kind, count in state["sent"].items():
                 comm.sent[kind] += count
             self.evaluations += state["evaluations"]
@@ -560,8 +580,7 @@ def _to_device(state: Any, device: torch.device) -> Any:
     return state
 
 
-def _rescale(step: Tensor, size: float) -> Tensor:
-    """A step of the mean size ``size``: hypergradients shrink by orders of magnitude during a run."""
+def _scale_to(step: Tensor, size: float) -> Tensor:
     mean = step.abs().mean()
     return step * (size / mean) if mean > 0 else step
 

@@ -35,8 +35,19 @@ TASK_DATA = {"svm": ("digits", "a9a", "covtype", "imdb"), "rnn": ("sent140",), "
 TASK_SETTINGS: dict[str, dict[str, Any]] = {
     "svm": {"lr": 0.2},
     "rnn": {"lr": 0.3},
-    # The tables of saga, a vector for each batch, would be too large.
-    "resnet": {"lr": 0.05, "lower": "storm", "upper": "storm"},
+    # A trained network: what is known of its weights is their size, from which the mask starts; a mask that must sum to
+    # the number of kept weights would shrink them all, and with them the inputs of normalization layers that do not
+    # adapt. The tables of saga, a vector for each batch, would be too large.
+    "resnet": {
+        "lr": 0.02,
+        "lower": "sgd",
+        "upper": "storm",
+        "inner_steps": 4,
+        "constraint": "count",
+        "initial_mask": "magnitude",
+        "mask_lr": 0.003,
+        "normalize": "tensor",
+    },
 }
 """What suits a task where neither the algorithm nor the user says otherwise: fields of `algorithms.Settings`."""
 
