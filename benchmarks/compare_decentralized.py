@@ -34,6 +34,7 @@ from sparsebilevel.decentralized import (
     Decentralized,
     Gossip,
     Problem,
+    Samples,
     Settings,
     make_problem,
     make_topology,
@@ -49,10 +50,13 @@ TASK = {"digits": "svm", "a9a": "svm", "covtype": "svm", "imdb": "svm", "sent140
 
 
 def problem_of(args: argparse.Namespace, seed: int) -> Problem:
-    return make_problem(
+    problem = make_problem(
         TASK[args.data], args.data, args.data_path, args.workers, hidden=args.hidden, init_from=args.init_from,
         limit=args.limit, eval_samples=args.eval_samples, seed=seed,
     )  # fmt: skip
+    test, count = problem.test_set, args.test_samples
+    problem.test_set = Samples(test.inputs[:count], test.targets[:count])
+    return problem
 
 
 def describe_start(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -139,6 +143,7 @@ def entry_of(
         "init_from": describe_start(args),
         "limit": args.limit,
         "samples": problem.sizes,
+        "test_samples": len(problem.test_set),
         "seconds": round(seconds, 1),
         "rows": rows,
     }
@@ -323,6 +328,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--limit", type=int, default=16000, help="training samples [%(default)s]")
     parser.add_argument("--eval-samples", type=int, default=4096, help="of a worker, for its loss [%(default)s]")
+    parser.add_argument("--test-samples", type=int, help="use only the first so many")
     parser.add_argument("--reports", type=int, default=8, help="figures during a run [%(default)s]")
     parser.add_argument("--init-from", help="folder of a run of `sparsebilevel train` (cifar10)")
     parser.add_argument("--hidden", type=int)

@@ -270,7 +270,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     from ..decentralized.graphs import GRAPHS, WEIGHTS
     from ..decentralized.tasks import PARTITIONS, TASK_SETTINGS, TASKS
 
-    lr = ", ".join(f"{task}: {settings['lr']}" for task, settings in TASK_SETTINGS.items())
+    def default(field: str) -> str:
+        """Of `Settings`, and of the tasks that have their own."""
+        own = [f"{task}: {settings[field]}" for task, settings in TASK_SETTINGS.items() if field in settings]
+        return f"[{', '.join([str(getattr(Settings, field)), *own])}]"
+
     add = parser.add_argument
     add("--workers", type=int, help="number of workers [8, or the processes that torchrun started]")
     add("--graph", choices=GRAPHS, default="ring", help="who talks to whom [%(default)s]")
@@ -287,7 +291,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--partition", choices=PARTITIONS, default="dirichlet", help="of the samples [%(default)s]")
     group.add_argument("--alpha", type=float, default=0.5, help="of dirichlet [%(default)s]")
     group.add_argument("--hidden", type=int, help="size of the hidden layer [svm: 20, rnn: 128]")
-    group.add_argument("--init-from", metavar="FILE", help="run of `sparsebilevel train` to start from (resnet)")
+    group.add_argument("--init-from", metavar="RUN", help="run of `sparsebilevel train` to start from (resnet)")
     group.add_argument("--limit", type=int, help="use only so many training samples")
     group = parser.add_argument_group("algorithm (what is not given is the algorithm's own)")
     group.add_argument("--algorithm", default="bilevel", help=f"{', '.join(ALGORITHMS)} [%(default)s]")
@@ -298,18 +302,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--evaluations", type=float, default=float("inf"), help="sample gradients of a worker, instead")
     group.add_argument("--sparsity", type=float, help=f"fraction of zeros [{Settings.sparsity}]")
     group.add_argument("--hypergradient", choices=a.HYPERGRADIENTS)
-    group.add_argument("--constraint", choices=a.CONSTRAINTS)
-    group.add_argument("--initial-mask", choices=a.INITIAL_MASKS, help="ones, or ranks of the initial weights' sizes")
+    group.add_argument("--constraint", choices=a.CONSTRAINTS, help=default("constraint"))
+    group.add_argument("--initial-mask", choices=a.INITIAL_MASKS, help=default("initial_mask"))
     group.add_argument("--regularizer", choices=a.REGULARIZERS)
     group.add_argument("--strength", type=float, help="of the regularizer")
     group.add_argument("--tracking", choices=("none", "cta", "atc"))
-    group.add_argument("--lower", choices=a.ESTIMATORS, help="estimator of the weights' gradient")
-    group.add_argument("--upper", choices=a.ESTIMATORS, help="estimator of the hypergradient")
-    group.add_argument("--inner-steps", type=int, help="steps on the weights in a round")
+    group.add_argument("--lower", choices=a.ESTIMATORS, help=f"estimator of the weights' gradient {default('lower')}")
+    group.add_argument("--upper", choices=a.ESTIMATORS, help=f"estimator of the hypergradient {default('upper')}")
+    group.add_argument("--inner-steps", type=int, help=f"steps on the weights in a round {default('inner_steps')}")
     group.add_argument("--batch-size", "-b", type=int, help=f"[{Settings.batch_size}]")
-    group.add_argument("--lr", type=float, help=f"of the weights [{lr}]")
+    group.add_argument("--lr", type=float, help=f"of the weights {default('lr')}")
     group.add_argument("--schedule", choices=a.SCHEDULES, help=f"of both step sizes [{Settings.schedule}]")
-    group.add_argument("--mask-lr", type=float, help=f"of the mask [{Settings.mask_lr}]")
+    group.add_argument("--mask-lr", type=float, help=f"of the mask {default('mask_lr')}")
+    group.add_argument("--normalize", choices=a.NORMALIZATIONS, help=f"its mean, over what {default('normalize')}")
     group.add_argument("--ridge", type=float, help=f"on the weights [{Settings.ridge}]")
     group.add_argument("--rho", type=float, help=f"of storm and finite [{Settings.rho}]")
     group.add_argument("--epsilon", type=float, help=f"of the penalty [{Settings.epsilon}]")

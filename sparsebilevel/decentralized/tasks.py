@@ -45,7 +45,7 @@ TASK_SETTINGS: dict[str, dict[str, Any]] = {
         "inner_steps": 4,
         "constraint": "count",
         "initial_mask": "magnitude",
-        "mask_lr": 0.003,
+        "mask_lr": 0.0003,
         "normalize": "tensor",
     },
 }
