@@ -167,8 +167,8 @@ class TorchCommunicator(Communicator):
         rejoin: this worker was lost, and comes back: call `return_to` before the first round.
         device: where this worker computes.
         backend: what carries the payloads: ``gloo``, ``nccl``, or by ``auto`` nccl where that is possible. nccl needs a
-            GPU for every worker that no other shares, and ``on_failure="error"``: a call that nobody answers would
-            stay on the GPU.
+            GPU for every worker that no other shares, and that none is lost (``on_failure="error"``, no ``rejoin``): a
+            call that nobody answers would stay on the GPU.
         store: where the workers find each other; None: that of torchrun (environment variables).
         rank, world_size: of this process; None with ``store=None``.
 
@@ -215,7 +215,8 @@ class TorchCommunicator(Communicator):
         # The same order everywhere, so that nobody waits in a circle.
         self._others = [sum(edge) - rank for edge in sorted(wanted) if rank in edge]
         self._returns: dict[int, tuple[int, str]] = {}  # lost worker -> (round where we stop for it, its key)
-        obstacle = self._obstacle_to_nccl()
+        is_lossy = on_failure == "drop" or rejoin
+        obstacle = "on_failure='drop' and rejoin need gloo" if is_lossy else self._obstacle_to_nccl()
         if backend == "nccl" and obstacle:
             raise ValueError(f"backend='nccl' is not possible: {obstacle}")
         self.backend = "gloo" if backend == "gloo" or obstacle else "nccl"
@@ -227,11 +228,14 @@ class TorchCommunicator(Communicator):
         """Why nccl cannot carry the payloads; empty if it can. All workers come to the same answer."""
         mine = self._gpu()
         self._store.set(f"gpu/{self.rank}", mine)
-        if self.on_failure == "drop":
-            return "on_failure='drop' needs gloo"
         users: dict[str, int] = {}
         for k in range(self.world_size) if mine else (self.rank,):
-            gpu = self._store.get(f"gpu/{k}").decode()
+            try:
+                gpu = self._store.get(f"gpu/{k}").decode()
+            except dist.DistStoreError as error:
+                raise CommunicationError(
+                    f"worker {self.rank}: worker {k} did not start in time ({_first_line(error)})"
+                ) from None
             if not gpu:
                 return f"worker {k} has no GPU to compute on, or a torch without nccl"
             if gpu in users:
