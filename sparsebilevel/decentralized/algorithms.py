@@ -43,7 +43,33 @@ SCHEDULES = ("constant", "cosine")
 
 @dataclasses.dataclass
 class Settings:
-    """What an algorithm is made of. The first block is what `ALGORITHMS` chooses."""
+    """What an algorithm is made of. The first block is what `ALGORITHMS` chooses.
+
+    Attributes:
+        mask: ``learned``, ``dense``, or by magnitude: at the end of the search (``magnitude-after``), or along the same
+            course as a learned one (``magnitude-during``).
+        hypergradient: ``direct``, ``implicit`` or ``penalty``.
+        inner_steps: steps on the weights in a round.
+        lower, upper: estimators of the weights' gradient and of the hypergradient, see `estimators`.
+        tracking: ``none``, ``cta`` or ``atc``, see `tracking`.
+        clip: ``update``: steps on the weights are clipped to ±``clip_at``; ``mask``: mask entries below ``clip_at``
+            become zero, in the place of the constraint.
+        sparsity: asked fraction of zeros among the weights that have a mask.
+        constraint: on the relaxed mask: ``simplex`` (its sum), ``count`` (its entries that are not zero) or ``box``.
+        initial_mask: ``ones``, or ``magnitude``: the ranks of the initial weights' magnitudes, by their number.
+        regularizer: ``none``, ``l1`` or ``group`` (norms of rows), times ``strength``.
+        ridge: of the lower level.
+        lr, mask_lr: first step sizes of weights and mask; ``schedule`` is their course.
+        normalize: ``mask_lr`` is the mean size of a step on the entries of the ``mask``, or of each ``tensor`` of it;
+            with ``none`` it multiplies the hypergradient.
+        batch_size: samples of one gradient.
+        rho: of ``storm`` and ``finite``.
+        period: of ``svrg`` and ``spider``, in steps; 0 is an epoch.
+        epsilon: of the penalty.
+        implicit_scale: factor of the implicit term, in the place of 1 / ``ridge``.
+        search: part of the rounds in which the mask is open.
+        seed: of all batches.
+    """
 
     mask: str = "learned"
     hypergradient: str = "direct"
