@@ -7,11 +7,11 @@
     python benchmarks/compare_decentralized.py table
 
 `tune` gives every algorithm the learning rate, of one grid for all, that ends with the lowest upper loss (training
-samples only) on seed 0 and at the largest of the sparsities; it writes benchmarks/results/decentralized_lr.json. `run`
-takes those, or --lr for all, halved where a run diverges, and adds to, or replaces runs of,
-benchmarks/results/decentralized_a9a.json and so on, so that seeds can be run one by one. `ablate` changes one thing
-about `bilevel` at a time, and gives what it has to magnitude pruning, at its learning rate. `table` prints Markdown and
-draws the curves of the first seed.
+samples only) on seed 0 and at the largest of the sparsities; it writes benchmarks/results/decentralized_lr.json, and
+saves its best run, which is that of `run` with the same flags. `run` takes those, or --lr for all, halved where a run
+diverges, and adds to, or replaces runs of, benchmarks/results/decentralized_a9a.json and so on, so that seeds can be
+run one by one. `ablate` changes one thing about `bilevel` at a time, and gives what it has to magnitude pruning, at its
+learning rate. `table` prints Markdown and draws the curves of the first seed.
 """
 
 from __future__ import annotations
@@ -34,12 +34,15 @@ from sparsebilevel.decentralized import (
     Decentralized,
     Gossip,
     Problem,
+    Samples,
     Settings,
     make_problem,
     make_topology,
 )
 from sparsebilevel.decentralized.algorithms import DENSE_ALGORITHMS
 from sparsebilevel.decentralized.tasks import TASK_SETTINGS
+from sparsebilevel.training.checkpoint import load_checkpoint
+from sparsebilevel.training.runlog import read_log
 
 RESULTS = Path(__file__).parent / "results"
 LEARNING_RATES = RESULTS / "decentralized_lr.json"
@@ -47,10 +50,22 @@ TASK = {"digits": "svm", "a9a": "svm", "covtype": "svm", "imdb": "svm", "sent140
 
 
 def problem_of(args: argparse.Namespace, seed: int) -> Problem:
-    return make_problem(
+    problem = make_problem(
         TASK[args.data], args.data, args.data_path, args.workers, hidden=args.hidden, init_from=args.init_from,
-        limit=args.limit, seed=seed,
+        limit=args.limit, eval_samples=args.eval_samples, seed=seed,
     )  # fmt: skip
+    test, count = problem.test_set, args.test_samples
+    problem.test_set = Samples(test.inputs[:count], test.targets[:count])
+    return problem
+
+
+def describe_start(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Of the run that networks start from, what it was and how good."""
+    if args.init_from is None:
+        return None
+    config = load_checkpoint(Path(args.init_from) / "checkpoint.pth")["config"]
+    chosen = {name: config[name] for name in ("arch", "epochs", "batch_size", "lr", "seed")}
+    return chosen | {"test_acc": read_log(args.init_from)[-1]["test_acc"]}
 
 
 def read_learning_rates() -> dict[str, dict[str, dict[str, float | None]]]:
@@ -59,15 +74,21 @@ def read_learning_rates() -> dict[str, dict[str, dict[str, float | None]]]:
 
 
 def tune(args: argparse.Namespace) -> None:
-    problem = problem_of(args, 0)
+    problem, sparsity = problem_of(args, 0), max(args.sparsities)
     for name in args.algorithms:
         losses: dict[str, float | None] = {}
+        least = math.inf
         for lr in args.grid:
+            began = time.perf_counter()
             try:
-                loss = train(problem, name, max(args.sparsities), args, lr, 0)[-1]["upper_loss"]
+                rows = train(problem, name, sparsity, args, lr, 0)
+                loss = rows[-1]["upper_loss"]
             except ValueError:  # weights that are not finite
                 loss = math.inf
             losses[str(lr)] = round(loss, 6) if math.isfinite(loss) else None
+            if loss < least:
+                least = loss
+                save(entry_of(problem, name, sparsity, args, 0, lr, rows, time.perf_counter() - began))
         print(args.data, name, losses, flush=True)
         known = read_learning_rates()
         known.setdefault(args.data, {})[name] = losses
@@ -96,6 +117,38 @@ def train_tuned(
         lr /= 2
 
 
+def entry_of(
+    problem: Problem,
+    name: str,
+    sparsity: float,
+    args: argparse.Namespace,
+    seed: int,
+    lr: float,
+    rows: list[dict[str, Any]],
+    seconds: float,
+) -> dict[str, Any]:
+    """What the file of results holds of a run."""
+    return {
+        "task": TASK[args.data],
+        "data": args.data,
+        "algorithm": name,
+        "sparsity": None if name in DENSE_ALGORITHMS else sparsity,
+        "seed": seed,
+        "workers": args.workers,
+        "graph": args.graph,
+        "epochs": args.epochs,
+        "lr": lr,
+        "batch_size": args.batch_size,
+        "hidden": args.hidden,
+        "init_from": describe_start(args),
+        "limit": args.limit,
+        "samples": problem.sizes,
+        "test_samples": len(problem.test_set),
+        "seconds": round(seconds, 1),
+        "rows": rows,
+    }
+
+
 def run(args: argparse.Namespace) -> None:
     for seed in args.seeds:
         problem = problem_of(args, seed)
@@ -105,22 +158,7 @@ def run(args: argparse.Namespace) -> None:
                     continue  # the same run
                 began = time.perf_counter()
                 lr, rows = train_tuned(problem, name, sparsity, args, seed)
-                entry = {
-                    "task": TASK[args.data],
-                    "data": args.data,
-                    "algorithm": name,
-                    "sparsity": None if name in DENSE_ALGORITHMS else sparsity,
-                    "seed": seed,
-                    "workers": args.workers,
-                    "graph": args.graph,
-                    "epochs": args.epochs,
-                    "lr": lr,
-                    "hidden": args.hidden,
-                    "limit": args.limit,
-                    "samples": problem.sizes,
-                    "seconds": round(time.perf_counter() - began, 1),
-                    "rows": rows,
-                }
+                entry = entry_of(problem, name, sparsity, args, seed, lr, rows, time.perf_counter() - began)
                 save(entry)
                 last = rows[-1]
                 print(
@@ -146,7 +184,7 @@ def train(
     )
     training = Decentralized(problem, gossip, settings, args.epochs * problem.mean_size)
     rows = []
-    every = max(1, training.rounds // 8)
+    every = max(1, training.rounds // args.reports)
     while training.done < training.rounds:
         training.round()
         if training.done % every == 0 or training.done == training.rounds:
@@ -289,7 +327,10 @@ def main() -> None:
     parser.add_argument("--lr", type=float, help="one for all algorithms, instead of those that tune found (run)")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--limit", type=int, default=16000, help="training samples [%(default)s]")
-    parser.add_argument("--init-from", help="checkpoint of a trained network (cifar10)")
+    parser.add_argument("--eval-samples", type=int, default=4096, help="of a worker, for its loss [%(default)s]")
+    parser.add_argument("--test-samples", type=int, help="use only the first so many")
+    parser.add_argument("--reports", type=int, default=8, help="figures during a run [%(default)s]")
+    parser.add_argument("--init-from", help="folder of a run of `sparsebilevel train` (cifar10)")
     parser.add_argument("--hidden", type=int)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--graph", default="ring")

@@ -16,11 +16,10 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 Outgoing = Mapping[int, Mapping[int, bytes]]
 Incoming = dict[int, dict[int, bytes]]
@@ -28,7 +27,15 @@ Incoming = dict[int, dict[int, bytes]]
 _HEADER = struct.Struct("<4sIQqI")  # magic, checksum of the payload, its length, notice, checksum of the header so far
 _MAGIC = b"SBGM"
 _GOOD, _DAMAGED, _NO_HEADER = b"\1", b"\0", b"\2"  # how a message arrived; of the last, the header alone comes again
+_TAG, _PAYLOAD_TAG = 0, 1  # a header can overtake the payload that waits for it
 RETRIES = 3
+BACKENDS = ("auto", "gloo", "nccl")
+
+
+class _Header(NamedTuple):
+    checksum: int
+    size: int
+    notice: int
 
 
 class CommunicationError(RuntimeError):
@@ -149,16 +156,28 @@ def _with_store(method: Callable[..., Any]) -> Callable[..., Any]:
 class TorchCommunicator(Communicator):
     """One worker in this process; the others in processes that torchrun, or anything that sets its variables, started.
 
-    Each edge is a gloo process group of its own: if a neighbour dies or hangs, that edge alone breaks. Messages lie in
-    host memory, packed, so that gloo carries them for workers on GPUs too, several of which may share one.
+    Each edge is a gloo process group of its own: if a neighbour dies or hangs, that edge alone breaks. Where every
+    worker has a GPU of its own, the payloads of messages go over nccl, by a second group for each edge; headers,
+    answers and reports stay with gloo, which says in time who does not answer.
 
     Args:
         edges: all pairs of workers that will ever exchange messages; the same in every process.
         timeout: seconds to wait for a neighbour.
         on_failure: ``error`` raises where a neighbour does not answer; ``drop`` goes on without it.
         rejoin: this worker was lost, and comes back: call `return_to` before the first round.
+        device: where this worker computes.
+        backend: what carries the payloads: ``gloo``, ``nccl``, or by ``auto`` nccl where that is possible. nccl needs a
+            GPU for every worker that no other shares, and that none is lost (``on_failure="error"``, no ``rejoin``): a
+            call that nobody answers would stay on the GPU.
         store: where the workers find each other; None: that of torchrun (environment variables).
         rank, world_size: of this process; None with ``store=None``.
+
+    Attributes:
+        backend: ``gloo`` or ``nccl``.
+
+    Raises:
+        ValueError: an argument that is not allowed, or nccl where it is not possible.
+        CommunicationError: a neighbour did not connect in time.
     """
 
     def __init__(
@@ -167,6 +186,8 @@ class TorchCommunicator(Communicator):
         timeout: float = 60.0,
         on_failure: str = "error",
         rejoin: bool = False,
+        device: torch.device | str = "cpu",
+        backend: str = "auto",
         store: dist.Store | None = None,
         rank: int | None = None,
         world_size: int | None = None,
@@ -176,6 +197,8 @@ class TorchCommunicator(Communicator):
             raise ValueError(f"on_failure={on_failure!r} is not known; allowed: error, drop")
         if not timeout > 0:
             raise ValueError(f"timeout={timeout!r} is not allowed; expected a number of seconds above 0")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend={backend!r} is not known; allowed: {', '.join(BACKENDS)}")
         self.timeout, self.on_failure = timeout, on_failure
         if store is None:
             store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))
@@ -183,15 +206,48 @@ class TorchCommunicator(Communicator):
             raise ValueError("rank and world_size must be given with a store")
         self._store = dist.PrefixStore("sparsebilevel", store)
         self.rank, self.world_size, self.ranks = rank, world_size, (rank,)
+        self.device = torch.device(device)
         self._groups: dict[int, Any] = {}
+        self._payload_groups: dict[int, Any] = {}  # empty with gloo, whose groups carry payloads too
         self._signs = 0
         self._answered: dict[int, str] = {}
         wanted = {(min(e), max(e)) for e in edges} | {(0, k) for k in range(1, world_size)}  # a star to report on
         # The same order everywhere, so that nobody waits in a circle.
         self._others = [sum(edge) - rank for edge in sorted(wanted) if rank in edge]
         self._returns: dict[int, tuple[int, str]] = {}  # lost worker -> (round where we stop for it, its key)
+        is_lossy = on_failure == "drop" or rejoin
+        obstacle = "on_failure='drop' and rejoin need gloo" if is_lossy else self._obstacle_to_nccl()
+        if backend == "nccl" and obstacle:
+            raise ValueError(f"backend='nccl' is not possible: {obstacle}")
+        self.backend = "gloo" if backend == "gloo" or obstacle else "nccl"
         for other in self._others if not rejoin else ():
             self._connect(other)
+
+    @_with_store
+    def _obstacle_to_nccl(self) -> str:
+        """Why nccl cannot carry the payloads; empty if it can. All workers come to the same answer."""
+        mine = self._gpu()
+        self._store.set(f"gpu/{self.rank}", mine)
+        users: dict[str, int] = {}
+        for k in range(self.world_size) if mine else (self.rank,):
+            try:
+                gpu = self._store.get(f"gpu/{k}").decode()
+            except dist.DistStoreError as error:
+                raise CommunicationError(
+                    f"worker {self.rank}: worker {k} did not start in time ({_first_line(error)})"
+                ) from None
+            if not gpu:
+                return f"worker {k} has no GPU to compute on, or a torch without nccl"
+            if gpu in users:
+                return f"workers {users[gpu]} and {k} share a GPU"
+            users[gpu] = k
+        return ""
+
+    def _gpu(self) -> str:
+        """The GPU of this worker, by a name that no other GPU has; empty where nccl has none to use."""
+        if self.device.type != "cuda" or not dist.is_nccl_available():
+            return ""
+        return str(torch.cuda.get_device_properties(self.device).uuid)
 
     def _connect(self, other: int, name: str = "edge") -> None:
         low, high = sorted((self.rank, other))
@@ -199,10 +255,18 @@ class TorchCommunicator(Communicator):
         limit = timedelta(seconds=self.timeout)
         try:
             self._groups[other] = dist.ProcessGroupGloo(store, int(self.rank == high), 2, limit)
+            if self.backend == "nccl":
+                self._payload_groups[other] = self._make_payload_group(store, int(self.rank == high), limit)
         except RuntimeError as error:
             raise CommunicationError(
                 f"worker {self.rank}: worker {other} did not connect within {self.timeout:g} s ({_first_line(error)})"
             ) from None
+
+    def _make_payload_group(self, store: dist.Store, rank: int, limit: timedelta) -> Any:
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # else waits return at once, and have no limit
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = limit
+        return dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, 2, options)
 
     def _fail(self, other: int, reason: str) -> None:
         self.lost.add(other)
@@ -214,29 +278,45 @@ class TorchCommunicator(Communicator):
         if other == 0:
             raise CommunicationError(f"worker {self.rank}: worker 0, which keeps the log, does not answer ({reason})")
 
-    # -- one edge: None means that the worker is lost. Payloads have a tag of their own, so that a header can overtake
-    # the payload that waits for it.
+    # -- one edge: None means that the worker is lost
 
-    def _send(self, other: int, data: bytes, tag: int = 0) -> list[Any] | None:
-        buffer = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)
+    def _channel(self, other: int, tag: int) -> tuple[Any, torch.device]:
+        """The group that carries what has this tag, and the device of its tensors."""
+        if tag == _PAYLOAD_TAG and self._payload_groups:
+            return self._payload_groups[other], self.device
+        return self._groups[other], torch.device("cpu")
+
+    def _send(self, other: int, data: bytes, tag: int = _TAG) -> list[Any] | None:
+        group, device = self._channel(other, tag)
+        buffer = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8).to(device)
         try:
             # The tensor is kept beside the work, since it must live until that has ended.
-            return [self._groups[other].send([buffer], int(self.rank < other), tag), buffer]
+            return [group.send([buffer], int(self.rank < other), tag), buffer]
         except RuntimeError as error:
             self._fail(other, _first_line(error))
             return None
 
-    def _receive(self, other: int, size: int, deadline: float, tag: int = 0) -> bytes | None:
-        buffer = torch.zeros(max(size, 1), dtype=torch.uint8)
+    def _receive(self, other: int, size: int, deadline: float, tag: int = _TAG) -> bytes | None:
+        group, device = self._channel(other, tag)
+        buffer = torch.zeros(max(size, 1), dtype=torch.uint8, device=device)
         try:
-            work = self._groups[other].recv([buffer], int(self.rank < other), tag)
+            work = group.recv([buffer], int(self.rank < other), tag)
             self._wait(work, deadline, other)
         except dist.DistNetworkError:  # of the store, not of this edge
             raise
         except RuntimeError as error:
             self._fail(other, _first_line(error))
             return None
-        return buffer.numpy().tobytes()[:size]
+        return buffer.cpu().numpy().tobytes()[:size]
+
+    def _finish(self, other: int, sent: list[Any] | None, deadline: float, is_answered: bool = False) -> None:
+        """Wait until what `_send` has begun is sent; it is soon if the other has answered."""
+        if sent is None or other in self.lost:
+            return
+        try:
+            self._wait(sent[0], deadline, None if is_answered else other)
+        except RuntimeError as error:
+            self._fail(other, _first_line(error))
 
     def _wait(self, work: Any, deadline: float, other: int | None = None) -> None:
         if self.on_failure == "drop" and other is not None:
@@ -292,18 +372,23 @@ class TorchCommunicator(Communicator):
             works: list[tuple[int, list[Any] | None]] = []
             for j, wanted in sorted(sending.items()):
                 works.append((j, self._post_header(j, messages[j], kind)))
-                if wanted == _DAMAGED and j not in self.lost and (work := self._post_payload(j, messages[j], kind)):
+                is_due = wanted == _DAMAGED and self.backend == "gloo" and j not in self.lost
+                if is_due and (work := self._post_payload(j, messages[j], kind)):
                     payloads[j] = work
-            verdicts = {j: self._take(j, received, deadline) for j in sorted(expecting - self.lost)}
+            heads = {j: self._take_header(j, deadline) for j in sorted(expecting - self.lost)}
+            if self.backend == "nccl":
+                arrived = self._swap({j: messages[j] for j in sending}, heads, kind, deadline)
+            else:
+                arrived = {j: self._receive(j, head.size, deadline, _PAYLOAD_TAG) for j, head in heads.items() if head}
+            verdicts = {j: self._judge(head, arrived.get(j)) for j, head in heads.items()}
+            for j, verdict in verdicts.items():
+                if verdict == _GOOD:
+                    received[j] = arrived[j]  # type: ignore[assignment]  # there is one
             works += [(j, self._send(j, verdict)) for j, verdict in verdicts.items() if j not in self.lost]
             answers = {j: self._receive(j, 1, deadline) for j in sorted(set(sending) - self.lost)}
             works += [(j, payloads.pop(j)) for j in sorted(payloads) if answers.get(j) != _NO_HEADER]
             for j, sent in works:
-                if j not in self.lost and sent is not None:
-                    try:
-                        self._wait(sent[0], deadline)
-                    except RuntimeError as error:
-                        self._fail(j, _first_line(error))
+                self._finish(j, sent, deadline, is_answered=True)
             expecting = {j for j, verdict in verdicts.items() if verdict != _GOOD} - self.lost
             sending = {j: answer for j, answer in answers.items() if answer and answer != _GOOD and j not in self.lost}
             self.resent += len(sending)
@@ -321,33 +406,55 @@ class TorchCommunicator(Communicator):
 
     def _post_payload(self, j: int, payload: bytes, kind: str) -> list[Any] | None:
         self.sent[kind] += len(payload)
-        return self._send(j, self.tamper(self.rank, j, payload) if self.tamper else payload, tag=1)
+        return self._send(j, self.tamper(self.rank, j, payload) if self.tamper else payload, _PAYLOAD_TAG)
 
-    def _take(self, j: int, received: dict[int, bytes], deadline: float) -> bytes:
-        """Receive a message, and say how it arrived. Without a header its length is not known: it has to wait."""
-        head = self._receive(j, _HEADER.size, deadline)
+    def _take_header(self, j: int, deadline: float) -> _Header | None:
+        """Receive a header; None if it is damaged: then the payload has to wait, since its length is not known."""
+        data = self._receive(j, _HEADER.size, deadline)
+        if data is None:
+            return None
+        magic, checksum, size, notice, own_checksum = _HEADER.unpack(data)
+        if magic != _MAGIC or zlib.crc32(data[:-4]) != own_checksum:
+            return None
+        return _Header(checksum, size, notice)
+
+    def _judge(self, head: _Header | None, payload: bytes | None) -> bytes:
+        """How a message arrived."""
         if head is None:
             return _NO_HEADER
-        magic, checksum, size, notice, head_checksum = _HEADER.unpack(head)
-        if magic != _MAGIC or zlib.crc32(head[:-4]) != head_checksum:
-            return _NO_HEADER
-        payload = self._receive(j, size, deadline, tag=1)
-        if payload is None or zlib.crc32(payload) != checksum:
+        if payload is None or zlib.crc32(payload) != head.checksum:
             return _DAMAGED
-        self.notice = max(self.notice, notice)
-        received[j] = payload
+        self.notice = max(self.notice, head.notice)
         return _GOOD
+
+    def _swap(
+        self, outgoing: Mapping[int, bytes], heads: Mapping[int, _Header | None], kind: str, deadline: float
+    ) -> dict[int, bytes | None]:
+        """Send and receive payloads over nccl, which knows no tags, and whose calls wait for their counterpart.
+
+        So both ends of an edge first say whether they know what comes, and then take turns, the smaller number first.
+        Edges come in an order that all workers share: nobody waits in a circle.
+        """
+        told = {j: self._send(j, _GOOD if head else _NO_HEADER) for j, head in heads.items() if j not in self.lost}
+        asked = {j for j in sorted(outgoing) if self._receive(j, 1, deadline) == _GOOD}
+        arrived: dict[int, bytes | None] = {}
+        for j in sorted({*outgoing, *heads}):
+            head = heads.get(j)
+            for sender in sorted((self.rank, j)):
+                if sender == j and head is not None:
+                    arrived[j] = self._receive(j, head.size, deadline, _PAYLOAD_TAG)
+                elif sender == self.rank and j in asked:
+                    self._finish(j, self._post_payload(j, outgoing[j], kind), deadline)
+        for j, sent in told.items():
+            self._finish(j, sent, deadline)
+        return arrived
 
     def gather(self, values: Mapping[int, bytes]) -> dict[int, bytes] | None:
         deadline = time.monotonic() + self.timeout
         mine = values[self.rank]
         if self.rank:
             for part in (struct.pack("<Q", len(mine)), mine):
-                if sent := self._send(0, part):
-                    try:
-                        self._wait(sent[0], deadline)
-                    except RuntimeError as error:
-                        self._fail(0, _first_line(error))
+                self._finish(0, self._send(0, part), deadline)
             return None
         out = {0: mine}
         for k in range(1, self.world_size):
@@ -360,15 +467,12 @@ class TorchCommunicator(Communicator):
     @_with_store
     def barrier(self) -> None:
         self.gather({self.rank: b""})
-        for k in [k for k in self._groups if k not in self.lost] if self.rank == 0 else [0]:
-            if self.rank == 0:
-                if sent := self._send(k, b"\1"):
-                    try:
-                        self._wait(sent[0], time.monotonic() + self.timeout)
-                    except RuntimeError as error:
-                        self._fail(k, _first_line(error))
-            elif self.world_size > 1:
-                self._receive(k, 1, time.monotonic() + self.timeout)
+        deadline = time.monotonic() + self.timeout
+        if self.rank:
+            self._receive(0, 1, deadline)
+        else:
+            for k in [k for k in self._groups if k not in self.lost]:
+                self._finish(k, self._send(k, _GOOD), deadline)
 
     # -- a lost worker comes back. It asks in the store; those who share an edge with it promise to stop at a later
     # round unless they have heard when it starts, and it starts in the last of these rounds. The promises are so far
@@ -432,6 +536,9 @@ class TorchCommunicator(Communicator):
         return start, clock
 
     def close(self) -> None:
+        for group in self._payload_groups.values():
+            group.abort()  # what a lost worker has left unanswered would be waited for
+        self._payload_groups.clear()
         self._groups.clear()
 
 
@@ -443,8 +550,3 @@ def launched_world_size() -> int:
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
     return (text.splitlines()[0] if text else type(error).__name__)[:160]
-
-
-def tensor_to_bytes(tensor: Tensor) -> bytes:
-    """The elements of a tensor on the CPU, for `Communicator.gather`."""
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()

@@ -22,17 +22,37 @@ def vector(rank):
     return torch.randn(50, generator=torch.Generator().manual_seed(rank))
 
 
-def connect(rank, folder, size, **options):
+def connect(rank, folder, size, kind=TorchCommunicator, name="store", **options):
     torch.set_num_threads(1)
     topology = make_topology("ring", size)
-    store = dist.FileStore(f"{folder}/store", size)
+    store = dist.FileStore(f"{folder}/{name}", size)
     store.set_timeout(timedelta(seconds=20))
-    comm = TorchCommunicator(topology.edges(), store=store, rank=rank, world_size=size, **options)
+    comm = kind(topology.edges(), store=store, rank=rank, world_size=size, **options)
     return comm, Gossip(comm, topology)
 
 
-def mix(rank, folder, size):
-    comm, gossip = connect(rank, folder, size, timeout=20)
+class OwnGpus(TorchCommunicator):
+    """What workers with a GPU each do, but that gloo stands for nccl, and the CPU for the GPUs."""
+
+    def _gpu(self):
+        return f"gpu {self.rank}"
+
+    def _make_payload_group(self, store, rank, limit):
+        return dist.ProcessGroupGloo(dist.PrefixStore("payloads", store), rank, 2, limit)
+
+
+class OneGpu(OwnGpus):
+    def _gpu(self):
+        return "gpu 0"
+
+
+class OneWithoutGpu(OwnGpus):
+    def _gpu(self):
+        return f"gpu {self.rank}" if self.rank else ""
+
+
+def mix(rank, folder, size, kind):
+    comm, gossip = connect(rank, folder, size, kind, timeout=20)
     values = {rank: vector(rank)}
     masks = {rank: torch.arange(50) % 2 == rank % 2}
     for _ in range(3):
@@ -45,9 +65,12 @@ def mix(rank, folder, size):
     torch.save((values[rank], dict(comm.sent)), f"{folder}/{rank}.pt")
 
 
+@pytest.mark.parametrize("kind", [TorchCommunicator, OwnGpus])
 @pytest.mark.parametrize("size", [1, 2, 3, pytest.param(8, marks=pytest.mark.slow)])
-def test_processes_give_the_numbers_of_one_process(size, tmp_path):
-    torch.multiprocessing.spawn(mix, (str(tmp_path), size), nprocs=size)
+def test_processes_give_the_numbers_of_one_process(size, kind, tmp_path):
+    if size == 1 and kind is OwnGpus:
+        pytest.skip("one worker has nobody to send to")
+    torch.multiprocessing.spawn(mix, (str(tmp_path), size, kind), nprocs=size)
     gossip = Gossip(LocalCommunicator(size), make_topology("ring", size))
     values = {k: vector(k) for k in range(size)}
     masks = {k: torch.arange(50) % 2 == k % 2 for k in range(size)}
@@ -64,8 +87,36 @@ def test_processes_give_the_numbers_of_one_process(size, tmp_path):
     assert total == dict(gossip.comm.sent)
 
 
-def repeat(rank, folder, size, header):
-    comm, gossip = connect(rank, folder, size, timeout=20)
+def choose_backend(rank, folder, size):
+    chosen = {}
+    for kind, on_failure in ((OwnGpus, "error"), (OwnGpus, "drop"), (OneGpu, "error"), (OneWithoutGpu, "error")):
+        name = f"{kind.__name__} {on_failure}"
+        comm, _ = connect(rank, folder, size, kind, name, on_failure=on_failure)
+        chosen[name] = comm.backend
+        comm.barrier()
+        try:
+            connect(rank, folder, size, kind, f"{name} nccl", on_failure=on_failure, backend="nccl")
+        except ValueError as error:
+            chosen[f"{name} nccl"] = str(error)
+    torch.save(chosen, f"{folder}/{rank}.pt")
+    comm.barrier()
+
+
+def test_nccl_is_for_workers_that_have_a_gpu_of_their_own(tmp_path):
+    torch.multiprocessing.spawn(choose_backend, (str(tmp_path), 3), nprocs=3)
+    for k in range(3):
+        chosen = torch.load(tmp_path / f"{k}.pt")
+        assert chosen.pop("OwnGpus error") == "nccl"
+        assert [chosen.pop(f"{n} error") for n in ("OneGpu", "OneWithoutGpu")] == ["gloo"] * 2
+        assert chosen.pop("OwnGpus drop") == "gloo"
+        assert "on_failure='drop'" in chosen.pop("OwnGpus drop nccl")
+        assert "workers 0 and 1 share a GPU" in chosen.pop("OneGpu error nccl")
+        assert "worker 0 has no GPU" in chosen.pop("OneWithoutGpu error nccl")
+        assert not chosen
+
+
+def repeat(rank, folder, size, kind, header):
+    comm, gossip = connect(rank, folder, size, kind, timeout=20)
     damaged = []
 
     def tamper(sender, receiver, payload):
@@ -80,9 +131,10 @@ def repeat(rank, folder, size, header):
     comm.barrier()
 
 
+@pytest.mark.parametrize("kind", [TorchCommunicator, OwnGpus])
 @pytest.mark.parametrize("header", [False, True])
-def test_a_damaged_message_is_sent_again(header, tmp_path):
-    torch.multiprocessing.spawn(repeat, (str(tmp_path), 3, header), nprocs=3)
+def test_a_damaged_message_is_sent_again(header, kind, tmp_path):
+    torch.multiprocessing.spawn(repeat, (str(tmp_path), 3, kind, header), nprocs=3)
     gossip = Gossip(LocalCommunicator(3), make_topology("ring", 3))
     expected = gossip.mix(gossip.mix({k: vector(k) for k in range(3)}, "x"), "x")
     message = gossip.comm.sent["x"] // 12  # bytes: 3 workers, 2 neighbours, 2 mixings
@@ -114,8 +166,8 @@ def test_a_neighbour_whose_messages_stay_damaged_is_lost(on_failure, tmp_path):
         assert ("a message arrived damaged 4 times" in message) == (on_failure == "error")
 
 
-def lose_one(rank, folder, size, how, on_failure):
-    comm, gossip = connect(rank, folder, size, timeout=3, on_failure=on_failure)
+def lose_one(rank, folder, size, kind, how, on_failure):
+    comm, gossip = connect(rank, folder, size, kind, timeout=3, on_failure=on_failure)
     values = {rank: vector(rank)}
     try:
         for step in range(40):
@@ -128,6 +180,7 @@ def lose_one(rank, folder, size, how, on_failure):
         result = values[rank], sorted(comm.lost), ""
     except CommunicationError as error:
         result = None, sorted(comm.lost), str(error)
+    comm.close()
     torch.save(result, f"{folder}/{rank}.pt")
     if on_failure == "drop":
         time.sleep(1)  # the others may still be reading
@@ -148,9 +201,11 @@ def run_processes(work, size, *args):
 
 
 @pytest.mark.parametrize("how", ["kill", pytest.param("hang", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("on_failure", ["error", "drop"])
-def test_a_worker_that_stops_answering(how, on_failure, tmp_path):
-    run_processes(lose_one, 4, str(tmp_path), 4, how, on_failure)
+@pytest.mark.parametrize(
+    ("on_failure", "kind"), [("error", TorchCommunicator), ("drop", TorchCommunicator), ("error", OwnGpus)]
+)
+def test_a_worker_that_stops_answering(how, on_failure, kind, tmp_path):
+    run_processes(lose_one, 4, str(tmp_path), 4, kind, how, on_failure)
     results = {k: torch.load(tmp_path / f"{k}.pt") for k in (0, 1, 3)}
     if on_failure == "error":
         for k in (1, 3):
@@ -170,6 +225,8 @@ def test_a_worker_that_stops_answering(how, on_failure, tmp_path):
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="on_failure='retry'"):
         TorchCommunicator([], on_failure="retry")
+    with pytest.raises(ValueError, match="backend='mpi'"):
+        TorchCommunicator([], backend="mpi")
     with pytest.raises(ValueError, match="timeout=0"):
         TorchCommunicator([], timeout=0)
     with pytest.raises(ValueError, match="world_size=0"):

@@ -1,5 +1,6 @@
 """The algorithms of decentralized pruning, their tasks, and the command `sparsebilevel decentralized`."""
 
+import dataclasses
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from torch.testing import assert_close
 
 from sparsebilevel.cli import main
 from sparsebilevel.comm import LocalCommunicator
+from sparsebilevel.data import datasets
 from sparsebilevel.decentralized import (
     ALGORITHMS,
     Decentralized,
@@ -33,6 +35,10 @@ from sparsebilevel.decentralized import (
 from sparsebilevel.decentralized.algorithms import project_box, project_capped_simplex, project_count
 from sparsebilevel.decentralized.estimators import mix_seed
 from sparsebilevel.decentralized.tasks import TextRNN, area_under_curve, hinge
+from sparsebilevel.kernels import binarize
+from sparsebilevel.models import create_model
+from sparsebilevel.training.checkpoint import load_checkpoint, save_checkpoint
+from sparsebilevel.training.runlog import read_log
 
 
 @pytest.fixture(autouse=True)
@@ -239,6 +245,35 @@ def test_a_run_that_diverges_says_so(name):
         train()
 
 
+def test_a_mask_that_starts_from_magnitudes_changes_nothing_at_first_and_prunes_the_smallest():
+    run = make_run(initial_mask="magnitude", constraint="count", sparsity=0.5)
+    d, initial = run.maskable, run.problem.initial()
+    x, y = run.x[0], run.y[0]
+    assert_close(x * y, initial)
+    assert x[:d].sort().values.tolist() == pytest.approx([(i + 1) / d for i in range(d)])
+    assert torch.equal(x[:d].argsort(), initial[:d].abs().argsort())
+    assert bool((x[d:] == 1).all())
+    run.done = run.search_rounds
+    assert torch.equal(project_count(x[:d], run._count()) > 0, binarize(initial[:d].abs(), d // 2))
+    assert bool((make_run("magnitude-during", initial_mask="magnitude").x[0] == 1).all())
+
+
+def test_mask_steps_are_scaled_over_the_mask_or_in_every_tensor():
+    step = torch.randn(sum(p.numel() for p in (nn.Linear(6, 5).weight, nn.Linear(5, 2).weight)))
+    step[:30] *= 1000
+    parts = {}
+    for normalize in ("mask", "tensor"):
+        net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 2))
+        samples = Samples(torch.randn(8, 6), torch.arange(8) % 2)
+        problem = Problem(Objective(net, nn.functional.cross_entropy), samples, [torch.arange(8)], samples)
+        run = make_run(workers=1, problem=problem, normalize=normalize)
+        scaled = run._rescale(step, 0.01)
+        parts[normalize] = [part.abs().mean().item() for part in run.problem.split_masked(scaled)]
+        assert torch.equal(scaled.sign(), step.sign())
+    assert parts["tensor"] == pytest.approx([0.01, 0.01])
+    assert parts["mask"][0] > 100 * parts["mask"][1]
+
+
 def test_step_sizes_go_to_zero_along_a_cosine():
     run = make_run(budget=600)
     factors = [run._cosine(t, run.rounds) for t in range(run.rounds)]
@@ -267,6 +302,8 @@ def test_training_goes_on_without_a_lost_worker_and_trackers_start_again():
         ({"sparsity": 1.0}, "sparsity=1.0"),
         ({"mask": "soft"}, "mask='soft'"),
         ({"schedule": "step"}, "schedule='step'"),
+        ({"initial_mask": "random"}, "initial_mask='random'"),
+        ({"normalize": "layer"}, "normalize='layer'"),
         ({"inner_steps": 0}, "inner_steps=0"),
         ({"lr": 0}, "lr=0"),
         ({"ridge": -1}, "ridge=-1"),
@@ -362,7 +399,7 @@ def test_masks_reach_recurrent_weights():
     z = objective.flat()
     gradient = objective.gradient(z, words, torch.randint(2, (6,)), 0)
     assert all(part.abs().sum() > 0 for part in objective.split(gradient).values())
-    assert_close(objective.outputs(z, words), objective.module(words).detach())
+    assert_close(objective.evaluate(z, words), objective.module(words).detach())
     reference = nn.RNN(3, 4, 2, batch_first=True)
     own = objective.split(z)
     with torch.no_grad():
@@ -372,7 +409,7 @@ def test_masks_reach_recurrent_weights():
             getattr(reference, f"bias_ih_l{layer}").copy_(own[f"b{layer}"][0])
             getattr(reference, f"bias_hh_l{layer}").copy_(own[f"b{layer}"][1])
         states, _ = reference(objective.module.vectors[words])
-        assert_close(objective.outputs(z, words), objective.module.fc(states[:, -1]))
+        assert_close(objective.evaluate(z, words), objective.module.fc(states[:, -1]))
 
 
 def test_dropout_masks_follow_from_the_key_and_norms_keep_their_statistics():
@@ -395,6 +432,39 @@ def test_resnet_on_images():
     assert run.maskable == sum(m.weight.numel() for m in problem.objective.module.modules()
                                if isinstance(m, (nn.Conv2d, nn.Linear)))  # fmt: skip
     assert all(torch.isfinite(y).all() for y in run.y.values())
+
+
+def test_a_trained_network_is_where_a_resnet_starts_from(tmp_path):
+    flags = ["--method", "dense", "--arch", "resnet8", "--epochs", "1", "--lr", "0.05", "--no-measure", "--quiet"]
+    main(["train", *flags, "--output-dir", str(tmp_path / "dense")])
+    trained = read_log(tmp_path / "dense")[-1]
+    for source in (tmp_path / "dense", tmp_path / "dense" / "checkpoint.pth"):
+        problem = make_problem("resnet", "digits", workers=2, init_from=str(source))
+        run = make_run("d-sgd", workers=2, problem=problem)
+        # The same inputs, weights and statistics of normalization layers.
+        assert run.evaluate()["test_acc"] == pytest.approx(trained["test_acc"], abs=1e-6)
+        assert trained["test_acc"] > 0.3
+    before = load_checkpoint(tmp_path / "dense" / "checkpoint.pth")["model"]
+    options = ["--workers", "2", "--baselines", "--evaluations", "40", "--limit", "60", "--sparsity", "0.5"]
+    main(command(tmp_path / "sparse", "--task", "resnet", "--init-from", str(tmp_path / "dense"), *options))
+    after = torch.load(tmp_path / "sparse" / "bilevel" / "model.pth")
+    assert after["model"].keys() == before.keys()
+    assert torch.equal(after["model"]["bn1.running_mean"], before["bn1.running_mean"])
+    assert sum(int(m.sum()) for m in after["masks"].values()) == sum(m.numel() for m in after["masks"].values()) // 2
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "match"),
+    [("svm", "digits", "is for task='resnet'"), ("resnet", "cifar10", "the network is of data='digits'")],
+)
+def test_a_network_to_start_from_must_fit(task, data, match, tmp_path, monkeypatch):
+    images = datasets.Split(torch.zeros(9, 3, 32, 32, dtype=torch.uint8), torch.arange(9))
+    read = dataclasses.replace(datasets.IMAGE_SETS["cifar10"], read=lambda path: (images, images))
+    monkeypatch.setitem(datasets.IMAGE_SETS, "cifar10", read)
+    state = create_model("digits_cnn").state_dict()
+    save_checkpoint(tmp_path / "checkpoint.pth", {"model": state, "config": {"arch": "digits_cnn", "data": "digits"}})
+    with pytest.raises(ValueError, match=match):
+        make_problem(task, data, init_from=str(tmp_path))
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -420,7 +490,8 @@ def test_the_command_writes_figures_pictures_and_the_network(tmp_path, capsys):
     assert rows(tmp_path)[-1]["sparsity"] == 0.75
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     saved = torch.load(tmp_path / "bilevel" / "model.pth")
-    assert torch.count_nonzero(saved["model"]["fc1.weight"]) <= saved["flat_mask"].sum() == 64
+    assert saved["masks"]["fc1.weight"].sum() == 64
+    assert not saved["model"]["fc1.weight"][~saved["masks"]["fc1.weight"]].any()
 
 
 def test_the_command_resumes_to_the_same_numbers(tmp_path):
@@ -438,6 +509,16 @@ def test_the_command_resumes_to_the_same_numbers(tmp_path):
     assert all(torch.equal(models[0]["model"][n], models[1]["model"][n]) for n in models[0]["model"])
 
 
+def test_a_run_that_replaces_another_does_not_go_on_from_its_checkpoints(tmp_path):
+    flags = ["--workers", "2", "--baselines", "--checkpoint-freq", "4"]
+    main(command(tmp_path / "run", *flags, "--epochs", "3"))
+    main(command(tmp_path / "run", *flags, "--overwrite", "--max-rounds", "6"))
+    main(command(tmp_path / "run", *flags, "--resume"))
+    main(command(tmp_path / "new", *flags))
+    new, run = (rows(tmp_path / name)[-1] for name in ("new", "run"))
+    assert {**new, "bytes": 0, "bytes_total": 0} == {**run, "bytes": 0, "bytes_total": 0}
+
+
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
@@ -445,6 +526,7 @@ def test_the_command_resumes_to_the_same_numbers(tmp_path):
         (["--data", "mnist"], "does not go with"),
         (["--workers", "0", "--graph", "star", "--epochs", "0"], "epochs=0"),
         (["--graph", "one-peer", "--workers", "3"], "power of two"),
+        (["--device", "tpu"], "device='tpu' is not"),
     ],
 )
 def test_bad_flags_end_in_one_line(flags, match, tmp_path, capsys):

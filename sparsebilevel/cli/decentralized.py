@@ -5,19 +5,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..comm import Communicator, LocalCommunicator, TorchCommunicator, launched_world_size
+from ..comm import BACKENDS, Communicator, LocalCommunicator, TorchCommunicator, launched_world_size
 from ..decentralized.algorithms import ALGORITHMS, Decentralized, Settings
 from ..decentralized.gossip import Gossip
 from ..decentralized.graphs import Topology, make_topology
 from ..decentralized.tasks import TASK_SETTINGS, Problem, make_problem
 from ..training.checkpoint import load_checkpoint, save_checkpoint, write_text
 from ..training.runlog import open_folder
+from ..training.runtime import choose_device
 from .tables import text_table
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -32,6 +34,8 @@ _RUN_FLAGS = (
     "quiet",
     "max_rounds",
     "data_path",
+    "device",
+    "backend",
 )
 
 
@@ -47,27 +51,33 @@ def decentralized(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
             raise ValueError(f"algorithm={name!r} is not known; allowed: {', '.join(ALGORITHMS)}")
     for flag in ("epochs", "evaluations"):
         if not getattr(args, flag) > 0:
-            raise ValueError(f"{flag}={getattr(args, flag)} is not allowed; expected at least 1")
+            raise ValueError(f"{flag}={getattr(args, flag)} is not allowed; expected a number above 0")
+    device = _choose_device(args.device)
     torch.set_num_threads(1)  # small products, and sums that do not depend on how the workers are spread
     topology = make_topology(
         args.graph, workers, args.weights, probability=args.probability, seed=args.seed, path=args.graph_file
     )
     problem = make_problem(
         args.task, args.data, args.data_path, workers, how=args.partition, alpha=args.alpha, hidden=args.hidden,
-        init_from=args.init_from, limit=args.limit, seed=args.seed,
+        init_from=args.init_from, limit=args.limit, device=device, seed=args.seed,
     )  # fmt: skip
     comm: Communicator = LocalCommunicator(workers)
     if world > 1:
-        comm = TorchCommunicator(topology.edges(), args.timeout, args.on_failure, args.rejoin)
+        comm = TorchCommunicator(
+            topology.edges(), args.timeout, args.on_failure, args.rejoin, device=device, backend=args.backend
+        )
     elif args.rejoin:
         raise ValueError("rejoin needs the other workers; it is for one of several processes")
     is_main = 0 in comm.ranks
     folder = Path(args.output_dir)
     if is_main:
         _open_folder(folder, args, workers)
+        if not args.resume:
+            _forget_runs(folder)
         if not args.quiet:
             print(f"{args.task} on {args.data}: {workers} workers, {args.partition}, samples {problem.sizes}")
             print(f"graph {args.graph}: spectral gap {topology.gap:.6f}; {problem.maskable:,} weights have a mask")
+            print(f"device {device}{_describe(comm)}")
     if args.rejoin and (is_main or len(names) > 1):
         raise ValueError("rejoin works for workers other than 0, and with one algorithm (--baselines without names)")
     if not args.rejoin:
@@ -88,10 +98,34 @@ def decentralized(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     return results if is_main else {}
 
 
+def _choose_device(name: str) -> torch.device:
+    """The device of this process. Processes of one machine share out its GPUs in turns, if no index is given."""
+    device = choose_device(name)
+    if device.type == "cuda" and device.index is None:
+        # Without torchrun there is no local rank; ranks that are started together are usually those of one machine.
+        rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0)))
+        device = torch.device("cuda", rank % torch.cuda.device_count())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def _describe(comm: Communicator) -> str:
+    if isinstance(comm, TorchCommunicator):
+        return f" (of worker {comm.rank}); messages between {comm.world_size} processes over {comm.backend}"
+    return "; all workers in this process"
+
+
 def _open_folder(folder: Path, args: argparse.Namespace, workers: int) -> None:
     config = {k: v for k, v in vars(args).items() if k not in ("command", "traceback")} | {"workers": workers}
     config = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
     open_folder(folder, config, _RUN_FLAGS, args.resume, args.overwrite)
+
+
+def _forget_runs(folder: Path) -> None:
+    """Remove what a run before this one has left: ``--resume`` would take its checkpoints for those of this one."""
+    for path in (*folder.glob("*/worker*-*.pth"), *folder.glob("*/model.pth"), *folder.glob("*/log.jsonl")):
+        path.unlink()
 
 
 def make_settings(name: str, args: argparse.Namespace) -> Settings:
@@ -153,9 +187,10 @@ def run_algorithm(
                 save_checkpoint(folder / f"worker{k}-{run.done}.pth", run.state_dict(k))
                 _remove_old(folder, k)
     if is_main and rows and run.done == run.rounds:
-        state = {"mask": run.final_mask(), "weights": run.final_weights()}
-        named = {n: t.clone() for n, t in problem.objective.split(state["weights"]).items()}
-        save_checkpoint(folder / "model.pth", {"model": named, "flat_mask": state["mask"]})
+        state = problem.objective.state_dict(run.final_weights())
+        shaped = zip(problem.objective.masked_names, problem.split_masked(run.final_mask()), strict=True)
+        masks = {parameter: mask.cpu().clone() for parameter, mask in shaped}
+        save_checkpoint(folder / "model.pth", {"model": state, "masks": masks})
     return rows
 
 
@@ -235,7 +270,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     from ..decentralized.graphs import GRAPHS, WEIGHTS
     from ..decentralized.tasks import PARTITIONS, TASK_SETTINGS, TASKS
 
-    lr = ", ".join(f"{task}: {settings['lr']}" for task, settings in TASK_SETTINGS.items())
+    def default(field: str) -> str:
+        """Of `Settings`, and of the tasks that have their own."""
+        own = [f"{task}: {settings[field]}" for task, settings in TASK_SETTINGS.items() if field in settings]
+        return f"[{', '.join([str(getattr(Settings, field)), *own])}]"
+
     add = parser.add_argument
     add("--workers", type=int, help="number of workers [8, or the processes that torchrun started]")
     add("--graph", choices=GRAPHS, default="ring", help="who talks to whom [%(default)s]")
@@ -252,7 +291,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--partition", choices=PARTITIONS, default="dirichlet", help="of the samples [%(default)s]")
     group.add_argument("--alpha", type=float, default=0.5, help="of dirichlet [%(default)s]")
     group.add_argument("--hidden", type=int, help="size of the hidden layer [svm: 20, rnn: 128]")
-    group.add_argument("--init-from", metavar="FILE", help="checkpoint of a trained network (resnet)")
+    group.add_argument("--init-from", metavar="RUN", help="run of `sparsebilevel train` to start from (resnet)")
     group.add_argument("--limit", type=int, help="use only so many training samples")
     group = parser.add_argument_group("algorithm (what is not given is the algorithm's own)")
     group.add_argument("--algorithm", default="bilevel", help=f"{', '.join(ALGORITHMS)} [%(default)s]")
@@ -263,23 +302,30 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--evaluations", type=float, default=float("inf"), help="sample gradients of a worker, instead")
     group.add_argument("--sparsity", type=float, help=f"fraction of zeros [{Settings.sparsity}]")
     group.add_argument("--hypergradient", choices=a.HYPERGRADIENTS)
-    group.add_argument("--constraint", choices=a.CONSTRAINTS)
+    group.add_argument("--constraint", choices=a.CONSTRAINTS, help=default("constraint"))
+    group.add_argument("--initial-mask", choices=a.INITIAL_MASKS, help=default("initial_mask"))
     group.add_argument("--regularizer", choices=a.REGULARIZERS)
     group.add_argument("--strength", type=float, help="of the regularizer")
     group.add_argument("--tracking", choices=("none", "cta", "atc"))
-    group.add_argument("--lower", choices=a.ESTIMATORS, help="estimator of the weights' gradient")
-    group.add_argument("--upper", choices=a.ESTIMATORS, help="estimator of the hypergradient")
-    group.add_argument("--inner-steps", type=int, help="steps on the weights in a round")
+    group.add_argument("--lower", choices=a.ESTIMATORS, help=f"estimator of the weights' gradient {default('lower')}")
+    group.add_argument("--upper", choices=a.ESTIMATORS, help=f"estimator of the hypergradient {default('upper')}")
+    group.add_argument("--inner-steps", type=int, help=f"steps on the weights in a round {default('inner_steps')}")
     group.add_argument("--batch-size", "-b", type=int, help=f"[{Settings.batch_size}]")
-    group.add_argument("--lr", type=float, help=f"of the weights [{lr}]")
+    group.add_argument("--lr", type=float, help=f"of the weights {default('lr')}")
     group.add_argument("--schedule", choices=a.SCHEDULES, help=f"of both step sizes [{Settings.schedule}]")
-    group.add_argument("--mask-lr", type=float, help=f"of the mask [{Settings.mask_lr}]")
+    group.add_argument("--mask-lr", type=float, help=f"of the mask {default('mask_lr')}")
+    group.add_argument("--normalize", choices=a.NORMALIZATIONS, help=f"its mean, over what {default('normalize')}")
     group.add_argument("--ridge", type=float, help=f"on the weights [{Settings.ridge}]")
     group.add_argument("--rho", type=float, help=f"of storm and finite [{Settings.rho}]")
     group.add_argument("--epsilon", type=float, help=f"of the penalty [{Settings.epsilon}]")
     group.add_argument("--clip-at", type=float, help=f"threshold of clipping [{Settings.clip_at}]")
     group.add_argument("--search", type=float, help=f"part of the rounds before the mask is fixed [{Settings.search}]")
     group.add_argument("--seed", type=int, default=0)
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 or auto [%(default)s]")
+    group.add_argument(
+        "--backend", choices=BACKENDS, default="auto", help="of messages between processes: nccl needs a GPU a worker"
+    )
     group = parser.add_argument_group("run")
     group.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for a neighbour [%(default)s]")
     group.add_argument("--on-failure", choices=("error", "drop"), default="error", help="if one does not answer")

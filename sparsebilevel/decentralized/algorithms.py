@@ -13,8 +13,10 @@ class; `ALGORITHMS` lists them. With G = dL/d(x ⊙ y): dL/dy = x ⊙ G and dL/d
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +33,8 @@ from .tracking import TRACKING, TrackedStep
 
 HYPERGRADIENTS = ("direct", "implicit", "penalty")
 CONSTRAINTS = ("simplex", "box", "count")
+INITIAL_MASKS = ("ones", "magnitude")
+NORMALIZATIONS = ("none", "mask", "tensor")
 REGULARIZERS = ("none", "l1", "group")
 MASKS = ("learned", "dense", "magnitude-after", "magnitude-during")
 CLIPS = ("none", "update", "mask")
@@ -39,7 +43,33 @@ SCHEDULES = ("constant", "cosine")
 
 @dataclasses.dataclass
 class Settings:
-    """What an algorithm is made of. The first block is what `ALGORITHMS` chooses."""
+    """What an algorithm is made of. The first block is what `ALGORITHMS` chooses.
+
+    Attributes:
+        mask: ``learned``, ``dense``, or by magnitude: at the end of the search (``magnitude-after``), or along the same
+            course as a learned one (``magnitude-during``).
+        hypergradient: ``direct``, ``implicit`` or ``penalty``.
+        inner_steps: steps on the weights in a round.
+        lower, upper: estimators of the weights' gradient and of the hypergradient, see `estimators`.
+        tracking: ``none``, ``cta`` or ``atc``, see `tracking`.
+        clip: ``update``: steps on the weights are clipped to ±``clip_at``; ``mask``: mask entries below ``clip_at``
+            become zero, in the place of the constraint.
+        sparsity: asked fraction of zeros among the weights that have a mask.
+        constraint: on the relaxed mask: ``simplex`` (its sum), ``count`` (its entries that are not zero) or ``box``.
+        initial_mask: ``ones``, or ``magnitude``: the ranks of the initial weights' magnitudes, by their number.
+        regularizer: ``none``, ``l1`` or ``group`` (norms of rows), times ``strength``.
+        ridge: of the lower level.
+        lr, mask_lr: first step sizes of weights and mask; ``schedule`` is their course.
+        normalize: ``mask_lr`` is the mean size of a step on the entries of the ``mask``, or of each ``tensor`` of it;
+            with ``none`` it multiplies the hypergradient.
+        batch_size: samples of one gradient.
+        rho: of ``storm`` and ``finite``.
+        period: of ``svrg`` and ``spider``, in steps; 0 is an epoch.
+        epsilon: of the penalty.
+        implicit_scale: factor of the implicit term, in the place of 1 / ``ridge``.
+        search: part of the rounds in which the mask is open.
+        seed: of all batches.
+    """
 
     mask: str = "learned"
     hypergradient: str = "direct"
@@ -51,6 +81,7 @@ class Settings:
     # the problem
     sparsity: float = 0.8
     constraint: str = "simplex"
+    initial_mask: str = "ones"
     regularizer: str = "none"
     strength: float = 0.0
     ridge: float = 1e-4
@@ -58,7 +89,7 @@ class Settings:
     lr: float = 0.1
     mask_lr: float = 0.05
     schedule: str = "cosine"
-    normalize: bool = True
+    normalize: str = "mask"
     batch_size: int = 32
     rho: float = 0.1
     period: int = 0
@@ -81,6 +112,8 @@ class Settings:
             "clip": CLIPS,
             "schedule": SCHEDULES,
             "constraint": CONSTRAINTS,
+            "initial_mask": INITIAL_MASKS,
+            "normalize": NORMALIZATIONS,
             "regularizer": REGULARIZERS,
         }
         for name, allowed in choices.items():
@@ -89,7 +122,7 @@ class Settings:
         for name in ("inner_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; expected at least 1")
-        for name in ("lr", "mask_lr", "epsilon"):
+        for name in ("lr", "mask_lr", "epsilon", "clip_at"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; expected a number above 0")
         for name in ("strength", "ridge"):
@@ -171,8 +204,8 @@ class Decentralized:
         rounds: number of rounds of the run.
         search_rounds: those in which the mask is still open.
         done: rounds so far.
-        x, y: mask ``[P]`` and weights ``[P]`` of each worker here, P all parameters, those with a mask first. With the
-            penalty form y is ``[2 P]``: the weights, and those of the lower level alone.
+        x, y: mask ``[P]`` and weights ``[P]`` of each worker here, P all parameters, those with a mask first; on the
+            problem's device. With the penalty form y is ``[2 P]``: the weights, and those of the lower level alone.
     """
 
     def __init__(self, problem: Problem, gossip: Gossip, settings: Settings, budget: float) -> None:
@@ -184,9 +217,10 @@ class Decentralized:
         if s.mask == "dense":
             self.kept = self.maskable
         copies = 2 if self.is_penalty else 1
-        initial = problem.initial().repeat(copies)
-        self.x: Values = {k: torch.ones(self.size) for k in gossip.comm.ranks}
-        self.y: Values = {k: initial.clone() for k in gossip.comm.ranks}
+        self.device = problem.device
+        mask, weights = self._initial()
+        self.x: Values = {k: mask.clone() for k in gossip.comm.ranks}
+        self.y: Values = {k: weights.repeat(copies) for k in gossip.comm.ranks}
         self._masks: Values = {}
         self.done = 0
         self.evaluations = 0  # of all workers here
@@ -204,6 +238,16 @@ class Decentralized:
         self.rounds = max(2, int(budget / mean_cost))
         self.search_rounds = max(1, int(s.search * self.rounds))
         self._update_masks()
+
+    def _initial(self) -> tuple[Tensor, Tensor]:
+        """Mask and weights at the start; their product is the problem's network in any case."""
+        weights = self.problem.initial()
+        mask = torch.ones_like(weights)
+        if self.settings.initial_mask == "magnitude" and self.settings.mask == "learned":
+            order = weights[: self.maskable].abs().argsort(stable=True)
+            ranks = torch.arange(1, self.maskable + 1, dtype=mask.dtype, device=mask.device)
+            mask[order] = ranks / self.maskable
+        return mask, weights / mask
 
     def _estimator(self, k: int, name: str, oracle: Any, level: int) -> Estimator:
         s = self.settings
@@ -320,7 +364,7 @@ class Decentralized:
         estimates = {k: self.upper[k]((self.x[k], self.y[k])) for k in self.x}
         gradients = {k: v + self._regularizer_gradient(self.x[k][:d]) for k, v in estimates.items()}
         lr = s.mask_lr * self._cosine(self.done - 1, self.search_rounds)
-        limit = (lambda step: _rescale(step, lr)) if s.normalize else None
+        limit = None if s.normalize == "none" else (lambda step: self._rescale(step, lr))
         mixed = self.upper_step({k: x[:d] for k, x in self.x.items()}, gradients, lr, None, limit)
         for k, x in mixed.items():
             if s.clip == "mask":
@@ -334,6 +378,12 @@ class Decentralized:
                 x = project_count(x, self._count())
             self.x[k] = torch.cat([x, self.x[k][d:]])
         self._update_masks()
+
+    def _rescale(self, step: Tensor, size: float) -> Tensor:
+        """A step on the mask of the mean size ``size``, over all of it or in every tensor."""
+        if self.settings.normalize == "mask":
+            return _scale_to(step, size)
+        return torch.cat([_scale_to(part, size).flatten() for part in self.problem.split_masked(step)])
 
     def _update_masks(self) -> None:
         """Boolean supports; the object stays the same as long as the mask does, by which gossip knows it."""
@@ -389,13 +439,13 @@ class Decentralized:
     def _flood(self, masks: Mapping[int, Tensor]) -> Values:
         """The mask of the first living worker, handed on from neighbour to neighbour, one bit a weight."""
         comm, topology = self.gossip.comm, self.gossip.topology
-        best = {k: struct.pack("<q", k) + np.packbits(mask.numpy()).tobytes() for k, mask in masks.items()}
+        best = {k: struct.pack("<q", k) + np.packbits(mask.cpu().numpy()).tobytes() for k, mask in masks.items()}
         for _ in range(comm.world_size - 1):
             neighbours = {k: topology.adjacency[k].nonzero().flatten().tolist() for k in best}
             incoming = comm.exchange({k: dict.fromkeys(neighbours[k], best[k]) for k in best}, "agreement")
             best = {k: min([best[k], *incoming[k].values()], key=lambda b: struct.unpack_from("<q", b)) for k in best}
         bits = {k: np.unpackbits(np.frombuffer(b[8:], np.uint8), count=self.maskable) for k, b in best.items()}
-        return {k: torch.from_numpy(b).bool() for k, b in bits.items()}
+        return {k: torch.from_numpy(b).bool().to(self.device) for k, b in bits.items()}
 
     # -- where it stands
 
@@ -411,31 +461,31 @@ class Decentralized:
         comm, P = self.gossip.comm, self.size
         out = {}
         for i, k in enumerate(comm.ranks):
-            sent = {**comm.sent, "evaluations": self.evaluations, "resent": comm.resent} if i == 0 else {}
-            loss = self.problem.local_loss(k, self.x[k] * self.y[k][:P])
-            numbers = torch.tensor([loss], dtype=torch.float64)
-            text = repr(sorted(sent.items())).encode()
-            state = torch.cat([self.x[k], self.y[k][:P]]).numpy().tobytes()
-            out[k] = struct.pack("<I", len(text)) + text + numbers.numpy().tobytes() + state
+            # Counts are those of the process, which hands them in once.
+            counts = {"evaluations": self.evaluations, "resent": comm.resent, "sent": comm.sent} if i == 0 else {}
+            counts["local_loss"] = self.problem.local_loss(k, self.x[k] * self.y[k][:P])
+            text = json.dumps(counts).encode()
+            state = torch.cat([self.x[k], self.y[k][:P]]).cpu().numpy().tobytes()
+            out[k] = struct.pack("<I", len(text)) + text + state
         gathered = comm.gather(out)
         return None if gathered is None else self._summarize(gathered)
 
     def _summarize(self, gathered: Mapping[int, bytes]) -> dict[str, Any]:
-        import ast
-
         P, d = self.size, self.maskable
-        xs, ys, losses, sent = {}, {}, [], dict[str, int]()
+        xs, ys, losses = {}, {}, []
+        evaluations, resent, sent = 0, 0, Counter[str]()
         for k, data in gathered.items():
             (length,) = struct.unpack_from("<I", data)
-            for name, count in ast.literal_eval(data[4 : 4 + length].decode()):
-                sent[name] = sent.get(name, 0) + count
-            losses.append(struct.unpack_from("<d", data, 4 + length)[0])
-            state = torch.frombuffer(bytearray(data[12 + length :]), dtype=torch.float32)
+            counts = json.loads(data[4 : 4 + length])
+            losses.append(counts["local_loss"])
+            evaluations += counts.get("evaluations", 0)
+            resent += counts.get("resent", 0)
+            sent.update(counts.get("sent", {}))
+            state = torch.frombuffer(bytearray(data[4 + length :]), dtype=torch.float32).to(self.device)
             xs[k], ys[k] = state[:P], state[P:]
         self.mean_x = torch.stack(list(xs.values())).mean(0)
         self.mean_y = torch.stack(list(ys.values())).mean(0)
         z = self.final_weights()
-        evaluations, resent = sent.pop("evaluations"), sent.pop("resent")
         # F at one model for all: workers that drift apart have lower losses, each on its own data.
         common = [self.problem.local_loss(k, z) for k in gathered]
         loss = sum(common) / len(common) + self.regularizer(self.mean_x[:d])
@@ -449,7 +499,7 @@ class Decentralized:
             "sparsity": 1 - torch.count_nonzero(self.final_mask()).item() / d if d else 0.0,
             "mask_sparsity": sum((x[:d] == 0).float().mean().item() for x in xs.values()) / len(xs),
             "mask_agreed": self.done >= self.search_rounds and self.settings.mask != "dense",
-            "bytes": sent,
+            "bytes": dict(sent),
             "bytes_total": sum(sent.values()),
             "resent": resent,
             "workers": len(gathered),
@@ -472,7 +522,6 @@ class Decentralized:
         self.gossip.forget()
         comm = self.gossip.comm
         is_first = k == comm.ranks[0]
-        steps = {"lower_step": self.lower_step, "upper_step": self.upper_step}
         return {
             "model": {"x": self.x[k], "y": self.y[k]},
             "round": self.done,
@@ -481,10 +530,11 @@ class Decentralized:
             "notice": comm.notice,
             "lower": self.lower[k].state_dict(),
             "upper": self.upper[k].state_dict(),
+            "lower_step": self.lower_step.state_dict(k),
+            "upper_step": self.upper_step.state_dict(k),
             "error": {kind: values[k] for kind, values in self.gossip.error.items() if k in values},
             "sent": dict(comm.sent) if is_first else {},
             "evaluations": self.evaluations if is_first else 0,
-            **{n: {p: v[k] for p, v in step.state_dict().items() if k in v} for n, step in steps.items()},
         }
 
     def rejoin(self, state: dict[str, Any]) -> None:
@@ -518,18 +568,17 @@ class Decentralized:
         comm = self.gossip.comm
         if next(iter(rounds.values())) >= self.search_rounds and self.settings.mask != "dense":
             self._settle()
-        for k, state in states.items():
+        for k, state in _to_device(dict(states), self.device).items():
             if state["model"]["x"].shape != self.x[k].shape or state["rounds"] != self.rounds:
                 raise ValueError(f"checkpoint of worker {k} is of another run (other sizes or number of rounds)")
             self.x[k], self.y[k] = state["model"]["x"], state["model"]["y"]
             self.done, self.gossip.clock, comm.notice = state["round"], state["clock"], state["notice"]
             self.lower[k].load_state_dict(state["lower"])
             self.upper[k].load_state_dict(state["upper"])
+            self.lower_step.load_state_dict(k, state["lower_step"])
+            self.upper_step.load_state_dict(k, state["upper_step"])
             for kind, value in state["error"].items():
                 self.gossip.error.setdefault(kind, {})[k] = value
-            for step, name in ((self.lower_step, "lower_step"), (self.upper_step, "upper_step")):
-                for part, value in state[name].items():
-                    getattr(step, part)[k] = value
             for kind, count in state["sent"].items():
                 comm.sent[kind] += count
             self.evaluations += state["evaluations"]
@@ -546,8 +595,18 @@ class _Oracle:
         return self.function(point, indices, key)
 
 
-def _rescale(step: Tensor, size: float) -> Tensor:
-    """A step of the mean size ``size``: hypergradients shrink by orders of magnitude during a run."""
+def _to_device(state: Any, device: torch.device) -> Any:
+    """The tensors in dictionaries, tuples and lists, on a device; checkpoints are read onto the CPU."""
+    if isinstance(state, Tensor):
+        return state.to(device)
+    if isinstance(state, dict):
+        return {key: _to_device(value, device) for key, value in state.items()}
+    if isinstance(state, (tuple, list)):
+        return type(state)(_to_device(value, device) for value in state)
+    return state
+
+
+def _scale_to(step: Tensor, size: float) -> Tensor:
     mean = step.abs().mean()
     return step * (size / mean) if mean > 0 else step
 

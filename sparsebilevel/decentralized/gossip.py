@@ -75,7 +75,7 @@ class Gossip:
 
         Args:
             values: ``{worker: tensor}`` of equal shapes, for all living workers of this process. float64 is sent as it
-                is, for tests.
+                is, for tests, and without masks.
             kind: what it is, for the byte counters.
             masks: bool, of the same shape: only there are values sent and mixed.
         """
@@ -92,8 +92,8 @@ class Gossip:
         outgoing: dict[int, dict[int, bytes]] = {}
         own: Values = {}
         for k, value in values.items():
-            own[k] = value if self.dtype == torch.float32 else self._round(k, value, kind)
             mask = masks[k] if masks is not None else None
+            own[k] = value if self.dtype == torch.float32 else self._round(k, value, mask, kind)
             ready: dict[bool, bytes] = {}  # the same message for all who know the mask, and one for all who do not
             outgoing[k] = {}
             for j in self.topology.weights(k, self.clock):
@@ -118,43 +118,34 @@ class Gossip:
         self.clock += 1
         return out
 
-    def _round(self, k: int, value: Tensor, kind: str) -> Tensor:
+    def _round(self, k: int, value: Tensor, mask: Tensor | None, kind: str) -> Tensor:
         """What the receivers will read, and keep what it lacks for the next time."""
         residuals = self.error.setdefault(kind, {})
         wanted = value + residuals[k] if k in residuals else value
-        # Rounding of int8 is random in pack; half a step of error here would not be what the receiver sees. So values
-        # are brought onto the grid first, which packing then keeps.
         if self.dtype == torch.bfloat16:
             rounded = wanted.bfloat16().float()
         else:
-            scale = wanted.abs().max().clamp_min(1e-30) / 127
+            # pack rounds to int8 at random, by the largest value of the message. On that grid it changes nothing.
+            sent = wanted if mask is None else wanted * mask
+            scale = sent.abs().max().clamp_min(1e-30) / 127
             rounded = torch.round(wanted / scale) * scale
         residuals[k] = wanted - rounded
         return rounded
 
     def _encode(self, value: Tensor, mask: Tensor | None, is_known: bool) -> bytes:
+        value, mask = value.contiguous().cpu(), None if mask is None else mask.cpu()
         if value.dtype == torch.float64:
-            return bytes(pack(value.contiguous().view(torch.float32), format="dense"))
-        value = value.contiguous().cpu()
-        dtype = None if self.dtype == torch.float32 else torch.bfloat16
-        if self.dtype == torch.int8:
-            return self._encode_int8(value, mask, is_known)
-        if mask is None:
-            return bytes(pack(value, format="dense", dtype=dtype))
-        if is_known:
-            return bytes(pack(value, mask.cpu(), "values", dtype=dtype))
-        message = pack(value, mask.cpu(), dtype=dtype)
-        if message.entries[0].format == "dense":  # which would not tell the mask
-            message = pack(value, mask.cpu(), "bitmap", dtype=dtype)
+            return bytes(pack(value.view(torch.float32), format="dense"))
+        dtype = None if self.dtype == torch.float32 else self.dtype
+        format = "dense" if mask is None else "values" if is_known else "auto"
+        message = pack(value, mask, format, dtype=dtype)
+        if format == "auto" and message.entries[0].format == "dense":  # which would not tell the mask
+            message = pack(value, mask, "bitmap", dtype=dtype)
         return bytes(message)
-
-    def _encode_int8(self, value: Tensor, mask: Tensor | None, is_known: bool) -> bytes:
-        format = "dense" if mask is None else "values" if is_known else "bitmap"
-        return bytes(pack(value, None if mask is None else mask.cpu(), format, dtype=torch.int8))
 
     def _decode(self, k: int, j: int, data: bytes, like: Tensor, is_masked: bool) -> Tensor:
         if like.dtype == torch.float64:
-            return unpack(data).view(torch.float64)
+            return unpack(data).view(torch.float64).to(like.device)
         if not is_masked:
             return unpack(data).to(like.device)
         if data[_FORMAT_AT] == _VALUES:

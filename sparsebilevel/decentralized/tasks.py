@@ -23,19 +23,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..data.datasets import read_digits
+from ..data.datasets import IMAGE_SETS, read_digits
 from ..data.partition import PARTITIONS as PARTITIONS
 from ..data.partition import partition as partition
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Prepare = Callable[[Tensor], Tensor]
 
 TASKS = ("svm", "rnn", "resnet")
 TASK_DATA = {"svm": ("digits", "a9a", "covtype", "imdb"), "rnn": ("sent140",), "resnet": ("cifar10", "digits")}
 TASK_SETTINGS: dict[str, dict[str, Any]] = {
     "svm": {"lr": 0.2},
     "rnn": {"lr": 0.3},
-    # The tables of saga, a vector for each batch, would be too large.
-    "resnet": {"lr": 0.05, "lower": "storm", "upper": "storm"},
+    # A trained network: what is known of its weights is their size, from which the mask starts; a mask that must sum to
+    # the number of kept weights would shrink them all, and with them the inputs of normalization layers that do not
+    # adapt. The tables of saga, a vector for each batch, would be too large.
+    "resnet": {
+        "lr": 0.02,
+        "lower": "sgd",
+        "upper": "storm",
+        "inner_steps": 4,
+        "constraint": "count",
+        "initial_mask": "magnitude",
+        "mask_lr": 0.0003,
+        "normalize": "tensor",
+    },
 }
 """What suits a task where neither the algorithm nor the user says otherwise: fields of `algorithms.Settings`."""
 
@@ -88,6 +100,11 @@ class Objective:
         parts = torch.split(z, self.sizes)
         return {n: part.view(shape) for n, part, shape in zip(self.names, parts, self.shapes, strict=True)}
 
+    def state_dict(self, z: Tensor) -> dict[str, Tensor]:
+        """The module's state dict with the parameters ``z``, on the CPU."""
+        state = {**self.module.state_dict(), **self.split(z)}
+        return {name: value.detach().cpu().clone() for name, value in state.items()}
+
     def output(self, z: Tensor, inputs: Tensor) -> Tensor:
         """The module's output with the parameters ``z``."""
         return functional_call(self.module, self.split(z), (inputs,))
@@ -105,16 +122,19 @@ class Objective:
         if not self.is_random:
             yield
             return
-        with torch.random.fork_rng():
-            torch.manual_seed(key)
+        device = next(self.module.parameters()).device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.default_generator.manual_seed(key)
+            if device.type == "cuda":
+                torch.cuda.manual_seed(key)
             yield
 
     @torch.no_grad()
-    def outputs(self, z: Tensor, inputs: Tensor, batch_size: int = 1024) -> Tensor:
-        """Outputs for many samples, without dropout."""
+    def evaluate(self, z: Tensor, inputs: Tensor) -> Tensor:
+        """The output without dropout."""
         was_training = [m for m in self.module.modules() if m.training]
         self.module.eval()
-        out = torch.cat([self.output(z, part) for part in inputs.split(batch_size)])
+        out = self.output(z, inputs)
         for m in was_training:
             m.training = True
         return out
@@ -130,16 +150,22 @@ class Samples:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def to(self, device: torch.device) -> Samples:
+        """The samples on a device."""
+        return Samples(self.inputs.to(device), self.targets.to(device))
+
 
 class Problem:
     """An objective and the samples of each worker.
 
     Args:
-        objective: the network and its loss.
+        objective: the network and its loss; its module moves to ``device``.
         train: all training samples.
         parts: for each worker, the positions of its samples in ``train``.
         test: for the figures.
         eval_samples: at most so many of a worker's samples tell its loss in a report.
+        prepare: makes the network's input of a batch of ``inputs``; default: uint8 becomes float32.
+        device: where networks compute. Samples are drawn on the CPU, so that they do not depend on it.
     """
 
     def __init__(
@@ -149,12 +175,16 @@ class Problem:
         parts: Sequence[Tensor],
         test: Samples,
         eval_samples: int = 4096,
-        prepare: Callable[[Tensor], Tensor] | None = None,
+        prepare: Prepare | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         for k, part in enumerate(parts):
             if len(part) == 0:
                 raise ValueError(f"worker {k} has no samples; use fewer workers or another partition")
-        self.objective, self.train, self.parts, self.test_set = objective, train, list(parts), test
+        self.device = torch.device(device)
+        objective.module.to(self.device)
+        self.objective, self.train, self.test_set = objective, train.to(self.device), test.to(self.device)
+        self.parts = [part.cpu() for part in parts]
         self.sizes = [len(part) for part in parts]
         self.mean_size = sum(self.sizes) / len(self.sizes)
         self.size, self.maskable = objective.size, objective.maskable
@@ -167,29 +197,25 @@ class Problem:
 
     def gradient(self, k: int, z: Tensor, indices: Tensor, key: int) -> Tensor:
         """Of worker k's mean loss over its samples ``indices``."""
-        chosen = self.parts[k][indices]
+        chosen = self.parts[k][indices].to(self.device)
         return self.objective.gradient(z, self.prepare(self.train.inputs[chosen]), self.train.targets[chosen], key)
 
-    @torch.no_grad()
     def local_loss(self, k: int, z: Tensor) -> float:
         """Mean loss over (the first of) worker k's samples."""
-        chosen = self.parts[k][: self.eval_samples]
-        total = 0.0
-        for part in chosen.split(1024):
-            output = self.objective.outputs(z, self.prepare(self.train.inputs[part]))
-            total += self._loss(output, self.train.targets[part]) * len(part)
-        return total / len(chosen)
+        chosen = self.parts[k][: self.eval_samples].to(self.device)
+        return self._loss(self._outputs(z, self.train.inputs[chosen]), self.train.targets[chosen])
+
+    def _outputs(self, z: Tensor, inputs: Tensor) -> Tensor:
+        """In batches whose feature maps stay in the CPU's cache."""
+        return torch.cat([self.objective.evaluate(z, self.prepare(part)) for part in inputs.split(128)])
 
     def _loss(self, output: Tensor, targets: Tensor) -> float:
         """Infinite where an output is not finite: the hinge loss of NaN would be zero."""
         return self.objective.loss(output, targets).item() if output.isfinite().all() else math.inf
 
-    @torch.no_grad()
     def test(self, z: Tensor) -> dict[str, float]:
         """``test_loss``, ``test_acc``, and ``test_auc`` with two classes."""
-        parts = zip(self.test_set.inputs.split(1024), self.test_set.targets.split(1024), strict=True)
-        output = torch.cat([self.objective.outputs(z, self.prepare(inputs)) for inputs, _ in parts])
-        targets = self.test_set.targets
+        output, targets = self._outputs(z, self.test_set.inputs), self.test_set.targets
         out = {
             "test_loss": self._loss(output, targets),
             "test_acc": (output.argmax(1) == targets).float().mean().item(),
@@ -283,6 +309,8 @@ def make_problem(
     hidden: int | None = None,
     init_from: str | None = None,
     limit: int | None = None,
+    eval_samples: int = 4096,
+    device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Problem:
     """A task of this library, shared out.
@@ -295,8 +323,10 @@ def make_problem(
         workers: number of workers.
         how, alpha: see `partition`.
         hidden: size of the hidden layer; default 20 and 128.
-        init_from: checkpoint of this library to start from (``resnet``).
+        init_from: run of ``sparsebilevel train`` on the same data, its folder or a checkpoint, with the network and the
+            weights to start from (``resnet``); None: a network with random weights.
         limit: use only so many training samples, a random choice.
+        eval_samples, device: see `Problem`.
         seed: of initial weights, splits and partition.
     """
     if task not in TASKS:
@@ -305,8 +335,10 @@ def make_problem(
         raise ValueError(f"data={data!r} does not go with task={task!r}; allowed: {', '.join(TASK_DATA[task])}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} is not allowed; expected at least 1")
+    if init_from is not None and task != "resnet":
+        raise ValueError(f"init_from={init_from!r} is for task='resnet', not {task!r}")
     path = Path(data_path)
-    sources = None
+    sources, prepare = None, None
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if task == "svm":
@@ -318,49 +350,40 @@ def make_problem(
             vectors, train, test = _read_sent140(path, seed)
             objective = Objective(TextRNN(vectors, hidden or 128), F.cross_entropy, ["ih*", "hh*", "fc.weight"])
         else:
-            objective, train, test = _resnet(data, path, init_from)
+            objective, train, test, prepare = _resnet(data, path, init_from)
     if limit is not None and limit < len(train):
         chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:limit].sort().values
         train = Samples(train.inputs[chosen], train.targets[chosen])
         sources = None if sources is None else sources[chosen]
     parts = partition(train.targets, workers, how, alpha=alpha, sources=sources, seed=seed)
-    prepare = None
-    if task == "resnet" and data == "cifar10":
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in _CIFAR10)
-
-        def prepare(images: Tensor) -> Tensor:
-            return (images.float() / 255 - mean) / std
-
-    return Problem(objective, train, parts, test, prepare=prepare)
+    return Problem(objective, train, parts, test, eval_samples, prepare, device)
 
 
 Read = tuple[Samples, Samples, Tensor | None]
-_CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 
-def _resnet(data: str, path: Path, init_from: str | None) -> tuple[Objective, Samples, Samples]:
-    from ..data.datasets import IMAGE_SETS
+def _resnet(data: str, path: Path, init_from: str | None) -> tuple[Objective, Samples, Samples, Prepare]:
+    from ..export import load_network
     from ..models import create_model
+    from ..nn import densify
 
-    splits = [Samples(*split) for split in IMAGE_SETS[data].read(path)]
-    name = "resnet18_cifar" if data == "cifar10" else "resnet20"
-    if data == "digits":
-        splits = [Samples(s.inputs.float() / 16, s.targets) for s in splits]
-    state: dict[str, Any] = {}
-    if init_from is not None:
-        import json
+    spec = IMAGE_SETS[data]
+    train, test = (Samples(*split) for split in spec.read(path))
+    if init_from is None:
+        name = "resnet18_cifar" if data == "cifar10" else "resnet20"
+        model = create_model(name, spec.num_classes, train.inputs.shape[1])
+    else:
+        model, config = load_network(init_from)
+        model = densify(model)
+        if config["data"] != data:
+            raise ValueError(f"init_from={init_from!r}: the network is of data={config['data']!r}, not of {data!r}")
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) * spec.max_pixel for values in (spec.mean, spec.std))
 
-        from ..training.checkpoint import initial_weights, load_dense
+    def prepare(images: Tensor) -> Tensor:
+        return (images.float() - mean.to(images.device)) / std.to(images.device)
 
-        state = initial_weights(init_from)
-        config = Path(init_from).with_name("config.json")
-        if config.is_file():
-            name = json.loads(config.read_text())["arch"]
-    model = create_model(name, 10, splits[0].inputs.shape[1])
-    if state:
-        load_dense(model, state, str(init_from))
     masked = [f"{n}.weight" for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    return Objective(model, F.cross_entropy, masked), splits[0], splits[1]
+    return Objective(model, F.cross_entropy, masked), train, test, prepare
 
 
 def _digits(path: Path, seed: int) -> Read:

@@ -10,7 +10,6 @@ workers whose data differ settle at a distance from the solution, and from each 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,10 +86,12 @@ class TrackedStep:
         self.gradient = dict(gradients)
         return self.tracker
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold."""
-        return {"tracker": dict(self.tracker), "gradient": dict(self.gradient)}
+    def state_dict(self, k: int) -> dict[str, Tensor]:
+        """What the checkpoint of worker k must hold; nothing before the first step, or without tracking."""
+        parts = {"tracker": self.tracker, "gradient": self.gradient}
+        return {name: values[k] for name, values in parts.items() if k in values}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state_dict()``."""
-        self.tracker, self.gradient = dict(state["tracker"]), dict(state["gradient"])
+    def load_state_dict(self, k: int, state: Mapping[str, Tensor]) -> None:
+        """Continue from ``state_dict(k)``."""
+        if state:
+            self.tracker[k], self.gradient[k] = state["tracker"], state["gradient"]
