@@ -16,6 +16,8 @@ from sparsebilevel.models import create_model, list_models
 # name, classes, conv and linear weights, all parameters, multiply-adds of conv and linear layers at the given size (in
 # millions, as printed in the papers)
 COUNTS = [
+    ("resnet8", 10, 74_800, 75_290, 12.24),
+    ("resnet14", 10, 171_568, 172_506, 26.40),
     ("resnet20", 10, 268_336, 269_722, 40.55),
     ("resnet32", 10, 461_872, 464_154, 68.86),
     ("resnet44", 10, 655_408, 658_586, 97.17),
@@ -123,7 +125,7 @@ def test_unknown_names_list_near_matches() -> None:
     needs_torchvision()
     with pytest.raises(ValueError, match=r"unknown model 'resnet32_x2'.*resnet32x2"):
         create_model("resnet32_x2")
-    with pytest.raises(ValueError, match=r"unknown model 'qqq'; ours are resnet20"):
+    with pytest.raises(ValueError, match=r"unknown model 'qqq'; ours are resnet8"):
         create_model("qqq")
     with pytest.raises(ValueError, match=r"in_channels=1: torchvision's resnet18 takes 3"):
         create_model("resnet18", 10, 1)

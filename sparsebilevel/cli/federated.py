@@ -25,7 +25,8 @@ from ..data import Data, load_data
 from ..data.partition import matching_partition, partition
 from ..federated.flops import parse_budgets
 from ..federated.models import find_gate_points, layers_changed_by_slicing, set_norm
-from ..federated.rounds import METHODS, Federation, Settings
+from ..federated.rounds import Federation, make_federation
+from ..federated.settings import METHODS, Settings
 from ..models import create_model
 from ..training.checkpoint import load_checkpoint, save_checkpoint, write_text
 from ..training.runlog import open_folder
@@ -78,8 +79,8 @@ def _federated(args: argparse.Namespace, ranks: Ranks) -> dict[str, dict[str, An
         dense = copy.deepcopy(model)
         points = find_gate_points(model) if name != "fedavg" or _has_points(model) else []
         chosen = dataclasses.replace(settings, method=name)
-        run = Federation(model, points, data, parts, tests, budgets, chosen, report=say, ranks=ranks)
-        rows = run_method(name, run, dense, args, folder / name, say)
+        run = make_federation(model, points, data, parts, tests, budgets, chosen, report=say, ranks=ranks)
+        rows = run_method(name, run, dense, args, folder / name, ranks, say)
         logs[name] = rows
         if rows and rows[-1]["type"] == "result":
             results[name] = rows[-1]
@@ -126,54 +127,57 @@ def _open_folder(folder: Path, args: argparse.Namespace) -> None:
 
 
 def run_method(
-    name: str, run: Federation, dense: nn.Module, args: argparse.Namespace, folder: Path, say: Callable[[str], None]
+    name: str,
+    run: Federation,
+    dense: nn.Module,
+    args: argparse.Namespace,
+    folder: Path,
+    ranks: Ranks,
+    say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Run, or continue, one method; its rows (on rank 0, which alone writes and evaluates)."""
-    is_main = run.ranks.is_main
+    """Run, or continue, one method; its rows. Rank 0 alone writes."""
     folder.mkdir(parents=True, exist_ok=True)
     log, checkpoint = folder / "log.jsonl", folder / "checkpoint.pth"
     rows: list[dict[str, Any]] = []
     if args.resume and checkpoint.exists():
         run.load_state_dict(load_checkpoint(checkpoint))
-    run.ranks.barrier()  # all have read it before it changes
-    if args.resume and run.done and is_main:
-        kept = [json.loads(line) for line in log.read_text().splitlines()]
-        rows = [row for row in kept if row["round"] <= run.done]
-        if rows and rows[-1]["type"] == "result":
-            return rows
+        logged = [json.loads(line) for line in log.read_text().splitlines()]
+        rows = [row for row in logged if row["round"] <= run.done]
+    ranks.barrier()  # all have read what the first is about to change
+    if rows and rows[-1]["type"] == "result":
+        return rows
+    if ranks.is_main:
         write_text(log, "".join(json.dumps(row) + "\n" for row in rows))
-    elif is_main:
-        log.unlink(missing_ok=True)
     rounds = sum(phase.rounds for phase in run.phases)
     every = max(1, rounds // args.evaluations)
     last = min(rounds, args.max_rounds or rounds)
 
     def write(row: dict[str, Any]) -> None:
         rows.append(row)
-        with log.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        if ranks.is_main:
+            with log.open("a") as file:
+                file.write(json.dumps(row) + "\n")
 
     while run.done < last:
         row = {"type": "round"} | run.round()
-        if not is_main:
-            continue
         upcoming = None if run.is_done else run.phases[run.phase].name
         if run.done % every == 0 or upcoming == "prune" or row["phase"] == "prune" or run.is_done:
             row |= run.evaluate()
             say(_line(name, rounds, row))
         write(row)
-        if args.checkpoint_freq and (run.done % args.checkpoint_freq == 0 or run.done == last):
+        if ranks.is_main and args.checkpoint_freq and (run.done % args.checkpoint_freq == 0 or run.done == last):
             save_checkpoint(checkpoint, run.state_dict())
-    if run.is_done and is_main:
+    if run.is_done:
         write(_result(run, dense, rows))
         sizes, times = rows[-1]["params"], rows[-1]["time_forward_ms"]
         parts = (f"{kind} {sizes[kind]:,} and {times[kind]:.2f} ms" for kind in sizes)
         say(f"{name}: parameters, and time of a forward pass of 64 samples: {', '.join(parts)}")
-        gates = {} if run.gates is None else {"server_gates": run.gates[0], "device_gates": run.gates[1]}
-        state = run.state_dict()["model"]
-        save_checkpoint(folder / "model.pth", {"model": state, "arch": args.arch, "norm": args.norm} | gates)
         for why, layer in _changed(run).items():
             say(f"{name}: slicing changes what {layer} computes: {why}")
+        if ranks.is_main:
+            gates = {} if run.gates is None else {"server_gates": run.gates[0], "device_gates": run.gates[1]}
+            state = run.state_dict()["model"]
+            save_checkpoint(folder / "model.pth", {"model": state, "arch": args.arch, "norm": args.norm} | gates)
     return rows
 
 
@@ -191,16 +195,15 @@ def _result(run: Federation, dense: nn.Module, rows: list[dict[str, Any]]) -> di
 
     The sizes and times are those of the dense network, the server's and the first device's, physically smaller ones.
     """
-    at_end = run.evaluate()
     evaluated = [row for row in rows if "pooled_acc" in row]
-    result = {"type": "result", "round": run.done} | at_end
+    result = {"type": "result", "round": run.done} | run.evaluate()
     pruned = next((i for i, row in enumerate(evaluated) if row["phase"] == "prune"), None)
     if pruned:
         before, after = evaluated[pruned - 1 : pruned + 1]
         result |= {"acc_before_pruning": before["pooled_acc"], "acc_after_pruning": after["pooled_acc"]}
     result |= {"bytes_down": run.sent, "bytes_up": run.received, "failures": run.failures}
     result |= {"hyper_rounds": run.hyper_rounds, "rounds": {phase.name: phase.rounds for phase in run.phases}}
-    if run.personal and run.gates is not None:
+    if run.settings.personal and run.gates is not None:
         result["device_acc_sliced"] = run.evaluate_sliced()
     networks = {"dense": dense, "server": run.model, "device": run.device_model(0)}
     result["params"] = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
@@ -270,7 +273,7 @@ def _draw(logs: dict[str, list[dict[str, Any]]], folder: Path) -> None:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the command."""
     from ..data.partition import PARTITIONS
-    from ..federated import rounds as r
+    from ..federated import settings as r
     from ..federated.models import NORMS
 
     def add(group: Any, field: str, help: str, **options: Any) -> None:

@@ -1,5 +1,6 @@
 """Federated channel pruning with a sub-network for every device (DWNP, Gao et al. 2024)."""
 
+from .client import Clients, LocalExchange
 from .flops import GateCosts, budget_penalty, parse_budgets
 from .hypernetwork import Hypernetwork, merge_gates, open_threshold, sample_gates
 from .models import (
@@ -13,16 +14,19 @@ from .models import (
     set_norm,
     slice_gates,
 )
-from .rounds import METHODS, Federation, FederationError, Settings
+from .rounds import Federation, FederationError, make_federation
+from .settings import METHODS, Settings
 
 __all__ = [
     "METHODS",
     "NORMS",
+    "Clients",
     "Federation",
     "FederationError",
     "GateCosts",
     "GatePoint",
     "Hypernetwork",
+    "LocalExchange",
     "Settings",
     "StandardizedConv2d",
     "apply_gates",
@@ -30,6 +34,7 @@ __all__ = [
     "find_gate_points",
     "gate_sizes",
     "layers_changed_by_slicing",
+    "make_federation",
     "merge_gates",
     "open_threshold",
     "parse_budgets",

@@ -25,8 +25,8 @@ from .vgg import vgg19_bn_cifar
 __all__ = ["create_model", "list_models"]
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
-    **{f"resnet{depth}": partial(resnet_cifar, depth) for depth in (20, 32, 44, 56, 110)},
-    **{f"resnet{depth}_b": partial(resnet_cifar, depth, shortcut="B") for depth in (20, 32, 44, 56, 110)},
+    **{f"resnet{depth}": partial(resnet_cifar, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{depth}_b": partial(resnet_cifar, depth, shortcut="B") for depth in (8, 14, 20, 32, 44, 56, 110)},
     "resnet32x2": partial(resnet_cifar, 32, shortcut="B", width=32),
     "resnet18_cifar": resnet18_cifar,
     "resnet34_cifar": resnet34_cifar,
