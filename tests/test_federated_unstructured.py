@@ -9,8 +9,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from sparsebilevel import BiDST, BiP, sparsify
+from sparsebilevel.federated import Settings
 from sparsebilevel.federated.local import train_weights
-from sparsebilevel.federated.unstructured import MaskedModule, ServerMask, decay_closed
+from sparsebilevel.federated.unstructured import MaskedModule, Pruner, decay_closed
 from sparsebilevel.nn import sparse_layers
 
 LR, DECAY, WEIGHT_DECAY = 0.05, 0.9, 1e-3
@@ -48,8 +49,8 @@ def test_collected_gradients_are_those_of_the_effective_weights(part):
     for x, y in batches:
         gradient = flat.gradient_of(lambda x=x, y=y: F.cross_entropy(flat.module(x), y))[1]
         with torch.no_grad():
-            for p, part_of in zip(dense.parameters(), (values * mask).split([p.numel() for p in dense.parameters()])):
-                p.copy_(part_of.view(p.shape))
+            for name, p in dense.named_parameters():
+                p.copy_((values * mask)[flat.spans[name]].view(p.shape))
         dense.zero_grad()
         F.cross_entropy(dense(x), y).backward()
         truth = torch.cat([p.grad.reshape(-1) for p in dense.parameters()])
@@ -100,7 +101,7 @@ def test_one_client_is_bip():
     model = sparsify(make_net(), 0.8, "global", init="dense")
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=DECAY, weight_decay=WEIGHT_DECAY)
     train_library(model, optimizer, *lower[0])  # momentum that is not zero
-    server = ServerMask(make_net(), "bip", 0.8, momentum=DECAY)
+    server = Pruner(make_net(), Settings("bip", sparsity=0.8, momentum=DECAY), 12)
     client = MaskedModule(sparsify(make_net(), 0.8, "global", init="dense"))
     weights, momentum, _ = client_steps(client, server.mask, server.flat.values, server.momentum, lower[:1])
     bip = BiP(model, optimizer)
@@ -138,10 +139,11 @@ def test_one_client_is_bidst():
     model = sparsify(make_net(), 0.8, "erk", init="dense")
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=DECAY, weight_decay=WEIGHT_DECAY)
     bidst = BiDST(model, optimizer, search_space=0.1, update_freq=4, update_end=20)
-    server = ServerMask(make_net(), "bidst", 0.8, search_space=0.1, momentum=DECAY, interval=4, end=20)
+    settings = Settings("bidst", sparsity=0.8, search_space=0.1, momentum=DECAY, mask_interval=4, local_steps=1)
+    server = Pruner(make_net(), settings, 20)
     weights, momentum = server.start(server.flat.values.clone(), server.momentum.clone())
     client = MaskedModule(sparsify(make_net(), 0.8, "erk", init="dense"))
-    versions = [server.version]
+    masks = [server.mask]
     for batch in batches:
         train_library(model, optimizer, *batch)
         bidst.step()
@@ -151,6 +153,8 @@ def test_one_client_is_bidst():
         for (_, a), (_, b) in zip(sparse_layers(model), sparse_layers(server.flat.module), strict=True):
             assert_close(a.mask_scores, b.mask_scores, rtol=1e-4, atol=1e-7)
             assert torch.equal(a.mask, b.mask)
-        versions.append(server.version)
-    assert versions[-1] == 5  # the first mask and four changes
+        assert_close(momentum, flat_of(model, lambda p: optimizer.state[p]["momentum_buffer"]), rtol=1e-4, atol=1e-6)
+        if not torch.equal(server.mask, masks[-1]):
+            masks.append(server.mask)
+    assert len(masks) == 5  # the first and four changes
     assert (weights[~server.mask] == 0).all()

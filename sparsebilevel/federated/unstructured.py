@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels import pack, unpack
 from ..methods import OMP, BiDST, BiP, Sparsifier
 from ..nn import sparse_layers, sparsify
 from .local import FlatModule, sgd
-
-# Those whose devices all have the server's mask, single weights of it; "magnitude" is the baseline.
-UNSTRUCTURED = ("bip", "bidst", "magnitude")
+from .models import StandardizedConv2d
+from .settings import Settings
 
 _BIDST_HORIZON = 100  # local steps after which a grown weight is judged, BiDST's own default
 
@@ -85,54 +85,45 @@ class MaskedModule(FlatModule):
         return out
 
 
-class ServerMask:
+def check_prunable(model: nn.Module) -> None:
+    """Raise ValueError if single weights of its convolutions cannot be pruned."""
+    odd = [name for name, module in model.named_modules() if isinstance(module, StandardizedConv2d)]
+    if odd:
+        raise ValueError(
+            f"the {len(odd)} convolutions {odd[0]!r} and so on have standardized weights, whose zeros would not stay "
+            "zeros; single weights can be pruned with set_norm(..., standardize=False)"
+        )
+
+
+def _distribution(settings: Settings) -> str:
+    return settings.distribution if settings.method == "bidst" else "global"
+
+
+class Pruner:
     """The server's part: a method of the library at work on the server's weights, fed with the clients' gradients.
 
     Args:
         model: the dense network; is changed (its layers get masks, all open at first).
-        name: one of `UNSTRUCTURED`.
-        sparsity: of the weights of all convolutions and linear layers, in [0, 1).
-        distribution: of BiDST's layers, see `sparsebilevel.sparsify`; the others rank all layers together.
-        search_space: BiDST's, a fraction of a layer's entries.
-        momentum: of the clients' SGD.
-        local_steps: of the clients in a round.
-        interval: rounds of weights between BiDST's changes of the mask; ``end``: rounds of weights after which it
-            changes no more.
-        seed: of BiDST's random draws.
+        settings: of the federation; the method is one of `UNSTRUCTURED`.
+        rounds: of weights before the mask is fixed, after which BiDST changes it no more.
 
     Attributes:
         flat: the server's network. Its values are those of the last call, not always the server's latest.
         method: the library's; None while all weights are open.
-        version: counts the changes of the mask, of which clients must be told.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        name: str,
-        sparsity: float,
-        *,
-        distribution: str = "erk",
-        search_space: float = 0.05,
-        momentum: float = 0.9,
-        local_steps: int = 1,
-        interval: int = 1,
-        end: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        distribution = distribution if name == "bidst" else "global"
-        sparsify(model, sparsity, distribution, init="dense", seed=seed)
+    def __init__(self, model: nn.Module, settings: Settings, rounds: int) -> None:
+        self.settings, self.rounds = settings, rounds
+        check_prunable(model)
+        sparsify(model, settings.sparsity, _distribution(settings), init="dense")
         self.flat = MaskedModule(model)
-        self.name, self.version = name, 0
-        self._search_space, self._local_steps, self._interval, self._end = search_space, local_steps, interval, end
-        self._seed = seed
         self.method: Sparsifier | None = None
         self.momentum = torch.zeros_like(self.flat.values)
         # Never stepped: it tells the method how far a round moves a weight, and holds the momentum that is to be
         # cleared where a weight comes or goes.
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=momentum)
-        for key, p in model.named_parameters():
-            self.optimizer.state[p]["momentum_buffer"] = self.momentum[self.flat.spans[key]].view(p.shape)
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=settings.momentum)
+        for name, p in model.named_parameters():
+            self.optimizer.state[p]["momentum_buffer"] = self.momentum[self.flat.spans[name]].view(p.shape)
 
     @property
     def mask(self) -> Tensor:
@@ -161,20 +152,13 @@ class ServerMask:
         return self._on(weights, momentum, self._make)
 
     def _make(self) -> None:
-        model, optimizer = self.flat.module, self.optimizer
-        if self.name == "bip":
+        s, model, optimizer = self.settings, self.flat.module, self.optimizer
+        if s.method == "bip":
             self.method = BiP(model, optimizer)
-        elif self.name == "bidst":
-            horizon = max(1, round(_BIDST_HORIZON / self._local_steps))
-            self.method = BiDST(
-                model,
-                optimizer,
-                search_space=self._search_space,
-                horizon=horizon,
-                update_freq=self._interval,
-                update_end=self._end,
-                seed=self._seed,
-            )
+        elif s.method == "bidst":
+            horizon = max(1, round(_BIDST_HORIZON / s.local_steps))
+            schedule: dict[str, Any] = {"update_freq": s.mask_interval, "update_end": self.rounds}
+            self.method = BiDST(model, optimizer, search_space=s.search_space, horizon=horizon, seed=s.seed, **schedule)
         else:
             self.method = OMP(model, optimizer)
 
@@ -214,6 +198,11 @@ class ServerMask:
 
         return self._on(weights, momentum, work)
 
+    def figures(self) -> dict[str, float]:
+        """For the log: mean absolute direct and implicit terms since the last call."""
+        metrics = {} if self.method is None else self.method.metrics()
+        return {name: metrics[name] for name in ("direct", "implicit") if name in metrics}
+
     def finish(self, weights: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
         """Keep the mask for good; closed weights become zero."""
 
@@ -224,33 +213,22 @@ class ServerMask:
         return self._on(weights, momentum, work)
 
     def _on(self, weights: Tensor, momentum: Tensor, work: Callable[[], None]) -> tuple[Tensor, Tensor]:
-        before = self.mask
         self.flat.load(weights)
         self.momentum.copy_(momentum)
         work()
-        self.version += not torch.equal(before, self.mask)
         return self.flat.values.clone(), self.momentum.clone()
 
-    def state_dict(self) -> dict[str, Any]:
-        """The mask, the scores, and the method's own state."""
-        scores = {name: layer.mask_scores for name, layer in sparse_layers(self.flat.module)}
-        return {
-            "version": self.version,
-            "mask": self.mask,
-            "scores": {name: value.clone() for name, value in scores.items() if value is not None},
-            "method": None if self.method is None else self.method.state_dict(),
-        }
+    def state_dict(self) -> dict[str, Any] | None:
+        """The method's own; masks and scores are in the network's. None while all weights are open."""
+        return None if self.method is None else self.method.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`, in a `ServerMask` made with the same arguments."""
-        if state["method"] is not None and self.method is None:
+    def load_state_dict(self, state: dict[str, Any] | None, model: dict[str, Tensor]) -> None:
+        """Continue from `state_dict` and the network's, in a `Pruner` made with the same arguments."""
+        if state is not None and self.method is None:
             self._make()
-        self.flat.set_mask(state["mask"])
-        for name, layer in sparse_layers(self.flat.module):
-            layer.set_mask_scores(state["scores"].get(name))
-        if self.method is not None:
-            self.method.load_state_dict(state["method"])
-        self.version = state["version"]
+        self.flat.module.load_state_dict(model)
+        if self.method is not None and state is not None:
+            self.method.load_state_dict(state)
 
 
 def decay_closed(
@@ -274,3 +252,59 @@ def decay_closed(
     weights, momentum = weights.clone(), momentum.clone()
     weights[closed], momentum[closed] = values, state
     return weights, momentum
+
+
+# -- messages ----------------------------------------------------------------------------------------------------------
+
+# Vectors [P] of a message that are zero where the mask is closed.
+_MASKED = ("weights", "momentum", "correction", "gradient")
+
+
+def pack_masked(message: dict[str, Any], mask: Tensor, positions: bool = False) -> dict[str, Any]:
+    """The message with its vectors packed: the values where ``mask`` (bool [P]) is open, as uint8 tensors.
+
+    Args:
+        positions: the receiver does not have the mask: that of ``weights`` tells it. If the mask is open everywhere,
+            the message stays as it is.
+    """
+    if positions and mask.all():
+        return message
+    packed = dict(message)
+    for name in _MASKED:
+        if name in message:
+            packed[name] = pack_vector(message[name], mask, positions and name == "weights")
+    return packed
+
+
+def pack_vector(values: Tensor, mask: Tensor, positions: bool = False) -> Tensor:
+    """A message of `sparsebilevel.pack` as a uint8 tensor, in the smallest format that tells ``positions`` or not."""
+    message = pack(values, mask, "auto" if positions else "values")
+    if positions and message.entries[0].format == "dense":  # which does not tell them
+        message = pack(values, mask, "bitmap")
+    return torch.from_numpy(message.data)
+
+
+def unpack_vector(message: Tensor, mask: Tensor) -> Tensor:
+    """Float [P], zero where ``mask`` is closed, which must be the sender's.
+
+    Raises:
+        PackError: the message is damaged, or of another mask.
+    """
+    return unpack(message, mask)  # type: ignore[no-any-return]
+
+
+def unpack_masked(message: dict[str, Any], mask: Tensor | None = None) -> tuple[dict[str, Any], Tensor | None]:
+    """What `pack_masked` was given, and the mask; None if all weights are open.
+
+    Raises:
+        PackError: a message is damaged, or of another mask.
+    """
+    opened = dict(message)
+    for name in _MASKED:  # weights first
+        data = message.get(name)
+        if isinstance(data, Tensor) and data.dtype == torch.uint8:
+            if name == "weights" and mask is None:
+                opened[name], mask = unpack(data, return_mask=True)
+            else:
+                opened[name] = unpack(data, mask)
+    return opened, mask
