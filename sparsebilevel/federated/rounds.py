@@ -366,7 +366,7 @@ class Federation:
         if self.pruner is not None:
             self._keep_closed(old, lr)
         if learning is not None:
-            row |= self._learn(self._mean(replies, "effective", torch.zeros_like(self.weights)), lr, s.local_steps)
+            row |= self._learn(self._mean(replies, "effective", torch.zeros_like(self.weights)), lr)
         self.flat.load(self.weights, self.statistics)
         loss, correct, count = (sum(r[name] for r in replies.values()) for name in ("loss", "correct", "count"))
         return row | {"lr": lr, "train_loss": loss / count, "train_acc": correct / count}
@@ -392,14 +392,14 @@ class Federation:
         for k in replies:
             self.positions["scores"][k] += s.mask_batches
         gradient = self._mean(replies, "effective", torch.zeros_like(self.weights))
-        row = self._learn(gradient, self._lr(phase), s.local_steps * s.mask_interval)
+        row = self._learn(gradient, self._lr(phase))
         return row | {"upper_loss": statistics.fmean(reply["loss"] for reply in replies.values())}
 
-    def _learn(self, gradient: Tensor, lr: float, steps: int) -> dict[str, Any]:
+    def _learn(self, gradient: Tensor, lr: float) -> dict[str, Any]:
         """A step of the upper level, see `Pruner.learn`; for the log, the part of the open weights that changed."""
         assert self.pruner is not None
         before = self.pruner.mask
-        self.weights, self.momentum = self.pruner.learn(self.weights, self.momentum, gradient, lr, steps)
+        self.weights, self.momentum = self.pruner.learn(self.weights, self.momentum, gradient, lr)
         after = self.pruner.mask
         row: dict[str, Any] = {"mask_changed": int((before & ~after).sum()) / int(before.sum())}
         return row | self.pruner.figures()

@@ -162,24 +162,24 @@ class Pruner:
         else:
             self.method = OMP(model, optimizer)
 
-    def learn(
-        self, weights: Tensor, momentum: Tensor, gradient: Tensor, lr: float, steps: int
-    ) -> tuple[Tensor, Tensor]:
+    def learn(self, weights: Tensor, momentum: Tensor, gradient: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         """A step of the upper level.
 
         Args:
             weights, momentum: float [P], the server's.
             gradient: float [P], the clients' mean G: over batches of an upper level of their own for BiP, of the local
                 steps of the round that is just over for BiDST.
-            lr: of the clients' steps.
-            steps: on the weights for this one on the scores, by which the step of the scores is as much longer.
+            lr: of the clients' steps. BiP's scores take a step as the library's do, whatever number of steps on the
+                weights goes with it; those of BiDST as many of them in one as the clients took.
 
         Returns:
             Weights and momentum after it. Where a weight came or went its momentum is zero; what BiDST grows or drops
             is zero, and what BiP opens has the value with which it was closed.
         """
         assert self.method is not None
-        self.optimizer.param_groups[0]["lr"] = lr * steps
+        self.optimizer.param_groups[0]["lr"] = lr * (
+            self.settings.local_steps if self.settings.method == "bidst" else 1
+        )
 
         def work() -> None:
             assert self.method is not None
