@@ -18,8 +18,8 @@ from sparsebilevel.data import load_data
 from sparsebilevel.data.partition import matching_partition, partition
 from sparsebilevel.federated import Hypernetwork, find_gate_points, set_norm
 from sparsebilevel.federated.local import FlatModule, adamw, sgd
-from sparsebilevel.federated.rounds import FederationError, make_federation
-from sparsebilevel.federated.settings import METHODS, Settings
+from sparsebilevel.federated.rounds import Federation, FederationError, make_federation
+from sparsebilevel.federated.settings import METHODS, UNSTRUCTURED, Settings
 from sparsebilevel.models.resnet import resnet_cifar
 from sparsebilevel.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -199,7 +199,7 @@ def test_weights_and_hypernetwork_are_trained_in_turns():
     assert run.hyper_step == 2 * run.hyper_rounds
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in UNSTRUCTURED])
 def test_every_method_keeps_to_its_budget(method):
     run = make_run(method, budgets=[0.5, 0.6, 0.45, 0.5])
     dense = sum(p.numel() for p in run.model.parameters())
@@ -223,7 +223,7 @@ def test_every_method_keeps_to_its_budget(method):
         assert len({tuple(row.tolist()) for row in devices}) > 1
     else:
         assert torch.equal(devices, server.expand(4, -1))
-    if method in ("filter", "random"):
+    if method in ("filter", "random", "energy"):
         assert figures["server_ratio"] > 0.35
     assert figures["server_flops"] < figures["dense_flops"]
     assert figures["union_kept"] <= figures["server_kept"]
@@ -249,12 +249,56 @@ def test_filters_with_small_weights_go_first():
     with torch.no_grad():
         run.model.stages[0][0].conv1.weight[3] *= 1e-3
     run.weights = run.flat.values.clone()
-    scores = run._scores()
+    scores = run._ranks()
     assert scores[:8].argmin() == 3
     server, _ = run.export_gates()
     kept = run.costs.kept(server)
     shares = [k / size for k, size in zip(kept, run.costs.sizes, strict=True)]
     assert max(shares) - min(shares) <= 1 / 8 + 1e-9  # the same part of each
+
+
+def test_energy_is_the_mean_square_of_activations():
+    run = make_run("energy", norm="batch", epochs=1)
+    clients = run.exchange.clients
+    model = copy.deepcopy(run.model).eval()
+    expected = torch.zeros(3, dtype=torch.float64)
+    for loader in clients.loaders:
+        x = torch.cat([x for x, _ in loader.source.batches(loader.indices.split(10), None)])
+        with torch.no_grad():
+            block = model.stages[1][0]
+            hidden = F.relu(block.bn1(block.conv1(model.stages[0](F.relu(model.bn1(model.conv1(x)))))))
+            expected += hidden.double().square().mean((0, 2, 3))[:3]
+    energies = run._energies()
+    assert_close(energies[8:11], expected, rtol=1e-5, atol=1e-8)
+    assert run.received == {"energy": 4 * 8 * len(energies)}
+    server, _ = run.export_gates()
+    assert energies[~server].max() <= energies[server].max()
+    kept = run.costs.kept(server)
+    assert len({k / size for k, size in zip(kept, run.costs.sizes, strict=True)}) > 1  # one ranking over all layers
+
+
+def test_methods_with_the_same_training_share_it():
+    first, alone = make_run("fedavg"), make_run("fedosp")
+    while first.phase == 0:
+        first.round()
+    state = copy.deepcopy(first.state_dict())
+    run = make_run("fedosp")
+    run.adopt_training(state)
+    finish(run)
+    finish(alone)
+    assert_same(run.state_dict(), alone.state_dict())
+    with pytest.raises(ValueError, match="this method has none"):
+        make_run("dwnp").adopt_training(state)
+    with pytest.raises(ValueError, match="not one after"):
+        make_run("filter").adopt_training(make_run("fedavg").state_dict())
+
+
+@pytest.mark.parametrize("method", ["dwnp", "fedavg"])
+def test_hypernetworks_are_for_methods_that_need_one(method):
+    run = make_run(method)
+    hypernetwork = None if method == "dwnp" else Hypernetwork(run.costs.sizes, 4)
+    with pytest.raises(ValueError, match=f"method {method} (needs|has no use for) a hypernetwork"):
+        Federation(run.model, run.points, (1, 8, 8), run.sizes, run.budgets, run.settings, run.exchange, hypernetwork)
 
 
 @pytest.mark.parametrize("separate", [False, True])
@@ -522,6 +566,7 @@ def test_torchrun_gives_the_numbers_of_one_process(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--device", "tpu"], "device='tpu'"),
         (["--arch", "digits_cnn"], "has no residual blocks"),
         (["--device-flops", "2"], "device_flops='2'"),
         (["--baselines", "fedprox"], "method='fedprox'"),

@@ -41,7 +41,7 @@ _RUN_FLAGS = ("output_dir", "resume", "overwrite", "quiet", "max_rounds", "data_
 
 def federated(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Run the method and its baselines; the result row of each that came to its end, by name (on rank 0)."""
-    with process_group("cpu") as ranks:
+    with process_group(args.device) as ranks:
         return _federated(args, ranks)
 
 
@@ -53,7 +53,9 @@ def _federated(args: argparse.Namespace, ranks: Ranks) -> dict[str, dict[str, An
     if args.evaluations < 1:
         raise ValueError(f"evaluations={args.evaluations} is not allowed; expected at least 1")
     settings = make_settings(args)
-    data = load_data(args.data, args.data_path, batch_size=args.batch_size, eval_batch_size=250, seed=args.seed)
+    data = load_data(
+        args.data, args.data_path, batch_size=args.batch_size, eval_batch_size=250, seed=args.seed, device=ranks.device
+    )
     if args.limit is not None:
         data = dataclasses.replace(data, train=_first(data, args.limit))
     labels = data.train.labels
@@ -78,6 +80,7 @@ def _federated(args: argparse.Namespace, ranks: Ranks) -> dict[str, dict[str, An
     sizes = [len(part) for part in parts]
     say(f"{args.arch} on {args.data}: {args.clients} clients ({args.partition}), samples {sizes}")
     results, logs = {}, {}
+    trained: dict[str, Any] = {}  # the phase "train", which is the same for all methods that have it
     for name in names:
         torch.manual_seed(args.seed)
         model = make_network(args, data)
@@ -87,7 +90,7 @@ def _federated(args: argparse.Namespace, ranks: Ranks) -> dict[str, dict[str, An
         )
         chosen = dataclasses.replace(settings, method=name)
         run = make_federation(model, points, data, parts, tests, budgets, chosen, report=say, ranks=ranks)
-        rows = run_method(name, run, dense, args, folder / name, ranks, say)
+        rows = run_method(name, run, dense, args, folder / name, ranks, say, trained)
         logs[name] = rows
         if rows and rows[-1]["type"] == "result":
             results[name] = rows[-1]
@@ -149,8 +152,12 @@ def run_method(
     folder: Path,
     ranks: Ranks,
     say: Callable[[str], None],
+    trained: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Run, or continue, one method; its rows. Rank 0 alone writes."""
+    """Run, or continue, one method; its rows. Rank 0 alone writes.
+
+    ``trained`` gets the state and the rows of the phase ``train``, or has those of another method.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     log, checkpoint = folder / "log.jsonl", folder / "checkpoint.pth"
     rows: list[dict[str, Any]] = []
@@ -161,6 +168,10 @@ def run_method(
     ranks.barrier()  # all have read what the first is about to change
     if rows and rows[-1]["type"] == "result":
         return rows
+    if not run.done and trained and run.phases[0].name == "train":
+        run.adopt_training(trained["state"])
+        rows = list(trained["rows"])
+        say(f"{name}: the phase 'train' is that of {trained['name']}")
     if ranks.is_main:
         write_text(log, "".join(json.dumps(row) + "\n" for row in rows))
     rounds = sum(phase.rounds for phase in run.phases)
@@ -176,10 +187,12 @@ def run_method(
     while run.done < last:
         row = {"type": "round"} | run.round()
         upcoming = None if run.is_done else run.phases[run.phase].name
-        if run.done % every == 0 or upcoming == "prune" or row["phase"] == "prune" or run.is_done:
+        if run.done % every == 0 or upcoming != row["phase"]:
             row |= run.evaluate()
             say(_line(name, rounds, row))
         write(row)
+        if row["phase"] == "train" and upcoming != "train":
+            trained |= {"name": name, "state": copy.deepcopy(run.state_dict()), "rows": list(rows)}
         if ranks.is_main and args.checkpoint_freq and (run.done % args.checkpoint_freq == 0 or run.done == last):
             save_checkpoint(checkpoint, run.state_dict())
     if run.is_done:
@@ -229,7 +242,7 @@ def _result(run: Federation, dense: nn.Module, rows: list[dict[str, Any]]) -> di
 
 @torch.no_grad()
 def _forward_times(networks: dict[str, nn.Module], run: Federation) -> dict[str, float]:
-    """Median milliseconds of a forward pass of 64 samples, the networks in turns."""
+    """Median milliseconds of a forward pass of 64 samples on the CPU, the networks in turns."""
     x = torch.zeros(64, *run.input_shape)
     times: dict[str, list[float]] = {name: [] for name in networks}
     for network in networks.values():
@@ -351,6 +364,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add(group, "embedding", "rows of devices in an average", choices=("mean", "own"))
     add(group, "strength", "of the penalties on budgets")
     add(group, "two_sided", "penalize costs below a budget too", action="store_true")
+    help = "the devices' penalty does not push the server's gates"
+    add(group, "detach_server", help, action=argparse.BooleanOptionalAction)
     add(group, "noise", "of the gates", choices=r.NOISES)
     add(group, "temperature", "of the gates")
     add(group, "soft", "soft gates in the hypernetwork's loss", action="store_true")
@@ -364,6 +379,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     add(group, "seed", "of everything")
     parser.set_defaults(seed=0, batch_size=Settings.batch_size)
+    group.add_argument("--device", default="auto", help="where clients compute: cpu, cuda or auto [%(default)s]")
     group.add_argument("--output-dir", default="runs/federated", help="[%(default)s]")
     group.add_argument("--resume", action="store_true", help="continue from the last checkpoints")
     group.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")

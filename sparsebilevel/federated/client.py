@@ -54,6 +54,7 @@ class Clients:
         budgets: kept fraction of T for each device, see `Federation`.
         settings: the server's.
         hypernetwork: the server's, for its structure; None where the method has none.
+        device: where they compute; ``data`` is there too. Messages are on the CPU.
 
     Requests, by ``kind``, all with ``weights`` [P] and ``statistics`` [B] of the network, the ``channels`` (bool [G])
     that are left of it, and which of these have open ``gates``, a bool each. What is absent is all of them.
@@ -65,6 +66,8 @@ class Clients:
     - ``hypernetwork``: ``hyper_steps`` steps from batch ``position`` on, with ``hypernetwork`` [3, H], its values and
       AdamW's two states after ``step`` steps, ``lr``, and ``turn``, the number of the round among its kind. Replies
       with ``hypernetwork`` and sums over the steps: ``loss``, ``accuracy``, ``server_penalty``, ``device_penalty``.
+    - ``energy``: replies with ``energy`` [G], float64, the mean square of every gate point's activations over the
+      training samples and positions.
     - ``evaluate``: replies with ``correct`` of ``count`` test samples.
 
     Under an unstructured mask vectors [P] come and go packed, see `pack_masked`; ``weights`` tell the mask. Then there
@@ -86,7 +89,9 @@ class Clients:
         budgets: Sequence[float],
         settings: Settings,
         hypernetwork: Hypernetwork | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
+        self.device = torch.device(device)
         self.settings, self.points, self.budgets = settings, list(points), list(budgets)
         self.costs = GateCosts(model, points, data.input_shape) if points else None
         self.loaders = [self._loader(data.train, part, _ORDER, k) for k, part in enumerate(parts)]
@@ -95,8 +100,8 @@ class Clients:
         ]
         self.tests = [data.test.subset(part) if len(part) else None for part in test_parts]
         self.upper_loaders = [self._loader(data.train, part, _UPPER_ORDER, k) for k, part in enumerate(parts)]
-        self.hyper = None if hypernetwork is None else FlatModule(copy.deepcopy(hypernetwork))
-        network = copy.deepcopy(model)
+        self.hyper = None if hypernetwork is None else FlatModule(copy.deepcopy(hypernetwork).to(self.device))
+        network = copy.deepcopy(model).to(self.device)
         dense = MaskedModule(sparsify(network, init="dense")) if settings.unstructured else FlatModule(network)
         self._networks = {b"": dense}  # by the channels that are left
 
@@ -115,19 +120,20 @@ class Clients:
             "weights": self._train,
             "gradient": self._full_gradient,
             "hypernetwork": self._train_hypernetwork,
+            "energy": self._energy,
             "scores": self._score,
             "evaluate": self._evaluate,
         }[request["kind"]]
-        if not self.settings.unstructured:
-            return work(client, request)
-        opened, mask = unpack_masked(request)
+        request, mask = unpack_masked(request)
+        request = {n: v.to(self.device) if isinstance(v, Tensor) and n != "channels" else v for n, v in request.items()}
         flat = self._networks[b""]
-        assert isinstance(flat, MaskedModule)
-        flat.set_mask(torch.ones_like(flat.values, dtype=torch.bool) if mask is None else mask)
-        flat.collect(request.get("learning", flat.prunable if request["kind"] == "scores" else None))
-        reply = work(client, opened)
+        if isinstance(flat, MaskedModule):
+            flat.set_mask(torch.ones_like(flat.values, dtype=torch.bool) if mask is None else mask.to(self.device))
+            flat.collect(request.get("learning", flat.prunable if request["kind"] == "scores" else None))
+        reply = {n: v.cpu() if isinstance(v, Tensor) else v for n, v in work(client, request).items()}
         if "effective" in reply:
-            reply["effective"] = pack_vector(reply["effective"], request.get("learning", flat.prunable))
+            assert isinstance(flat, MaskedModule)
+            reply["effective"] = pack_vector(reply["effective"], request.get("learning", flat.prunable).cpu())
         return reply if mask is None else pack_masked(reply, mask)
 
     def _network(self, request: Message) -> FlatModule:
@@ -211,7 +217,7 @@ class Clients:
         s = self.settings
         assert self.hyper is not None
         assert self.costs is not None
-        logits = self.hyper.module(torch.tensor([0, client + 1] if s.personal else [0]))
+        logits = self.hyper.module(torch.tensor([0, client + 1] if s.personal else [0], device=self.device))
 
         def draw(hard: bool) -> Tensor:
             return sample_gates(logits, s.temperature, s.noise, hard, noise)
@@ -232,7 +238,29 @@ class Clients:
             figures = {"loss": loss, "accuracy": (output.argmax(1) == y).double().mean()} | penalties
             for name, value in figures.items():
                 sums[name] += value.item()
-        return loss + s.strength * sum(penalties.values()).to(loss.dtype)  # type: ignore[union-attr]
+        return loss + s.strength * sum(penalties.values()).to(loss)  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def _energy(self, client: int, request: Message) -> Message:
+        flat, loader = self._network(request), self.loaders[client]
+        sums: dict[str, Tensor] = {}
+
+        def add(name: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: Any) -> None:
+                sums[name] = sums.get(name, 0) + args[0].double().square().mean((2, 3)).sum(0)
+
+            return hook
+
+        consumers = {point.name: flat.module.get_submodule(point.consumer) for point in self.points}
+        handles = [consumer.register_forward_pre_hook(add(name)) for name, consumer in consumers.items()]
+        try:
+            flat.module.eval()
+            for x, _ in loader.source.batches(loader.indices.split(loader.batch_size), None):
+                flat.module(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {"energy": torch.cat([sums[point.name] for point in self.points]) / len(loader.indices)}
 
     @torch.no_grad()
     def _evaluate(self, client: int, request: Message) -> Message:

@@ -21,7 +21,7 @@ from .models import GatePoint, forward_positions, gate_sizes, is_depthwise
 
 
 class GateCosts:
-    """Costs of a network as functions of its gates.
+    """Costs of a network as functions of its gates, computed on the CPU.
 
     Args:
         model: dense, with all channels.
@@ -66,7 +66,9 @@ class GateCosts:
         """Open channels in and out of every convolution, float64 ``[convolutions]``."""
         if gates.shape != (sum(self.sizes),):
             raise ValueError(f"gates of shape {list(gates.shape)} do not fit; expected [{sum(self.sizes)}]")
-        sums = torch.zeros(len(self.sizes) + 1, dtype=torch.float64).index_add(0, self._group, gates.double())
+        sums = torch.zeros(len(self.sizes) + 1, dtype=torch.float64).index_add(
+            0, self._group, gates.to(self._group.device, torch.float64)
+        )
         none = len(self.sizes)
         into = torch.where(self._in_point == none, self._in, sums[self._in_point])
         return into, torch.where(self._out_point == none, self._out, sums[self._out_point])

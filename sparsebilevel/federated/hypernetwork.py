@@ -121,7 +121,8 @@ def sample_gates(
     if not temperature > 0:
         raise ValueError(f"temperature={temperature!r} is not allowed; expected a number above 0")
     tiny = torch.finfo(logits.dtype).tiny
-    uniform = torch.rand(logits.shape, generator=generator, dtype=logits.dtype, device=logits.device)
+    where = logits.device if generator is None else generator.device  # a generator's numbers are the same everywhere
+    uniform = torch.rand(logits.shape, generator=generator, dtype=logits.dtype, device=where).to(logits.device)
     uniform = uniform.clamp(tiny, 1 - torch.finfo(logits.dtype).eps)
     drawn = uniform.log() - torch.log1p(-uniform) if noise == "logistic" else -torch.log(-uniform.log())
     soft = torch.sigmoid((logits + drawn) / temperature)

@@ -40,7 +40,7 @@ from .unstructured import Pruner, decay_closed, pack_masked, unpack_masked, unpa
 Exchange = Callable[[Mapping[int, Message]], Mapping[int, Message | str]]
 
 # Second words of a seed, one for each purpose; the clients' are in `client`.
-_SAMPLE, _SCORES = 4, 5
+_SAMPLE, _LOT = 4, 5
 _DRAWS = {"hypernetwork": 1, "scores": 2}  # a round of weights may go with rounds of these, of other clients
 
 
@@ -89,7 +89,11 @@ class Federation:
         sent, received: bytes of the tensors in messages of training by kind, down to the clients whose work was used
             and up from them; bool ones count as a bit an entry.
         failures: how often a client's part in a round was left out.
+        pruner: of an unstructured mask; else None.
     """
+
+    weights: Tensor
+    momentum: Tensor
 
     def __init__(
         self,
@@ -112,6 +116,9 @@ class Federation:
         self.costs = GateCosts(model, points, input_shape) if points else None
         if self.costs is None and settings.method != "fedavg" and not settings.unstructured:
             raise ValueError(f"points is empty; method {settings.method} needs gate points")
+        if (hypernetwork is None) == settings.has_hypernetwork:
+            needs = "needs" if settings.has_hypernetwork else "has no use for"
+            raise ValueError(f"method {settings.method} {needs} a hypernetwork; got {hypernetwork!r:.40}")
         self.input_shape = tuple(input_shape)
 
         self.hyper = None if hypernetwork is None else FlatModule(hypernetwork)
@@ -203,7 +210,7 @@ class Federation:
         elif phase.name == "search":
             row |= self._hyper_round()
         elif self.pruner is not None:
-            if phase.name == "train+search":
+            if phase.name == "train+mask":
                 row |= self._mask_round(phase)
             row |= self._weights_round(phase)
         else:
@@ -217,7 +224,7 @@ class Federation:
         row |= {"round": self.done, "phase": phase.name, "epoch": self.epoch}
         if self.phase_round == phase.rounds:
             self.phase, self.phase_round = self.phase + 1, 0
-            if self.pruner is not None and phase.name == "train+search":
+            if self.pruner is not None and phase.name == "train+mask":
                 self.weights, self.momentum = self.pruner.finish(self.weights, self.momentum)
         return row
 
@@ -484,7 +491,8 @@ class Federation:
         s = self.settings
         assert self.costs is not None
         if self.hyper is None:
-            server = self.costs.fit(self._scores(), self._server_budget(), fill=True)
+            scores = self._energies() if s.method == "energy" else self._ranks()
+            server = self.costs.fit(scores, self._server_budget(), fill=True)
             return server, server.expand(self.clients, -1).clone()
         threshold = open_threshold(s.noise)
         logits, device_logits = self.hyper.module.logits()  # type: ignore[operator]
@@ -497,14 +505,19 @@ class Federation:
         ]
         return server, torch.stack(devices)
 
-    def _scores(self) -> Tensor:
+    def _energies(self) -> Tensor:
+        """Of every gate: the mean square of its channel's activations, summed over devices; float64 ``[G]``."""
+        replies = self._collect("energy", None, lambda k: self._request("energy", k, None))
+        return torch.stack([reply["energy"] for reply in replies.values()]).sum(0)
+
+    def _ranks(self) -> Tensor:
         """Of every gate: the part of its gate point's channels that it is worth more than, in [0, 1).
 
         ``filter``: by the sum of absolute weights of its filter (Li et al. 2017); ``random``: by lot. So every gate
         point loses the same part of its channels.
         """
         ranks = []
-        generator = self._generator(_SCORES)
+        generator = self._generator(_LOT)
         for point in self.points:
             weight: Any = self.model.get_submodule(point.producer).weight
             norm = weight.detach().abs().flatten(1).sum(1)
@@ -573,9 +586,13 @@ class Federation:
     def _costs(self, gates: Tensor | None, server: Tensor | None) -> dict[str, Any]:
         if self.pruner is not None:
             counted = count_costs(self.model, self.input_shape)
-            flops = {"server_flops": counted.flops_theoretical, "dense_flops": counted.flops_dense}
-            flops |= {"device_flops": [counted.flops_theoretical] * self.clients}
-            return {"sparsity": counted.sparsity, "params_nonzero": counted.params_nonzero} | flops
+            return {
+                "sparsity": counted.sparsity,
+                "params_nonzero": counted.params_nonzero,
+                "server_flops": counted.flops_theoretical,
+                "device_flops": [counted.flops_theoretical] * self.clients,
+                "dense_flops": counted.flops_dense,
+            }
         if self.costs is None:
             return {}
         costs = self.costs
@@ -648,6 +665,15 @@ class Federation:
             values, self.hyper_mean, self.hyper_square = (t.clone() for t in state["hypernetwork"])
             self.hyper.load(values)
 
+    def adopt_training(self, state: Mapping[str, Any]) -> None:
+        """Continue from another method's `state_dict` after the phase ``train``, which is the same with all methods."""
+        if self.phases[0].name != "train" or state["phase"] != 1 or state["phase_round"]:
+            raise ValueError("state is not one after the phase 'train', or this method has none")
+        own = self.state_dict()
+        model = {name: state["model"].get(name, value) for name, value in own["model"].items()}  # it may have no masks
+        kept = {name: own[name] for name in ("settings", "hypernetwork", "mask")}
+        self.load_state_dict({**state, **kept, "model": model})
+
 
 def _bytes(message: Message) -> int:
     """Of the tensors; bool ones count as a bit an entry."""
@@ -664,7 +690,7 @@ def _accuracy(replies: Iterable[Message]) -> float | None:
 
 def make_hypernetwork(model: nn.Module, points: Sequence[GatePoint], clients: int, settings: Settings) -> Any:
     """The `Hypernetwork` that a method needs, from torch's global generator; None if it needs none."""
-    if settings.method not in ("dwnp", "fedilp", "fedosp") or not points:
+    if not settings.has_hypernetwork or not points:
         return None
     return Hypernetwork(gate_sizes(model, points), clients if settings.personal else 0, shared=not settings.separate)
 
@@ -687,14 +713,16 @@ def make_federation(
         data: `load_data`'s; its training loader's augmentation is the clients'.
         parts, test_parts: positions of each client's training and test samples.
         hypernetwork: None makes the one that the method needs, from torch's global generator.
-        ranks: processes that share the clients' work, see `LocalExchange`.
+        ranks: processes that share the clients' work, see `LocalExchange`, and the device on which they do; that of
+            ``data``. The server is on the CPU.
         model, points, budgets, settings, report: see `Federation`.
     """
     if not len(test_parts) == len(budgets) == len(parts):
         raise ValueError(f"{len(parts)} parts, {len(test_parts)} test_parts, {len(budgets)} budgets: must agree")
     settings.validate(len(parts))
     hypernetwork = hypernetwork or make_hypernetwork(model, points, len(parts), settings)
-    clients = Clients(model, points, data, parts, test_parts, budgets, settings, hypernetwork)
+    ranks = ranks or Ranks(torch.device("cpu"))
+    clients = Clients(model, points, data, parts, test_parts, budgets, settings, hypernetwork, ranks.device)
     sizes = [len(part) for part in parts]
     exchange = LocalExchange(clients, ranks)
     return Federation(model, points, data.input_shape, sizes, budgets, settings, exchange, hypernetwork, report)

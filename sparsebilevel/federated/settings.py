@@ -14,10 +14,11 @@ METHODS = {
     "fedilp": ("train+search", "prune", "finetune"),
     "fedosp": ("train", "search", "prune", "finetune"),
     "filter": ("train", "prune", "finetune"),
+    "energy": ("train", "prune", "finetune"),
     "random": ("train", "prune", "finetune"),
     "fedavg": ("train", "finetune"),
-    "bip": ("train+search", "finetune"),
-    "bidst": ("train+search", "finetune"),
+    "bip": ("train+mask", "finetune"),
+    "bidst": ("train+mask", "finetune"),
     "magnitude": ("train", "prune", "finetune"),
 }
 # Those that prune single weights; all devices have the same mask.
@@ -120,6 +121,11 @@ class Settings:
     def unstructured(self) -> bool:
         """Whether single weights are pruned, and not channels."""
         return self.method in UNSTRUCTURED
+
+    @property
+    def has_hypernetwork(self) -> bool:
+        """Whether gates come from one."""
+        return any("search" in phase for phase in METHODS[self.method])
 
     def validate(self, clients: int) -> None:
         """Raise ValueError, naming the setting, its value and what is allowed."""

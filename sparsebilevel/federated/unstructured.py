@@ -290,7 +290,7 @@ def unpack_vector(message: Tensor, mask: Tensor) -> Tensor:
     Raises:
         PackError: the message is damaged, or of another mask.
     """
-    return unpack(message, mask)  # type: ignore[no-any-return]
+    return unpack(message, mask)
 
 
 def unpack_masked(message: dict[str, Any], mask: Tensor | None = None) -> tuple[dict[str, Any], Tensor | None]:
