@@ -177,6 +177,7 @@ def run_method(
     rounds = sum(phase.rounds for phase in run.phases)
     every = max(1, rounds // args.evaluations)
     last = min(rounds, args.max_rounds or rounds)
+    figures: dict[str, Any] = {}
 
     def write(row: dict[str, Any]) -> None:
         rows.append(row)
@@ -188,7 +189,8 @@ def run_method(
         row = {"type": "round"} | run.round()
         upcoming = None if run.is_done else run.phases[run.phase].name
         if run.done % every == 0 or upcoming != row["phase"]:
-            row |= run.evaluate()
+            figures = run.evaluate()
+            row |= figures
             say(_line(name, rounds, row))
         write(row)
         if row["phase"] == "train" and upcoming != "train":
@@ -196,7 +198,7 @@ def run_method(
         if ranks.is_main and args.checkpoint_freq and (run.done % args.checkpoint_freq == 0 or run.done == last):
             save_checkpoint(checkpoint, run.state_dict())
     if run.is_done:
-        write(_result(run, dense, rows))
+        write(_result(run, dense, rows, figures or run.evaluate()))
         sizes, times = rows[-1]["params"], rows[-1]["time_forward_ms"]
         parts = (f"{kind} {sizes[kind]:,} and {times[kind]:.2f} ms" for kind in sizes)
         say(f"{name}: parameters, and time of a forward pass of 64 samples: {', '.join(parts)}")
@@ -218,14 +220,14 @@ def _changed(run: Federation) -> dict[str, str]:
     return first
 
 
-def _result(run: Federation, dense: nn.Module, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _result(run: Federation, dense: nn.Module, rows: list[dict[str, Any]], figures: dict[str, Any]) -> dict[str, Any]:
     """Accuracy before and after pruning and at the end, costs, bytes, and measured sizes and times.
 
     The sizes and times are those of the dense network, the server's and the first device's, physically smaller ones;
     a size is the number of parameters that are not masked.
     """
     evaluated = [row for row in rows if "pooled_acc" in row]
-    result = {"type": "result", "round": run.done} | run.evaluate()
+    result = {"type": "result", "round": run.done} | figures
     pruned = next((i for i, row in enumerate(evaluated) if row["phase"] == "prune"), None)
     if pruned:
         before, after = evaluated[pruned - 1 : pruned + 1]
