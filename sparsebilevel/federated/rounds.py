@@ -9,6 +9,8 @@ hypernetwork are taken in a row, where the algorithm spreads them over the steps
 
 All randomness is a function of (seed, purpose, round, client), and all other state is in `Federation.state_dict`, so a
 run that is resumed repeats an uninterrupted one bit for bit.
+
+Under an unstructured mask rounds of *scores* take the place of those of the hypernetwork, see `unstructured`.
 """
 
 from __future__ import annotations
@@ -196,7 +198,8 @@ class Federation:
         Returns:
             ``round``, ``phase``, ``epoch``, ``lr``, ``train_loss``, ``train_acc`` (of rounds of weights), and of those
             of the hypernetwork the means over clients and steps ``hyper_loss``, ``hyper_acc``, ``server_penalty``,
-            ``device_penalty``.
+            ``device_penalty``. Where scores of single weights took a step: ``mask_changed``, the part of the open
+            weights that was closed, ``direct`` and ``implicit``, the mean sizes of the terms, and ``upper_loss`` (bip).
 
         Raises:
             FederationError: too few clients, again and again.

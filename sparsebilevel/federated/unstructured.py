@@ -177,9 +177,8 @@ class Pruner:
             is zero, and what BiP opens has the value with which it was closed.
         """
         assert self.method is not None
-        self.optimizer.param_groups[0]["lr"] = lr * (
-            self.settings.local_steps if self.settings.method == "bidst" else 1
-        )
+        steps = self.settings.local_steps if self.settings.method == "bidst" else 1
+        self.optimizer.param_groups[0]["lr"] = lr * steps
 
         def work() -> None:
             assert self.method is not None

@@ -414,6 +414,8 @@ class Sparsifier:
 
     def _ranks_agree(self) -> bool:
         mine = mask_hash(self.weights.values())
+        if dist.get_backend() == "nccl":  # which carries nothing from the CPU, where a federated server has its masks
+            mine = mine.cuda()
         low, high = mine.clone(), mine.clone()
         dist.all_reduce(low, dist.ReduceOp.MIN)
         dist.all_reduce(high, dist.ReduceOp.MAX)
