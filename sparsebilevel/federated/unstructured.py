@@ -289,7 +289,7 @@ def unpack_vector(message: Tensor, mask: Tensor) -> Tensor:
     Raises:
         PackError: the message is damaged, or of another mask.
     """
-    return unpack(message, mask)
+    return unpack(message, mask, max_bytes=4 * mask.numel())
 
 
 def unpack_masked(message: dict[str, Any], mask: Tensor | None = None) -> tuple[dict[str, Any], Tensor | None]:
