@@ -1,6 +1,7 @@
 """Compare federated pruning methods at equal rounds and device budgets; writes a JSON file and a table.
 
     python benchmarks/compare_federated.py run --alphas 0.5 0.1 --seeds 0 1 2 -- --epochs 20 --finetune-epochs 10
+    python benchmarks/compare_federated.py run --methods bidst bip magnitude fedavg --results digits_unstructured
     python benchmarks/compare_federated.py table    # and: sizes
 
 What follows ``--`` goes to `sparsebilevel federated`. `run` adds to, or replaces runs of,
@@ -37,40 +38,50 @@ def run(args: argparse.Namespace) -> None:
                 for method in args.methods:
                     row = json.loads((Path(folder) / method / "log.jsonl").read_text().splitlines()[-1])
                     entry = {"method": method + args.label, "alpha": alpha, "seed": seed, "flags": args.flags}
-                    save(args.data, entry | {"result": row})
+                    save(args.results, entry | {"result": row})
 
 
-def save(data: str, entry: dict[str, Any]) -> None:
-    path = RESULTS / f"federated_{data}.json"
+def save(name: str, entry: dict[str, Any]) -> None:
+    path = RESULTS / f"federated_{name}.json"
     entries = json.loads(path.read_text()) if path.exists() else []
     key = ("method", "alpha", "seed", "flags")
     entries = [e for e in entries if any(e[k] != entry[k] for k in key)]
     path.write_text(json.dumps([*entries, entry], indent=1) + "\n")
 
 
-COLUMNS = ("method", "seeds", "before %", "pruned %", "tuned %", "devices sliced %")
-COLUMNS += ("T server", "T devices", "FLOPs devices", "MB")
-
-
 def table(args: argparse.Namespace) -> None:
-    entries = json.loads((RESULTS / f"federated_{args.data}.json").read_text())
+    """One for each alpha; without the columns that none of the methods has."""
+    entries = json.loads((RESULTS / f"federated_{args.results}.json").read_text())
     for alpha in sorted({e["alpha"] for e in entries}, reverse=True):
-        print(f"\nalpha = {alpha}\n\n| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+        lines = []
         for name in dict.fromkeys(e["method"] for e in entries):
             rows = [e["result"] for e in entries if (e["method"], e["alpha"]) == (name, alpha)]
             if rows:
-                accuracies = ("acc_before_pruning", "acc_after_pruning", "pooled_acc", "device_acc_sliced")
-                cells = [name, str(len(rows)), *(_spread(rows, key) for key in accuracies)]
-                cells.append(f"{statistics.fmean(r['server_ratio'] for r in rows):.3f}")
-                cells.append(f"{statistics.fmean(statistics.fmean(r['device_ratio']) for r in rows):.3f}")
-                cells.append(f"{statistics.fmean(statistics.fmean(r['device_flops']) for r in rows):,.0f}")
-                total = statistics.fmean(sum(r["bytes_up"].values()) + sum(r["bytes_down"].values()) for r in rows)
-                print(f"| {' | '.join([*cells, f'{total / 1e6:,.0f}'])} |")
+                lines.append({"method": name, "seeds": str(len(rows))} | _cells(rows))
+        titles = [title for title in lines[0] if any(line[title] != "-" for line in lines)]
+        print(f"\nalpha = {alpha}\n\n| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
+        for line in lines:
+            print(f"| {' | '.join(line[title] for title in titles)} |")
+
+
+def _cells(rows: list[dict[str, Any]]) -> dict[str, str]:
+    accuracies = {"before": "acc_before_pruning", "pruned": "acc_after_pruning", "tuned": "pooled_acc"}
+    accuracies["devices sliced"] = "device_acc_sliced"
+    cells = {f"{title} %": _spread(rows, key) for title, key in accuracies.items()}
+    cells |= {"sparsity": _mean(rows, "sparsity", ".3f"), "T server": _mean(rows, "server_ratio", ".3f")}
+    cells |= {"T devices": _mean(rows, "device_ratio", ".3f"), "FLOPs devices": _mean(rows, "device_flops", ",.0f")}
+    down, up = (statistics.fmean(sum(r[key].values()) for r in rows) / 1e6 for key in ("bytes_down", "bytes_up"))
+    return cells | {"MB down": f"{down:,.0f}", "MB up": f"{up:,.0f}", "MB": f"{down + up:,.0f}"}
+
+
+def _mean(rows: list[dict[str, Any]], key: str, format: str) -> str:
+    values = [statistics.fmean(v) if isinstance(v := row[key], list) else v for row in rows if key in row]
+    return f"{statistics.fmean(values):{format}}" if values else "-"
 
 
 def sizes(args: argparse.Namespace) -> None:
     """Parameters, and milliseconds of a forward pass of 64 samples on the CPU, of the first device's sliced network."""
-    entries = json.loads((RESULTS / f"federated_{args.data}.json").read_text())
+    entries = json.loads((RESULTS / f"federated_{args.results}.json").read_text())
     columns = ("method", "runs", "FLOPs", "parameters", "ms dense", "ms device", "faster")
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name in dict.fromkeys(e["method"] for e in entries):
@@ -95,6 +106,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("run", "table", "sizes"))
     parser.add_argument("--data", default="digits")
+    parser.add_argument("--results", help="name of the file of results; that of the data if not given")
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", default=METHODS, help="one command a seed: they share training")
@@ -102,4 +114,5 @@ if __name__ == "__main__":
     words = [*sys.argv[1:], "--"]
     cut = words.index("--")
     arguments = parser.parse_args(words[:cut], argparse.Namespace(flags=words[cut + 1 : -1]))
+    arguments.results = arguments.results or arguments.data
     {"run": run, "table": table, "sizes": sizes}[arguments.action](arguments)

@@ -333,21 +333,25 @@ def decentralized_curves(results: dict[str, list[dict[str, Any]]]) -> bytes:
 
 def federated_curves(logs: dict[str, list[dict[str, Any]]]) -> bytes:
     """PNG of the course of `sparsebilevel federated`: accuracy and costs, and penalties while gates are learned."""
-    figure, axes = _figure(height=10.0, rows=5)
-    fields = (
-        ("pooled_acc", "accuracy, devices"),
-        ("server_ratio", "T, server"),
-        ("device_ratio", "T, mean device"),
-        ("server_penalty", "penalty, server"),
-        ("device_penalty", "penalty, devices"),
-    )
-    for axis, (field, title) in zip(axes, fields, strict=True):
+    titles = {
+        "pooled_acc": "accuracy, devices",
+        "server_ratio": "T, server",
+        "device_ratio": "T, mean device",
+        "server_penalty": "penalty, server",
+        "device_penalty": "penalty, devices",
+        "sparsity": "zeros in the mask",
+    }
+    seen = {field for rows in logs.values() for row in rows for field in row}
+    fields = [field for field in titles if field in seen]
+    figure, axes = _figure(height=2.0 * max(len(fields), 1), rows=max(len(fields), 1))
+    axes = axes if len(fields) > 1 else [axes]
+    for axis, field in zip(axes, fields, strict=False):
         for i, (name, rows) in enumerate(logs.items()):
             found = [(row["round"], row[field]) for row in rows if field in row]
             points = [(x, statistics.fmean(y) if isinstance(y, list) else y) for x, y in found]
             if points:
                 axis.plot(*zip(*points, strict=True), color=_COLOURS[i % len(_COLOURS)], label=name)
-        axis.set_ylabel(title)
+        axis.set_ylabel(titles[field])
     axes[-1].set_xlabel("round")
     _legend(figure, axes[0])
     return _png(figure)

@@ -347,8 +347,10 @@ def test_pruned_fedavg_over_a_packed_grid():
         {"average": "mime", "sample": 2, "weighting": "samples"},
         {"method": "energy", "clients": 2},
         {"method": "fedavg", "clients": 2},
+        {"method": "bidst", "clients": 2, "mask_interval": 1, "lr": 0.05, "epochs": 4},
+        {"method": "bip", "clients": 2, "mask_interval": 1, "lr": 0.05, "epochs": 4, "mask_start": 0.5},
     ],
-    ids=["dwnp", "sliced", "mime", "energy", "fedavg"],
+    ids=["dwnp", "sliced", "mime", "energy", "fedavg", "bidst", "bip"],
 )
 def test_the_same_seeds_give_the_same_numbers(changes):
     config = make_config(**changes)

@@ -21,12 +21,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..costs import count_costs
 from ..data import Data, load_data
 from ..data.partition import matching_partition, partition
 from ..federated.flops import parse_budgets
 from ..federated.models import find_gate_points, layers_changed_by_slicing, set_norm
 from ..federated.rounds import Federation, make_federation
-from ..federated.settings import METHODS, Settings
+from ..federated.settings import METHODS, UNSTRUCTURED, Settings
+from ..federated.unstructured import check_prunable
 from ..models import create_model
 from ..training.checkpoint import load_checkpoint, save_checkpoint, write_text
 from ..training.runlog import open_folder
@@ -65,8 +67,11 @@ def _federated(args: argparse.Namespace, ranks: Ranks) -> dict[str, dict[str, An
         labels, args.clients, args.partition, alpha=args.alpha, balance=True, shards=args.shards, seed=args.seed
     )
     tests = matching_partition(labels, parts, data.test.labels, args.seed)
-    if names != ["fedavg"]:
-        find_gate_points(make_network(args, data))  # what is wrong with it shows before the folder is touched
+    network = make_network(args, data)  # what is wrong with it shows before the folder is touched
+    if any(name in UNSTRUCTURED for name in names):
+        check_prunable(network)
+    if any(name not in UNSTRUCTURED and name != "fedavg" for name in names):
+        find_gate_points(network)
     folder = Path(args.output_dir)
     if ranks.is_main:
         _open_folder(folder, args)
@@ -80,7 +85,9 @@ def _federated(args: argparse.Namespace, ranks: Ranks) -> dict[str, dict[str, An
         torch.manual_seed(args.seed)
         model = make_network(args, data)
         dense = copy.deepcopy(model)
-        points = find_gate_points(model) if name != "fedavg" or _has_points(model) else []
+        points = (
+            [] if name in UNSTRUCTURED or (name == "fedavg" and not _has_points(model)) else find_gate_points(model)
+        )
         chosen = dataclasses.replace(settings, method=name)
         run = make_federation(model, points, data, parts, tests, budgets, chosen, report=say, ranks=ranks)
         rows = run_method(name, run, dense, args, folder / name, ranks, say, trained)
@@ -96,10 +103,18 @@ def _federated(args: argparse.Namespace, ranks: Ranks) -> dict[str, dict[str, An
 
 
 def make_network(args: argparse.Namespace, data: Data) -> nn.Module:
-    """The dense network with its normalization."""
+    """The dense network with its normalization, the same one for all methods of a run."""
     features = math.prod(data.input_shape) if args.arch == "mlp" else data.input_shape[0]
     model = create_model(args.arch, data.num_classes, features)
-    return set_norm(model, args.norm, standardize=not args.arch.startswith("mobilenet"))
+    return set_norm(model, args.norm, standardize=_standardizes(args))
+
+
+def _standardizes(args: argparse.Namespace) -> bool:
+    """Whether convolutions have standardized weights, whose zeros would not stay zeros."""
+    if args.standardize is not None:
+        return bool(args.standardize)
+    is_unstructured = any(name in UNSTRUCTURED for name in (args.method, *args.baselines))
+    return not args.arch.startswith("mobilenet") and not is_unstructured
 
 
 def _has_points(model: nn.Module) -> bool:
@@ -191,8 +206,8 @@ def run_method(
             say(f"{name}: slicing changes what {layer} computes: {why}")
         if ranks.is_main:
             gates = {} if run.gates is None else {"server_gates": run.gates[0], "device_gates": run.gates[1]}
-            state = run.state_dict()["model"]
-            save_checkpoint(folder / "model.pth", {"model": state, "arch": args.arch, "norm": args.norm} | gates)
+            network = {"arch": args.arch, "norm": args.norm, "standardize": _standardizes(args)}
+            save_checkpoint(folder / "model.pth", {"model": run.state_dict()["model"]} | network | gates)
     return rows
 
 
@@ -208,7 +223,8 @@ def _changed(run: Federation) -> dict[str, str]:
 def _result(run: Federation, dense: nn.Module, rows: list[dict[str, Any]], figures: dict[str, Any]) -> dict[str, Any]:
     """Accuracy before and after pruning and at the end, costs, bytes, and measured sizes and times.
 
-    The sizes and times are those of the dense network, the server's and the first device's, physically smaller ones.
+    The sizes and times are those of the dense network, the server's and the first device's, physically smaller ones;
+    a size is the number of parameters that are not masked.
     """
     evaluated = [row for row in rows if "pooled_acc" in row]
     result = {"type": "result", "round": run.done} | figures
@@ -221,7 +237,7 @@ def _result(run: Federation, dense: nn.Module, rows: list[dict[str, Any]], figur
     if run.settings.personal and run.gates is not None:
         result["device_acc_sliced"] = run.evaluate_sliced()
     networks = {"dense": dense, "server": run.model, "device": run.device_model(0)}
-    result["params"] = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+    result["params"] = {name: count_costs(net, run.input_shape).params_nonzero for name, net in networks.items()}
     result |= {"time_forward_ms": _forward_times(networks, run)}
     return result
 
@@ -247,8 +263,10 @@ def _line(name: str, rounds: int, row: dict[str, Any]) -> str:
     if "server_ratio" in row:
         mean = statistics.fmean(row["device_ratio"])
         cost = f"  T: server {row['server_ratio']:.3f}, devices {mean:.3f}"
+    elif "sparsity" in row:
+        cost = f"  sparsity {row['sparsity']:.4f}"
     return (
-        f"{name:8} round {row['round']:5}/{rounds} {row['phase']:13}{loss}  accuracy: devices "
+        f"{name:9} round {row['round']:5}/{rounds} {row['phase']:13}{loss}  accuracy: devices "
         f"{100 * row['pooled_acc']:.2f} %, server {100 * row['server_acc']:.2f} %{cost}"
     )
 
@@ -257,18 +275,17 @@ def result_table(results: dict[str, dict[str, Any]]) -> str:
     """The end of every run, side by side."""
     header = (
         *("method", "before %", "pruned %", "tuned %", "worst device %", "server %"),
-        *("T server", "T devices", "FLOPs server", "FLOPs devices", "down MB", "up MB"),
+        *("sparsity", "T server", "T devices", "FLOPs server", "FLOPs devices", "down MB", "up MB"),
     )
     table = []
     for name, r in results.items():
         worst = min(a for a in r["device_acc"] if a is not None)
         cells = [f"{100 * r[key]:.2f}" if key in r else "-" for key in ("acc_before_pruning", "acc_after_pruning")]
         cells += [f"{100 * value:.2f}" for value in (r["pooled_acc"], worst, r["server_acc"])]
-        if "server_ratio" in r:
-            cells += [f"{r['server_ratio']:.4f}", f"{statistics.fmean(r['device_ratio']):.4f}"]
-            cells += [f"{r['server_flops']:,}", f"{statistics.fmean(r['device_flops']):,.0f}"]
-        else:
-            cells += ["-"] * 4
+        for key in ("sparsity", "server_ratio", "device_ratio", "server_flops", "device_flops"):
+            value = r.get(key, "-")
+            value = statistics.fmean(value) if isinstance(value, list) else value
+            cells.append(value if value == "-" else f"{value:,.0f}" if key.endswith("flops") else f"{value:.4f}")
         cells += [f"{sum(r[key].values()) / 1e6:.1f}" for key in ("bytes_down", "bytes_up")]
         table.append((name, *cells))
     return text_table(table, header)
@@ -316,6 +333,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("network and data")
     group.add_argument("--arch", default="resnet20", help="a network of residual blocks [%(default)s]")
     group.add_argument("--norm", choices=NORMS, default="group", help="normalization [%(default)s]")
+    help = "standardized weights in convolutions, with group normalization; they rule out pruning of single weights "
+    help += "[for ResNets, if no such method runs]"
+    group.add_argument("--standardize", action=argparse.BooleanOptionalAction, default=None, help=help)
     group.add_argument("--data", default="digits", help="digits (embedded), mnist, cifar10, cifar100, fake")
     group.add_argument("--data-path", default=".data", help="where its files lie [%(default)s]")
     group.add_argument("--limit", type=int, help="use only so many training samples")
@@ -351,6 +371,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add(group, "noise", "of the gates", choices=r.NOISES)
     add(group, "temperature", "of the gates")
     add(group, "soft", "soft gates in the hypernetwork's loss", action="store_true")
+    group = parser.add_argument_group("unstructured masks (bip, bidst, magnitude)")
+    add(group, "sparsity", "of the weights of convolutions and linear layers")
+    add(group, "distribution", "over the layers, of bidst", choices=("erk", "uniform"))
+    add(group, "search_space", "of bidst, as a part of a layer's weights")
+    add(group, "mask_start", "part of the epochs before bip closes weights")
+    add(group, "mask_interval", "rounds for a step of bip on the mask, and between changes of bidst")
+    add(group, "mask_batches", "of each client, for a step of bip on the mask")
     group = parser.add_argument_group("run")
     add(group, "seed", "of everything")
     parser.set_defaults(seed=0, batch_size=Settings.batch_size)

@@ -1,4 +1,4 @@
-"""Federated channel pruning with a sub-network for every device (DWNP, Gao et al. 2024)."""
+"""Federated pruning: channels, with a sub-network for every device (DWNP, Gao et al. 2024), and single weights."""
 
 from .client import Clients, LocalExchange
 from .flops import GateCosts, budget_penalty, parse_budgets
@@ -15,11 +15,12 @@ from .models import (
     slice_gates,
 )
 from .rounds import Federation, FederationError, make_federation
-from .settings import METHODS, Settings
+from .settings import METHODS, UNSTRUCTURED, Settings
 
 __all__ = [
     "METHODS",
     "NORMS",
+    "UNSTRUCTURED",
     "Clients",
     "Federation",
     "FederationError",

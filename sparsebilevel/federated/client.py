@@ -19,17 +19,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import Data, Loader
+from ..nn import sparsify
 from ..training.runtime import Ranks
 from .flops import GateCosts, budget_penalty
 from .hypernetwork import Hypernetwork, merge_gates, sample_gates
 from .local import FlatModule, adamw, full_gradient, train_weights
 from .models import GatePoint, apply_gates, slice_gates
 from .settings import Settings
+from .unstructured import MaskedModule, pack_masked, pack_vector, unpack_masked
 
 Message = dict[str, Any]
 
 # Second words of a seed, one for each purpose; the server's are in `rounds`.
 _ORDER, _HYPER_PART, _HYPER_ORDER, _NOISE = range(4)
+_UPPER_ORDER = 6
 
 
 def make_seed(*words: int) -> int:
@@ -66,6 +69,14 @@ class Clients:
     - ``energy``: replies with ``energy`` [G], float64, the mean square of every gate point's activations over the
       training samples and positions.
     - ``evaluate``: replies with ``correct`` of ``count`` test samples.
+
+    Under an unstructured mask vectors [P] come and go packed, see `pack_masked`; ``weights`` tell the mask. Then there
+    are also:
+
+    - ``weights`` with ``learning`` (bool [P]): replies also with ``effective``, packed: the mean over the steps of the
+      gradient of the effective weights, there.
+    - ``scores``: replies with ``effective`` of all weights of sparse layers, the mean over ``mask_batches`` batches
+      from batch ``position`` on, and their mean ``loss``.
     """
 
     def __init__(
@@ -88,8 +99,11 @@ class Clients:
             self._loader(data.train, self._choose(part, k), _HYPER_ORDER, k) for k, part in enumerate(parts)
         ]
         self.tests = [data.test.subset(part) if len(part) else None for part in test_parts]
+        self.upper_loaders = [self._loader(data.train, part, _UPPER_ORDER, k) for k, part in enumerate(parts)]
         self.hyper = None if hypernetwork is None else FlatModule(copy.deepcopy(hypernetwork).to(self.device))
-        self._networks = {b"": FlatModule(copy.deepcopy(model).to(self.device))}  # by the channels that are left
+        network = copy.deepcopy(model).to(self.device)
+        dense = MaskedModule(sparsify(network, init="dense")) if settings.unstructured else FlatModule(network)
+        self._networks = {b"": dense}  # by the channels that are left
 
     def _loader(self, train: Loader, part: Tensor, purpose: int, client: int) -> Loader:
         seed = make_seed(self.settings.seed, purpose, client)
@@ -102,16 +116,25 @@ class Clients:
         return part[torch.randperm(len(part), generator=generator)[:count]].sort().values
 
     def __call__(self, client: int, request: Message) -> Message:
-        work = {
+        work: Callable[[int, Message], Message] = {
             "weights": self._train,
             "gradient": self._full_gradient,
             "hypernetwork": self._train_hypernetwork,
             "energy": self._energy,
+            "scores": self._score,
             "evaluate": self._evaluate,
-        }
+        }[request["kind"]]
+        request, mask = unpack_masked(request)
         request = {n: v.to(self.device) if isinstance(v, Tensor) and n != "channels" else v for n, v in request.items()}
-        reply = work[request["kind"]](client, request)
-        return {n: v.cpu() if isinstance(v, Tensor) else v for n, v in reply.items()}
+        flat = self._networks[b""]
+        if isinstance(flat, MaskedModule):
+            flat.set_mask(torch.ones_like(flat.values, dtype=torch.bool) if mask is None else mask.to(self.device))
+            flat.collect(request.get("learning", flat.prunable if request["kind"] == "scores" else None))
+        reply = {n: v.cpu() if isinstance(v, Tensor) else v for n, v in work(client, request).items()}
+        if "effective" in reply:
+            assert isinstance(flat, MaskedModule)
+            reply["effective"] = pack_vector(reply["effective"], request.get("learning", flat.prunable).cpu())
+        return reply if mask is None else pack_masked(reply, mask)
 
     def _network(self, request: Message) -> FlatModule:
         """The network of the request, which holds its weights."""
@@ -146,7 +169,21 @@ class Clients:
                 request.get("correction"),
             )
         reply: Message = {"weights": flat.values.clone(), "statistics": flat.statistics}
+        if "learning" in request:
+            assert isinstance(flat, MaskedModule)
+            passes = 2 * s.local_steps if mime == "mime" else s.local_steps
+            reply["effective"] = flat.collected() / passes
         return reply | ({} if mime else {"momentum": momentum}) | sums
+
+    def _score(self, client: int, request: Message) -> Message:
+        s, flat = self.settings, self._network(request)
+        assert isinstance(flat, MaskedModule)
+        batches = itertools.islice(self.upper_loaders[client].stream(request["position"]), s.mask_batches)
+        flat.module.train()
+        loss = 0.0
+        for x, y in batches:
+            loss += flat.gradient_of(lambda x=x, y=y: F.cross_entropy(flat.module(x), y))[0].item()  # type: ignore[misc]
+        return {"effective": flat.collected() / s.mask_batches, "loss": loss / s.mask_batches}
 
     def _full_gradient(self, client: int, request: Message) -> Message:
         flat, loader = self._network(request), self.loaders[client]

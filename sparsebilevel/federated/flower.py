@@ -43,7 +43,7 @@ except ImportError as error:
     raise ImportError("sparsebilevel.federated.flower needs Flower: pip install 'sparsebilevel[flower]'") from error
 
 # Record of a tensor by its name in a message; the others are in "arrays", where Flower's own strategies have theirs.
-_RECORDS = {"gates": "gates", "channels": "gates", "hypernetwork": "hypernetwork"}
+_RECORDS = {"gates": "gates", "channels": "gates", "learning": "gates", "hypernetwork": "hypernetwork"}
 _PACKED, _BITS = "sparsebilevel.pack", "sparsebilevel.bits"  # ways to serialize an array, beside Flower's
 # What a reply has by the kind of the request; see `Clients`.
 _REPLIES = {
@@ -51,6 +51,7 @@ _REPLIES = {
     "gradient": ("gradient",),
     "hypernetwork": ("hypernetwork", "loss", "accuracy", "server_penalty", "device_penalty"),
     "energy": ("energy",),
+    "scores": ("effective", "loss"),
     "evaluate": ("correct", "count"),
 }
 _POLL = 1.0  # seconds between looks for nodes
@@ -431,6 +432,8 @@ class DWNPStrategy(Strategy):
         needed = list(_REPLIES[request["kind"]])
         if request["kind"] == "weights" and self.settings.average == "mean":
             needed.append("momentum")
+        if "learning" in request:
+            needed.append("effective")
         if missing := [name for name in needed if name not in reply]:
             return f"the reply has no {', '.join(missing)}"
         like = request | {"gradient": request["weights"]}
@@ -440,6 +443,8 @@ class DWNPStrategy(Strategy):
             like["energy"] = torch.zeros(sum(self.federation.costs.sizes), dtype=torch.float64)
         for name in needed:
             given, expected = reply[name], like.get(name)
+            if self.settings.unstructured and isinstance(given, Tensor) and given.dtype == torch.uint8:
+                continue  # packed under a mask, which `Federation` compares
             if isinstance(expected, Tensor):
                 if not isinstance(given, Tensor) or (given.shape, given.dtype) != (expected.shape, expected.dtype):
                     return f"the reply's {name} is not of the shape and dtype of the request's"

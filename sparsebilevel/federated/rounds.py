@@ -9,6 +9,8 @@ hypernetwork are taken in a row, where the algorithm spreads them over the steps
 
 All randomness is a function of (seed, purpose, round, client), and all other state is in `Federation.state_dict`, so a
 run that is resumed repeats an uninterrupted one bit for bit.
+
+Under an unstructured mask rounds of *scores* take the place of those of the hypernetwork, see `unstructured`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..costs import count_costs
 from ..data import Data
+from ..kernels import PackError
 from ..training.loop import TrainingError
 from ..training.runtime import Ranks
 from .client import Clients, LocalExchange, Message, make_seed
@@ -33,11 +37,13 @@ from .hypernetwork import Hypernetwork, open_threshold
 from .local import FlatModule
 from .models import GatePoint, gate_sizes, slice_gates
 from .settings import METHODS, Settings
+from .unstructured import Pruner, decay_closed, pack_masked, unpack_masked, unpack_vector
 
 Exchange = Callable[[Mapping[int, Message]], Mapping[int, Message | str]]
 
 # Second words of a seed, one for each purpose; the clients' are in `client`.
 _SAMPLE, _LOT = 4, 5
+_DRAWS = {"hypernetwork": 1, "scores": 2}  # a round of weights may go with rounds of these, of other clients
 
 
 class FederationError(TrainingError):
@@ -85,7 +91,11 @@ class Federation:
         sent, received: bytes of the tensors in messages of training by kind, down to the clients whose work was used
             and up from them; bool ones count as a bit an entry.
         failures: how often a client's part in a round was left out.
+        pruner: of an unstructured mask; else None.
     """
+
+    weights: Tensor
+    momentum: Tensor
 
     def __init__(
         self,
@@ -106,7 +116,7 @@ class Federation:
         self.settings, self.points, self.budgets, self.sizes = settings, list(points), list(budgets), list(sizes)
         self.exchange, self.report = exchange, report
         self.costs = GateCosts(model, points, input_shape) if points else None
-        if self.costs is None and settings.method != "fedavg":
+        if self.costs is None and settings.method != "fedavg" and not settings.unstructured:
             raise ValueError(f"points is empty; method {settings.method} needs gate points")
         if (hypernetwork is None) == settings.has_hypernetwork:
             needs = "needs" if settings.has_hypernetwork else "has no use for"
@@ -118,15 +128,18 @@ class Federation:
             self.hyper_mean = torch.zeros_like(self.hyper.values)
             self.hyper_square = torch.zeros_like(self.hyper.values)
         self.hyper_step = self.hyper_rounds = 0
-        self._use(model)
-        self.momentum = torch.zeros_like(self.weights)
-        self.gates: tuple[Tensor, Tensor] | None = None
-
         self.steps_per_epoch = max(1, sum(self.sizes) // (self.clients * settings.batch_size))
         self.phases = [self._phase(name) for name in METHODS[settings.method]]
         self.phases = [phase for phase in self.phases if phase.rounds]
+        self.pruner = Pruner(model, settings, self.phases[0].rounds) if settings.unstructured else None
+        self._use(model)
+        self.momentum = torch.zeros_like(self.weights)
+        self.gates: tuple[Tensor, Tensor] | None = None
+        if self.pruner is not None and settings.method == "bidst":  # sparse from the start
+            self.weights, self.momentum = self.pruner.start(self.weights, self.momentum)
+
         self.done = self.phase = self.phase_round = 0
-        self.positions = {"weights": [0] * self.clients, "hypernetwork": [0] * self.clients}
+        self.positions = {kind: [0] * self.clients for kind in ("weights", "hypernetwork", "scores")}
         self.sent: dict[str, int] = {}
         self.received: dict[str, int] = {}
         self.failures = [0] * self.clients
@@ -145,7 +158,7 @@ class Federation:
     def _use(self, model: nn.Module) -> None:
         """Make this the server's network."""
         self.model = model
-        self.flat = FlatModule(model)
+        self.flat = FlatModule(model) if self.pruner is None else self.pruner.flat
         self.weights, self.statistics = self.flat.values.clone(), self.flat.statistics.clone()
         self._shares: list[_Share] | None = None
 
@@ -185,7 +198,8 @@ class Federation:
         Returns:
             ``round``, ``phase``, ``epoch``, ``lr``, ``train_loss``, ``train_acc`` (of rounds of weights), and of those
             of the hypernetwork the means over clients and steps ``hyper_loss``, ``hyper_acc``, ``server_penalty``,
-            ``device_penalty``.
+            ``device_penalty``. Where scores of single weights took a step: ``mask_changed``, the part of the open
+            weights that was closed, ``direct`` and ``implicit``, the mean sizes of the terms, and ``upper_loss`` (bip).
 
         Raises:
             FederationError: too few clients, again and again.
@@ -198,6 +212,10 @@ class Federation:
             self.prune()
         elif phase.name == "search":
             row |= self._hyper_round()
+        elif self.pruner is not None:
+            if phase.name == "train+mask":
+                row |= self._mask_round(phase)
+            row |= self._weights_round(phase)
         else:
             row |= self._weights_round(phase)
             if phase.name == "train+search":
@@ -209,6 +227,8 @@ class Federation:
         row |= {"round": self.done, "phase": phase.name, "epoch": self.epoch}
         if self.phase_round == phase.rounds:
             self.phase, self.phase_round = self.phase + 1, 0
+            if self.pruner is not None and phase.name == "train+mask":
+                self.weights, self.momentum = self.pruner.finish(self.weights, self.momentum)
         return row
 
     def _hyper_rounds_due(self, phase: Phase, rounds: int) -> int:
@@ -244,9 +264,8 @@ class Federation:
             for k in reasons:
                 self.failures[k] += 1
             if len(replies) >= least:
-                for k, reply in replies.items():
-                    self._count(self.sent, kind, requests[k])
-                    self._count(self.received, kind, reply)
+                for counter, at in ((self.sent, 0), (self.received, 1)):
+                    counter[kind] = counter.get(kind, 0) + sum(reply["bytes"][at] for reply in replies.values())
                 return replies
             self.report(f"round {self.done + 1} ({kind}): {len(replies)} clients, at least {least} are needed")
         raise FederationError(
@@ -256,12 +275,18 @@ class Federation:
         )
 
     def _ask(self, kind: str, requests: Mapping[int, Message]) -> tuple[dict[int, Message], dict[int, str]]:
-        """Replies that can be used, in the order of the requests, and the reasons why others cannot."""
+        """Replies that can be used, in the order of the requests, and the reasons why others cannot.
+
+        ``bytes`` of a reply are those of the request and its own.
+        """
         replies: dict[int, Message] = {}
         reasons: dict[int, str] = {}
+        requests = {k: self._seal(request) for k, request in requests.items()}
         outcomes = self.exchange(requests)
-        for k in requests:
+        for k, request in requests.items():
             outcome = outcomes.get(k, "no reply")
+            if not isinstance(outcome, str):
+                outcome = self._open(request, outcome)
             if not isinstance(outcome, str):
                 odd = [n for n, v in outcome.items() if isinstance(v, Tensor) and not v.isfinite().all()]
                 if not odd:
@@ -276,14 +301,25 @@ class Federation:
         sampled = self.settings.sample or self.clients
         if sampled == self.clients:
             return list(range(self.clients))
-        words = (_SAMPLE, self.done, self.hyper_rounds, int(kind == "hypernetwork"), attempt)
+        words = (_SAMPLE, self.done, self.hyper_rounds, _DRAWS.get(kind, 0), attempt)
         return torch.randperm(self.clients, generator=self._generator(*words))[:sampled].sort().values.tolist()
 
-    @staticmethod
-    def _count(counter: dict[str, int], kind: str, message: Message) -> None:
-        tensors = [value for value in message.values() if isinstance(value, Tensor)]
-        size = sum(-(-t.numel() // 8) if t.dtype == torch.bool else t.numel() * t.itemsize for t in tensors)
-        counter[kind] = counter.get(kind, 0) + size
+    def _seal(self, request: Message) -> Message:
+        """What travels: with an unstructured mask vectors are packed."""
+        return request if self.pruner is None else pack_masked(request, self.pruner.mask, positions=True)
+
+    def _open(self, request: Message, reply: Message) -> Message | str:
+        """The reply with its vectors whole, or what is wrong with it."""
+        size = _bytes(request), _bytes(reply)
+        if self.pruner is not None:
+            try:
+                reply, _ = unpack_masked(reply, self.pruner.mask)
+                if "effective" in reply:
+                    where = request.get("learning", self.pruner.flat.prunable)
+                    reply["effective"] = unpack_vector(reply["effective"], where)
+            except PackError as error:
+                return str(error)
+        return reply | {"bytes": size}
 
     def _mean(self, replies: Mapping[int, Message], name: str, old: Tensor) -> Tensor:
         """Average over the clients that have an entry, in their order; ``old`` where there is none."""
@@ -313,6 +349,7 @@ class Federation:
     def _weights_round(self, phase: Phase) -> dict[str, Any]:
         s, lr = self.settings, self._lr(phase)
         gates = self.client_gates()
+        learning = self.pruner.learning() if self.pruner is not None and phase.name != "finetune" else None
         correction, survivors = None, None
         if s.average != "mean":
             replies = self._collect("gradient", None, lambda k: self._request("gradient", k, gates))
@@ -322,20 +359,70 @@ class Federation:
             values = self._share(k).values
             message = self._request("weights", k, gates)
             message |= {"lr": lr, "position": self.positions["weights"][k], "momentum": self.momentum[values]}
+            message |= {} if learning is None else {"learning": learning}
             return message | ({"correction": correction[values]} if s.average == "mime" else {})  # type: ignore[index]
 
         replies = self._collect("weights", survivors, request)
         for k in replies:
             self.positions["weights"][k] += s.local_steps
+        row: dict[str, Any] = {}
+        old = self.weights, self.momentum
         self.weights = self._mean(replies, "weights", self.weights)
         self.statistics = self._mean(replies, "statistics", self.statistics)
         if correction is not None:
             self.momentum = self.momentum.mul(s.momentum).add_(correction)
         else:
             self.momentum = self._mean(replies, "momentum", self.momentum)
+        if self.pruner is not None:
+            self._keep_closed(old, lr)
+        if learning is not None:
+            row |= self._learn(self._mean(replies, "effective", torch.zeros_like(self.weights)), lr)
         self.flat.load(self.weights, self.statistics)
         loss, correct, count = (sum(r[name] for r in replies.values()) for name in ("loss", "correct", "count"))
-        return {"lr": lr, "train_loss": loss / count, "train_acc": correct / count}
+        return row | {"lr": lr, "train_loss": loss / count, "train_acc": correct / count}
+
+    # -- unstructured masks -------------------------------------------------------------------------------------------
+
+    def _mask_round(self, phase: Phase) -> dict[str, Any]:
+        """BiP's first mask and its steps on the scores, where they are due: clients give gradients for them."""
+        s, pruner = self.settings, self.pruner
+        assert pruner is not None
+        after = self.phase_round - int(s.mask_start * phase.rounds)
+        if s.method != "bip" or after < 0:
+            return {}
+        if after == 0:
+            self.weights, self.momentum = pruner.start(self.weights, self.momentum)
+        if after % s.mask_interval:
+            return {}
+
+        def request(k: int) -> Message:
+            return self._request("scores", k, None) | {"position": self.positions["scores"][k]}
+
+        replies = self._collect("scores", None, request)
+        for k in replies:
+            self.positions["scores"][k] += s.mask_batches
+        gradient = self._mean(replies, "effective", torch.zeros_like(self.weights))
+        row = self._learn(gradient, self._lr(phase))
+        return row | {"upper_loss": statistics.fmean(reply["loss"] for reply in replies.values())}
+
+    def _learn(self, gradient: Tensor, lr: float) -> dict[str, Any]:
+        """A step of the upper level, see `Pruner.learn`; for the log, the part of the open weights that changed."""
+        assert self.pruner is not None
+        before = self.pruner.mask
+        self.weights, self.momentum = self.pruner.learn(self.weights, self.momentum, gradient, lr)
+        after = self.pruner.mask
+        row: dict[str, Any] = {"mask_changed": int((before & ~after).sum()) / int(before.sum())}
+        return row | self.pruner.figures()
+
+    def _keep_closed(self, old: tuple[Tensor, Tensor], lr: float) -> None:
+        """Closed weights, which no client has, go on from their ``old`` values and momentum."""
+        assert self.pruner is not None
+        s, is_open = self.settings, self.pruner.mask
+        weights, momentum = decay_closed(*old, ~is_open, s.local_steps, lr, s.momentum, s.weight_decay)
+        self.weights = torch.where(is_open, self.weights, weights)
+        self.momentum = torch.where(is_open, self.momentum, momentum)
+
+    # -- the hypernetwork ---------------------------------------------------------------------------------------------
 
     def _hyper_round(self) -> dict[str, Any]:
         s, hyper = self.settings, self.hyper
@@ -442,7 +529,10 @@ class Federation:
         return torch.cat(ranks)
 
     def prune(self) -> None:
-        """Cut the server's closed channels out of the network, for good; the momentum starts anew."""
+        """Cut what is closed out of the network, for good; the momentum starts anew."""
+        if self.pruner is not None:
+            self.weights, self.momentum = self.pruner.start(self.weights, torch.zeros_like(self.weights))
+            return
         server, devices = self.export_gates()
         self.flat.load(self.weights, self.statistics)
         self._use_gates(server, devices)
@@ -465,7 +555,8 @@ class Federation:
 
         Returns:
             ``device_acc`` (None for a device without test samples), ``pooled_acc`` (all of them together),
-            ``server_acc``; ``server_ratio`` and ``device_ratio``, T of the gates as a fraction of the total;
+            ``server_acc``; with an unstructured mask ``sparsity`` (of the weights that it covers) and
+            ``params_nonzero``; else ``server_ratio`` and ``device_ratio``, T of the gates as a fraction of the total;
             ``server_flops``, ``device_flops`` and ``dense_flops``, true ones; ``server_kept`` and ``union_kept``, open
             channels of every gate point of the server and of any device, ``device_kept`` their means over devices.
         """
@@ -496,6 +587,15 @@ class Federation:
         return self._ask("evaluate", {k: request(k) for k in range(self.clients)})[0]
 
     def _costs(self, gates: Tensor | None, server: Tensor | None) -> dict[str, Any]:
+        if self.pruner is not None:
+            counted = count_costs(self.model, self.input_shape)
+            return {
+                "sparsity": counted.sparsity,
+                "params_nonzero": counted.params_nonzero,
+                "server_flops": counted.flops_theoretical,
+                "device_flops": [counted.flops_theoretical] * self.clients,
+                "dense_flops": counted.flops_dense,
+            }
         if self.costs is None:
             return {}
         costs = self.costs
@@ -530,6 +630,7 @@ class Federation:
         state |= {"positions": {name: list(values) for name, values in self.positions.items()}}
         state |= {"sent": dict(self.sent), "received": dict(self.received), "failures": list(self.failures)}
         state["gates"] = None if self.gates is None else list(self.gates)
+        state["mask"] = None if self.pruner is None else self.pruner.state_dict()
         state["hypernetwork"] = None
         if self.hyper is not None:
             state["hypernetwork"] = [self.hyper.values.clone(), self.hyper_mean, self.hyper_square]
@@ -550,7 +651,10 @@ class Federation:
             server, devices = state["gates"]
             if self.gates is None:
                 self._use_gates(server, devices)
-        self.model.load_state_dict(state["model"])
+        if self.pruner is None:
+            self.model.load_state_dict(state["model"])
+        else:
+            self.pruner.load_state_dict(state["mask"], state["model"])
         self.weights, self.statistics, self.momentum = (
             state[name].clone() for name in ("weights", "statistics", "momentum")
         )
@@ -569,7 +673,15 @@ class Federation:
         if self.phases[0].name != "train" or state["phase"] != 1 or state["phase_round"]:
             raise ValueError("state is not one after the phase 'train', or this method has none")
         own = self.state_dict()
-        self.load_state_dict({**state, "settings": own["settings"], "hypernetwork": own["hypernetwork"]})
+        model = {name: state["model"].get(name, value) for name, value in own["model"].items()}  # it may have no masks
+        kept = {name: own[name] for name in ("settings", "hypernetwork", "mask")}
+        self.load_state_dict({**state, **kept, "model": model})
+
+
+def _bytes(message: Message) -> int:
+    """Of the tensors; bool ones count as a bit an entry."""
+    tensors = [value for value in message.values() if isinstance(value, Tensor)]
+    return sum(-(-t.numel() // 8) if t.dtype == torch.bool else t.numel() * t.itemsize for t in tensors)
 
 
 def _accuracy(replies: Iterable[Message]) -> float | None:

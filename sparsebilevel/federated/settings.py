@@ -17,7 +17,12 @@ METHODS = {
     "energy": ("train", "prune", "finetune"),
     "random": ("train", "prune", "finetune"),
     "fedavg": ("train", "finetune"),
+    "bip": ("train+mask", "finetune"),
+    "bidst": ("train+mask", "finetune"),
+    "magnitude": ("train", "prune", "finetune"),
 }
+# Those that prune single weights; all devices have the same mask.
+UNSTRUCTURED = ("bip", "bidst", "magnitude")
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,12 @@ class Settings:
             (``masked``, as DWNP's code), or its own ``sliced`` network. Then it gets, computes and sends only what it
             keeps, what it trains is what it will use, and an entry is averaged over the devices that have it.
         fill: exported gates use the budget up, where the hypernetwork stays below it.
+        sparsity: of the weights of all convolutions and linear layers, for the methods in `UNSTRUCTURED`.
+        distribution: over the layers, for ``bidst``: ``erk`` or ``uniform``; the others rank all weights together.
+        search_space: of ``bidst``, as a part of a layer's weights.
+        mask_start: part of the epochs before ``bip`` closes weights.
+        mask_interval: rounds of weights for each step of ``bip`` on the mask, and between the changes of ``bidst``.
+        mask_batches: of each client, for a step of ``bip`` on the mask.
         seed: of everything.
     """
 
@@ -93,12 +104,23 @@ class Settings:
     server_budget: float = 0.8
     device_networks: str = "masked"
     fill: bool = False
+    sparsity: float = 0.9
+    distribution: str = "erk"
+    search_space: float = 0.05
+    mask_start: float = 0.5
+    mask_interval: int = 4
+    mask_batches: int = 2
     seed: int = 0
 
     @property
     def personal(self) -> bool:
         """Whether devices have sub-networks of their own."""
         return self.method == "dwnp"
+
+    @property
+    def unstructured(self) -> bool:
+        """Whether single weights are pruned, and not channels."""
+        return self.method in UNSTRUCTURED
 
     @property
     def has_hypernetwork(self) -> bool:
@@ -109,18 +131,19 @@ class Settings:
         """Raise ValueError, naming the setting, its value and what is allowed."""
         choices = {"method": METHODS, "average": AVERAGES, "weighting": ("uniform", "samples"), "noise": NOISES}
         choices |= {"embedding": ("mean", "own"), "device_networks": ("masked", "sliced")}
+        choices |= {"distribution": ("erk", "uniform")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; allowed: {', '.join(allowed)}")
         least = {"epochs": 1, "finetune_epochs": 0, "search_epochs": 1, "retries": 0, "batch_size": 1, "seed": 0}
-        least |= {"local_steps": 1, "hyper_steps": 1, "hyper_interval": 1}
+        least |= {"local_steps": 1, "hyper_steps": 1, "hyper_interval": 1, "mask_interval": 1, "mask_batches": 1}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; expected at least {low}")
         for name in ("lr", "finetune_lr", "weight_decay", "hyper_lr", "hyper_weight_decay", "strength"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; expected a finite number >= 0")
-        for name in ("momentum", "hyper_start"):
+        for name in ("momentum", "hyper_start", "sparsity", "search_space", "mask_start"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; expected a number in [0, 1)")
         for name in ("hyper_part", "server_budget"):

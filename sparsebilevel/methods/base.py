@@ -314,6 +314,19 @@ class Sparsifier:
         grads = self._take_grads(scaler)
         if grads is None:
             return False  # the scaler skipped the optimizer's step, so there is none to count
+        return self.step_with(grads)
+
+    @torch.no_grad()
+    def step_with(self, grads: dict[str, Tensor]) -> bool:
+        """:meth:`step` with effective gradients from elsewhere, as a federated server gets them from its clients.
+
+        Args:
+            grads: ``G`` by the names of :attr:`weights`, float32: ``[capacity]`` at the ``support_positions`` of a
+                layer that collects there, else of the weight's shape. They may be written over.
+
+        Returns:
+            True if the topology changed.
+        """
         self.step_count += 1
         self.learn(grads)
         changed = self.schedule.is_due(self.step_count)
@@ -401,6 +414,8 @@ class Sparsifier:
 
     def _ranks_agree(self) -> bool:
         mine = mask_hash(self.weights.values())
+        if dist.get_backend() == "nccl":  # which carries nothing from the CPU, where a federated server has its masks
+            mine = mine.cuda()
         low, high = mine.clone(), mine.clone()
         dist.all_reduce(low, dist.ReduceOp.MIN)
         dist.all_reduce(high, dist.ReduceOp.MAX)

@@ -365,15 +365,26 @@ class BiP(_BiLevel):
                 if scaler is not None and scaler.is_enabled():
                     grads = {name: g / scaler.get_scale() for name, g in grads.items()}
                 if scaler is None or all(bool(g.isfinite().all()) for g in grads.values()):
-                    self._update_scores(grads)
-                    self.set_masks(self.propose_masks(grads))
-                    self.upper_steps += 1
+                    self.upper_step_with(grads)
         finally:
             for p, grad in zip(parameters, kept, strict=True):
                 p.grad = grad
             for masked in self.weights.values():
                 masked.collect("none")
         return loss.detach()
+
+    @torch.no_grad()
+    def upper_step_with(self, grads: dict[str, Tensor]) -> None:
+        """:meth:`upper_step` with effective gradients from elsewhere, as a federated server gets them from its clients.
+
+        Args:
+            grads: ``G`` of an upper batch by the names of :attr:`weights`, float32, of the weights' shapes.
+        """
+        if self.finished:
+            raise RuntimeError("upper_step_with after finish(): the mask is fixed")
+        self._update_scores(grads)
+        self.set_masks(self.propose_masks(grads))
+        self.upper_steps += 1
 
     def _update_scores(self, grads: dict[str, Tensor]) -> None:
         for name, grad in grads.items():

@@ -44,7 +44,8 @@ def make_task(config: Mapping[str, Any]) -> Task:
     clients, shape = given["clients"], SHAPES[given["data"]]
     torch.manual_seed(settings.seed)
     model = create_model(given["arch"], 100 if given["data"] == "cifar100" else 10, shape[0])
-    model = set_norm(model, "group", standardize=not given["arch"].startswith("mobilenet"))
+    standardize = not given["arch"].startswith("mobilenet") and not settings.unstructured
+    model = set_norm(model, "group", standardize=standardize)
     points = find_gate_points(model)
     budgets = parse_budgets("device-flops", given["device_flops"], clients, settings.seed)
     return Task(model, points, shape, make_hypernetwork(model, points, clients, settings), budgets, settings)
