@@ -279,6 +279,10 @@ def test_exported_gates_keep_to_the_budget_and_close_no_more_than_they_must(cost
         one_more = gates.clone()
         one_more[left[logits[left].argmax()]] = True
         assert float(costs(one_more)) > budget * costs.total
+    for gate in left.tolist() if fill else ():  # and no other one does either
+        one_more = gates.clone()
+        one_more[gate] = True
+        assert float(costs(one_more)) > budget * costs.total
 
 
 @pytest.fixture(scope="module")

@@ -114,7 +114,8 @@ class GateCosts:
             budget: fraction of ``total``, in (0, 1].
             within: bool ``[G]``; only these may be open (a device's, within the server's).
             threshold: of an open gate.
-            fill: also open gates below the threshold, largest first, as long as the budget holds.
+            fill: also open gates below the threshold, largest first, and pass over those that the budget does not
+                allow; so T is less than the cheapest gate below it, if any gate may still be opened.
 
         Returns:
             bool ``[G]``.
@@ -152,7 +153,11 @@ class GateCosts:
         while low < high:  # the largest affordable count: low is one, and above high none
             middle = (low + high + 1) // 2
             low, high = (middle, high) if is_affordable(middle) else (low, middle - 1)
-        return kept(low)
+        chosen = kept(low)
+        for gate in order[low:].tolist() if fill else ():
+            chosen[gate] = True  # the next one is too dear, one of a cheaper layer may not be
+            chosen[gate] = float(self(chosen)) <= budget * self.total
+        return chosen
 
 
 def budget_penalty(ratio: Tensor, budget: float, two_sided: bool = False) -> Tensor:
