@@ -66,9 +66,11 @@ class Gossip:
         self._known: dict[tuple[int, int], Tensor] = {}  # (receiver, sender) -> the sender's mask
 
     def forget(self) -> None:
-        """Send positions anew. Done when a checkpoint is written or read, so that both go on with the same bytes."""
+        """Send positions anew. Done when a checkpoint is written or read, so that both go on with the same bytes.
+
+        What is known of others stays: they need not forget in the same round, and go on with values alone.
+        """
         self._told.clear()
-        self._known.clear()
 
     def mix(self, values: Mapping[int, Tensor], kind: str, masks: Mapping[int, Tensor] | None = None) -> Values:
         """Mixed copies of ``values``.
