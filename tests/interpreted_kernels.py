@@ -363,6 +363,38 @@ def test_optimizers_leave_no_old_copy(settings, launches):
     assert torch.equal(compute_copy(w, m, torch.float32), torch.where(m, w, 0))
 
 
+def test_a_federations_vectors_leave_no_old_copy(launches):
+    """Its clients write one vector, of which the weights are views that torch does not know as such."""
+    from sparsebilevel.federated.local import train_weights
+    from sparsebilevel.federated.unstructured import MaskedModule
+
+    flat = MaskedModule(sb.sparsify(torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Linear(8, 4)), 0.5))
+    mask = flat.mask
+    start = torch.randn_like(flat.values) * mask
+    batches = [(torch.randn(6, 16), torch.randint(4, (6,))) for _ in range(3)]
+    flat.load(start)
+    train_weights(flat, batches, start, torch.zeros_like(start), 0.5, 0.9, 0.0)
+    assert launches  # copies were kept
+
+    plain = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Linear(8, 4))
+    for p, values in zip(plain.parameters(), start.split([p.numel() for p in plain.parameters()]), strict=True):
+        p.data = values.view(p.shape).clone()
+    optimizer = torch.optim.SGD(plain.parameters(), 0.5, momentum=0.9)
+    masks = mask.split([p.numel() for p in plain.parameters()])
+    for x, y in batches:
+        optimizer.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        for p, kept in zip(plain.parameters(), masks, strict=True):
+            p.grad *= kept.view(p.shape)
+        optimizer.step()
+    assert_close(flat.values, torch.cat([p.detach().reshape(-1) for p in plain.parameters()]), rtol=1e-4, atol=1e-5)
+    flat.load(start)
+    x = batches[0][0]
+    first = flat.module(x)
+    flat.load(2 * start)
+    assert (flat.module(x) - first).abs().max() > 1e-2
+
+
 def test_a_compiled_step_leaves_no_old_copy(launches):
     w, m = torch.nn.Parameter(torch.randn(6, 8)), torch.rand(6, 8) < 0.5
 

@@ -14,8 +14,9 @@ Batch = tuple[Tensor, Tensor]
 class FlatModule:
     """A module's parameters as one vector ``values`` [P], and their gradients as another, ``gradient`` [P].
 
-    The parameters become views of ``values``; what is written there, the module computes with. ``statistics`` [B] are
-    the floating buffers (running means and variances of batch normalization), which are averaged like parameters.
+    The parameters become views of ``values``; what is written there, the module computes with, in `gradient_of`, and
+    otherwise after `load`. ``statistics`` [B] are the floating buffers (running means and variances of batch
+    normalization), which are averaged like parameters.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -30,6 +31,7 @@ class FlatModule:
             p.data = self.values[span].view(p.shape)
             p.grad = self.gradient[span].view(p.shape)
             start = span.stop
+        self._parameters = list(named.values())
         self._buffers = [b for b in module.buffers() if b.is_floating_point()]
 
     @property
@@ -39,13 +41,19 @@ class FlatModule:
     def load(self, values: Tensor, statistics: Tensor | None = None) -> None:
         """Compute with these from now on; they are copied."""
         self.values.copy_(values)
+        self._note_written()
         if statistics is not None:
             parts = statistics.split([b.numel() for b in self._buffers]) if self._buffers else ()
             for buffer, part in zip(self._buffers, parts, strict=True):
                 buffer.copy_(part.view(buffer.shape))
 
+    def _note_written(self) -> None:
+        """Views made through ``.data`` have versions of their own, by which layers know that a masked copy is old."""
+        torch.autograd.graph.increment_version(self._parameters)
+
     def gradient_of(self, loss: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         """``loss()`` without its graph, and its gradient [P], which the next call overwrites."""
+        self._note_written()
         self.gradient.zero_()
         value = loss()
         value.backward()
