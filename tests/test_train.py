@@ -23,7 +23,7 @@ from sparsebilevel.training.config import LOOP_OPTIONS, METHOD_NAMES, METHOD_OPT
 from sparsebilevel.training.loop import Config, Trainer, TrainingError, train
 from sparsebilevel.training.plan import Phase, learning_rate, make_plan, score_lr_factor
 from sparsebilevel.training.runlog import Progress, read_log
-from sparsebilevel.training.runtime import EMA, Interrupted
+from sparsebilevel.training.runtime import EMA, Interrupted, process_group
 
 # Two epochs of five steps on real data: an eighth of a second.
 TINY = {"epochs": 2, "batch_size": 256, "measure": False, "quiet": True, "validation": 0.1, "seed": 3}
@@ -806,3 +806,15 @@ def test_compile(method, tmp_path):
     assert result["sparsity"] == pytest.approx(0.9, abs=1e-4)
     eager = train(make_config(tmp_path / "eager", method=method, **arguments))
     assert result["train_acc"] == pytest.approx(eager["train_acc"], abs=0.1)
+
+
+@pytest.mark.parametrize(("name", "index"), [("cuda", 1), ("auto", 1), ("cuda:3", 3)])
+def test_a_gpu_is_chosen_by_its_index(name, index, monkeypatch):
+    """torch.cuda.set_device refuses a device without one."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(device.index))
+    with process_group(name) as ranks:
+        assert ranks.device == torch.device("cuda", index)
+    assert chosen == [index]

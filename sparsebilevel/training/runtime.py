@@ -102,8 +102,9 @@ def process_group(device: str) -> Iterator[Ranks]:
     """The processes that torchrun started (nccl on CUDA, gloo else), or this one alone."""
     chosen = choose_device(device)
     owns = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
-    if owns and chosen.type == "cuda" and chosen.index is None:
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if chosen.type == "cuda" and chosen.index is None:  # set_device takes an index only
+        index = int(os.environ.get("LOCAL_RANK", 0)) if owns else torch.cuda.current_device()
+        chosen = torch.device("cuda", index)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if owns:
