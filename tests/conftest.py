@@ -1,6 +1,7 @@
 """Options and fixtures of all tests. It lies here and not in the root, which must stay off ``sys.path``."""
 
 import os
+import subprocess
 import sys
 
 import pytest
@@ -51,3 +52,22 @@ def _poisoned(function):
         return out.fill_(float("nan")) if caller.startswith("sparsebilevel") else out
 
     return wrapper
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """Call it with the arguments of the command ``sparsebilevel``, to run that in several processes."""
+
+    def run(arguments, processes=2):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        done = subprocess.run(
+            [*launch, "-m", "sparsebilevel", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},  # sums depend on it
+        )
+        assert done.returncode == 0, done.stderr
+
+    return run

@@ -539,18 +539,10 @@ def test_bad_flags_end_in_one_line(flags, match, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(8, marks=pytest.mark.slow)])
-def test_torchrun_gives_the_numbers_of_one_process(size, tmp_path):
+def test_torchrun_gives_the_numbers_of_one_process(size, torchrun, tmp_path):
     flags = ["--baselines", "d-sgd-tracking"]
     main(command(tmp_path / "one", *flags, "--workers", str(size)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    done = subprocess.run(
-        [*launch, "-m", "sparsebilevel", *command(tmp_path / "many", *flags)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    torchrun(command(tmp_path / "many", *flags), size)
     for name in ("bilevel", "d-sgd-tracking"):
         assert rows(tmp_path / "one", name) == rows(tmp_path / "many", name)
 

@@ -3,9 +3,6 @@
 import copy
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -449,19 +446,10 @@ def test_the_command_goes_on_from_its_checkpoint(tmp_path):
     assert read_rows(whole / "bidst") == read_rows(parts / "bidst")
 
 
-def test_torchrun_gives_the_numbers_of_one_process(tmp_path):
+def test_torchrun_gives_the_numbers_of_one_process(torchrun, tmp_path):
     command = [*COMMAND, "--baselines", "bip"]
     main([*command, "--output-dir", str(tmp_path / "one")])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, "-m", "sparsebilevel", *command, "--output-dir", str(tmp_path / "many")],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},  # sums depend on it
-    )
-    assert done.returncode == 0, done.stderr
+    torchrun([*command, "--output-dir", str(tmp_path / "many")])
     for method in ("bidst", "bip"):
         assert read_rows(tmp_path / "one" / method) == read_rows(tmp_path / "many" / method)
 
