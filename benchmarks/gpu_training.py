@@ -17,7 +17,7 @@ product, and what it reads and writes in bfloat16 at the speed of a copy, both m
 on top of it.
 
 Results go to ``benchmarks/results/gpu_training.json`` after each row, and tables to standard output. ``--device cpu
---quick`` runs the same lines where there is no GPU; its figures mean nothing. Nobody has run this on a GPU yet.
+--quick`` runs the same lines where there is no GPU; its figures mean nothing.
 """
 
 from __future__ import annotations
