@@ -374,6 +374,39 @@ def test_devices_train_their_sliced_networks():
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("method", ["dwnp", "filter", "fedavg", "bidst"])
+def test_devices_train_by_themselves_in_the_end(method):
+    norm = "batch" if method == "bidst" else "group"
+    torch.manual_seed(0)
+    model = set_norm(resnet_cifar(8, in_channels=1, width=8), norm, standardize=method != "bidst")
+    points = find_gate_points(model) if method in ("dwnp", "filter") else []
+    settings = Settings(method=method, **{**QUICK, "epochs": 4}, personalize_epochs=2, finetune_lr=0.05)
+    run = make_federation(model, points, *make_data(), [0.5] * 4, settings)
+    finish(run)
+    state = copy.deepcopy(run.state_dict())
+    accuracy = run.evaluate_devices(personalize=True)
+    assert_same(run.state_dict(), state)  # nobody gets what a device has learned
+
+    clients, steps = run.exchange.clients, round(2 * run.steps_per_epoch)
+    correct = 0
+    for k in range(4):
+        model = run.device_model(k).train()
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        batches = clients.loaders[k].stream(run.positions["weights"][k])
+        for _ in range(steps):
+            x, y = next(batches)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            schedule.step()
+        model.eval()
+        correct += sum(int((model(x).argmax(1) == y).sum()) for x, y in clients.tests[k])
+    count = sum(len(test.indices) for test in clients.tests)
+    assert accuracy == pytest.approx(correct / count, abs=2.5 / count)
+    assert accuracy != run.evaluate_devices()
+
+
 def test_clients_that_fail_are_left_out_and_counted():
     messages = []
     run = make_run(report=messages.append)
@@ -502,6 +535,7 @@ def test_bad_settings_are_refused(options, match):
 
 COMMAND = ["federated", "--clients", "3", "--arch", "resnet20", "--limit", "150", "--batch-size", "25", "--epochs", "4"]
 COMMAND += ["--finetune-epochs", "2", "--search-epochs", "2", "--hyper-interval", "1", "--local-steps", "2", "--quiet"]
+COMMAND += ["--personalize-epochs", "1"]
 
 
 def read_rows(folder):
@@ -521,6 +555,7 @@ def test_the_command_compares_methods(tmp_path, capsys):
     result = read_rows(tmp_path / "dwnp")[-1]
     assert result["type"] == "result"
     assert 0 <= result["acc_after_pruning"] <= 1
+    assert f"{100 * result['personalized_acc']:.2f}" in table[2].split()
     assert max(result["device_ratio"]) <= 0.5
     assert result["server_ratio"] <= 0.8
     assert result["params"]["device"] < result["params"]["server"] < result["params"]["dense"]

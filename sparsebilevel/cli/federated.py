@@ -235,7 +235,9 @@ def _result(run: Federation, dense: nn.Module, rows: list[dict[str, Any]], figur
     result |= {"bytes_down": run.sent, "bytes_up": run.received, "failures": run.failures}
     result |= {"hyper_rounds": run.hyper_rounds, "rounds": {phase.name: phase.rounds for phase in run.phases}}
     if run.settings.personal and run.gates is not None:
-        result["device_acc_sliced"] = run.evaluate_sliced()
+        result["device_acc_sliced"] = run.evaluate_devices()
+    if run.settings.personalize_epochs:
+        result["personalized_acc"] = run.evaluate_devices(personalize=True)
     networks = {"dense": dense, "server": run.model, "device": run.device_model(0)}
     result["params"] = {name: count_costs(net, run.input_shape).params_nonzero for name, net in networks.items()}
     result |= {"time_forward_ms": _forward_times(networks, run)}
@@ -275,6 +277,7 @@ def result_table(results: dict[str, dict[str, Any]]) -> str:
     """The end of every run, side by side."""
     header = (
         *("method", "before %", "pruned %", "tuned %", "worst device %", "server %"),
+        "personalized %",
         *("sparsity", "T server", "T devices", "FLOPs server", "FLOPs devices", "down MB", "up MB"),
     )
     table = []
@@ -282,6 +285,7 @@ def result_table(results: dict[str, dict[str, Any]]) -> str:
         worst = min(a for a in r["device_acc"] if a is not None)
         cells = [f"{100 * r[key]:.2f}" if key in r else "-" for key in ("acc_before_pruning", "acc_after_pruning")]
         cells += [f"{100 * value:.2f}" for value in (r["pooled_acc"], worst, r["server_acc"])]
+        cells.append(f"{100 * r['personalized_acc']:.2f}" if "personalized_acc" in r else "-")
         for key in ("sparsity", "server_ratio", "device_ratio", "server_flops", "device_flops"):
             value = r.get(key, "-")
             value = statistics.fmean(value) if isinstance(value, list) else value
@@ -348,6 +352,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("weights")
     add(group, "epochs", "before pruning")
     add(group, "finetune_epochs", "after pruning")
+    help = "of each device by itself, in the end; accuracy after them is reported beside that before"
+    add(group, "personalize_epochs", help)
     add(group, "batch_size", "of a client")
     add(group, "lr", "of the clients' SGD")
     add(group, "finetune_lr", "after pruning")

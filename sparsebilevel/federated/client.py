@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -68,7 +69,8 @@ class Clients:
       with ``hypernetwork`` and sums over the steps: ``loss``, ``accuracy``, ``server_penalty``, ``device_penalty``.
     - ``energy``: replies with ``energy`` [G], float64, the mean square of every gate point's activations over the
       training samples and positions.
-    - ``evaluate``: replies with ``correct`` of ``count`` test samples.
+    - ``evaluate``: replies with ``correct`` of ``count`` test samples. With ``steps`` the device first takes so many by
+      itself, from batch ``position`` on, with ``lr`` falling along a cosine to 0; nobody gets what it has learned.
 
     Under an unstructured mask vectors [P] come and go packed, see `pack_masked`; ``weights`` tell the mask. Then there
     are also:
@@ -262,16 +264,26 @@ class Clients:
                 handle.remove()
         return {"energy": torch.cat([sums[point.name] for point in self.points]) / len(loader.indices)}
 
-    @torch.no_grad()
     def _evaluate(self, client: int, request: Message) -> Message:
         loader = self.tests[client]
         if loader is None:
             return {"correct": 0, "count": 0}
         flat = self._network(request)
-        flat.module.eval()
         with self._gated(flat, request.get("gates")):
-            correct = sum(int((flat.module(x).argmax(1) == y).sum()) for x, y in loader)
+            if "steps" in request:
+                self._personalize(client, flat, request)
+            flat.module.eval()
+            with torch.no_grad():
+                correct = sum(int((flat.module(x).argmax(1) == y).sum()) for x, y in loader)
         return {"correct": correct, "count": len(loader.indices)}
+
+    def _personalize(self, client: int, flat: FlatModule, request: Message) -> None:
+        s, steps, momentum = self.settings, request["steps"], torch.zeros_like(flat.values)
+        batches = itertools.islice(self.loaders[client].stream(request["position"]), steps)
+        flat.module.train()
+        for i, batch in enumerate(batches):
+            lr = request["lr"] * (1 + math.cos(math.pi * i / steps)) / 2
+            momentum, _ = train_weights(flat, [batch], flat.values, momentum, lr, s.momentum, s.weight_decay)
 
 
 class LocalExchange:

@@ -572,14 +572,26 @@ class Federation:
         row = {"device_acc": [_accuracy([own[k]]) if k in own else None for k in range(self.clients)]}
         return row | {"pooled_acc": pooled, "server_acc": on_server} | self._costs(gates, server)
 
-    def evaluate_sliced(self) -> float | None:
-        """``pooled_acc`` of the devices' physically smaller networks, which can differ from that of closed gates."""
-        assert self.gates is not None
+    def evaluate_devices(self, personalize: bool = False) -> float | None:
+        """``pooled_acc`` of what the devices really have in the end, after pruning their physically smaller networks.
+
+        That can differ from the accuracy with closed gates, see `layers_changed_by_slicing`.
+
+        Args:
+            personalize: first each device trains its network by itself, for ``personalize_epochs`` of `Settings`. So
+                methods with one network for all can be compared with those that have one for each device.
+        """
+        s = self.settings
 
         def request(k: int) -> Message:
-            flat = FlatModule(self.device_model(k))
-            message: Message = {"kind": "evaluate", "round": self.done, "channels": self.gates[1][k]}  # type: ignore[index]
-            return message | {"weights": flat.values, "statistics": flat.statistics}
+            message = self._request("evaluate", k, None)
+            if self.gates is not None:
+                flat = FlatModule(self.device_model(k))
+                message |= {"weights": flat.values, "statistics": flat.statistics, "channels": self.gates[1][k]}
+            if personalize:
+                steps = max(1, round(s.personalize_epochs * self.steps_per_epoch))
+                message |= {"steps": steps, "lr": s.finetune_lr, "position": self.positions["weights"][k]}
+            return message
 
         return _accuracy(self._ask_all(request).values())
 

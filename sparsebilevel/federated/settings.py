@@ -35,6 +35,7 @@ class Settings:
             batches.
         finetune_epochs: after pruning.
         search_epochs: of the hypernetwork alone (fedosp).
+        personalize_epochs: in the end, of each device by itself, before its accuracy is taken once more; 0: not done.
         sample: clients of a round (S); None: all.
         min_clients: a round with fewer is repeated; None: half of those sampled.
         retries: of a round, with clients drawn anew.
@@ -76,6 +77,7 @@ class Settings:
     epochs: int = 200
     finetune_epochs: int = 200
     search_epochs: int = 50
+    personalize_epochs: int = 0
     sample: int | None = None
     min_clients: int | None = None
     retries: int = 3
@@ -135,7 +137,8 @@ class Settings:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; allowed: {', '.join(allowed)}")
-        least = {"epochs": 1, "finetune_epochs": 0, "search_epochs": 1, "retries": 0, "batch_size": 1, "seed": 0}
+        least = {"epochs": 1, "finetune_epochs": 0, "search_epochs": 1, "personalize_epochs": 0}
+        least |= {"retries": 0, "batch_size": 1, "seed": 0}
         least |= {"local_steps": 1, "hyper_steps": 1, "hyper_interval": 1, "mask_interval": 1, "mask_batches": 1}
         for name, low in least.items():
             if getattr(self, name) < low:
