@@ -11,8 +11,11 @@ tensor has a launch of its own, and so has a single one always, which is faster.
 
 from __future__ import annotations
 
+import functools
+import itertools
+import operator
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -478,38 +481,53 @@ def _adamw_step(
 # -- launches ----------------------------------------------------------------------------------------------------------
 
 _MOST_TABLES = 64
-_tables: OrderedDict[tuple, tuple[Tensor, Tensor, list[Tensor]]] = OrderedDict()
+_tables: OrderedDict[tuple, Tensor] = OrderedDict()
 
 
-def _table(columns: Sequence[Sequence[Tensor | None]]) -> tuple[Tensor, Tensor]:
-    """Addresses of many tensors, ``[tensors, 1 + columns]`` behind their sizes, and ``[chunks, 2]`` (tensor, chunk)."""
-    device = next(t for t in columns[0] if t is not None).device
-    rows = [[t[0].numel(), *(0 if c is None else c.data_ptr() for c in t)] for t in zip(*columns, strict=True)]
-    key = (device, tuple(map(tuple, rows)))
+def _kept(key: tuple, make: Callable[[], Tensor], device: torch.device) -> Tensor:
+    """A small tensor on the device that is kept for those who ask for it again, on the same stream.
+
+    What it is copied from is not kept: torch gives the pinned memory out again once the copy is over, and to get more
+    from the driver would wait for the device.
+    """
+    key = (device, gpu.stream(device), key)
     found = _tables.get(key)
     if found is None:
-        table = torch.tensor(rows, dtype=torch.int64, device="cpu")
-        counts = (table[:, 0] + CHUNK - 1) // CHUNK
-        tensor = torch.repeat_interleave(torch.arange(len(rows), device="cpu"), counts)
-        first = torch.arange(len(tensor), device="cpu") - (counts.cumsum(0) - counts)[tensor]
-        chunks = torch.stack([tensor, first], 1).int()
-        held = [table.pin_memory(), chunks.pin_memory()] if device.type == "cuda" else [table, chunks]
-        found = (held[0].to(device, non_blocking=True), held[1].to(device, non_blocking=True), held)
+        made = make()
+        found = made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
         while len(_tables) >= _MOST_TABLES:
             _tables.popitem(last=False)
         _tables[key] = found
     _tables.move_to_end(key)
-    return found[0], found[1]
+    return found
+
+
+def _table(columns: Sequence[Sequence[Tensor | None]]) -> tuple[Tensor, Tensor, int]:
+    """Addresses of many tensors, ``[tensors, 1 + columns]`` behind their sizes, ``[chunks, 2]`` (tensor, chunk), and
+    what a compiled kernel may take for granted of the addresses: they are multiples of 16, or less.
+
+    Gradients lie elsewhere in every step; the chunks follow from the sizes alone.
+    """
+    device = next(t for t in columns[0] if t is not None).device
+    sizes = tuple([t.numel() for t in columns[0]])  # type: ignore[union-attr]
+    addresses = [tuple([0 if t is None else t.data_ptr() for t in column]) for column in columns]
+    bits = functools.reduce(operator.or_, itertools.chain(*addresses), 16)
+    rows = (sizes, *addresses)
+
+    def chunks() -> Tensor:
+        counts = (torch.tensor(sizes, device="cpu") + CHUNK - 1) // CHUNK
+        tensor = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), counts)
+        first = torch.arange(len(tensor), device="cpu") - (counts.cumsum(0) - counts)[tensor]
+        return torch.stack([tensor, first], 1).int()
+
+    def table() -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64, device="cpu").t().contiguous()
+
+    return _kept(rows, table, device), _kept(sizes, chunks, device), bits & -bits
 
 
 def _column(tensors: Sequence[Tensor] | None, length: int) -> Sequence[Tensor | None]:
     return tensors or [None] * length
-
-
-def _alignment(*columns: Sequence[Tensor | None]) -> int:
-    """16, or less where a tensor starts elsewhere: what a compiled kernel may take for granted of addresses."""
-    addresses = [t.data_ptr() for column in columns for t in column if t is not None]
-    return next(align for align in (16, 8, 4, 2, 1) if all(a % align == 0 for a in addresses))
 
 
 def _type(column: Sequence[Tensor | None], default: torch.dtype = torch.float32) -> tl.dtype:
@@ -544,11 +562,11 @@ def apply_mask(weights: Sequence[Tensor], masks: Sequence[Tensor], outs: Sequenc
                     _apply_mask_one[grid](weight, _mask_argument(mask), out, weight.numel(), **_FIXED)
         torch.autograd.graph.increment_version(list(outs))
         return
-    table, chunks = _table([weights, masks, outs])
+    table, chunks, align = _table([weights, masks, outs])
     types = {"WEIGHT": _type(weights), "MASK": _type(masks), "OUT": _type(outs)}
     if len(chunks):
         with on_device(table.device):
-            _apply_mask[(len(chunks),)](table, chunks, ALIGN=_alignment(weights, masks, outs), **_FIXED, **types)
+            _apply_mask[(len(chunks),)](table, chunks, ALIGN=align, **_FIXED, **types)
     torch.autograd.graph.increment_version(list(outs))
 
 
@@ -571,9 +589,8 @@ def split_gradient(
                     operands = grad, weight, _mask_argument(mask), *given, grad.numel()
                     _split_gradient_one[grid](*operands, **wanted, **_FIXED)
         return
-    table, chunks = _table([grads, weights, masks, *outs])
+    table, chunks, align = _table([grads, weights, masks, *outs])
     types = {"GRAD": _type(grads), "WEIGHT": _type(weights), "MASK": _type(masks), "GRAD_WEIGHT": _type(outs[0])}
-    align = _alignment(grads, weights, masks, *outs)
     if len(chunks):
         with on_device(table.device):
             _split_gradient[(len(chunks),)](table, chunks, ALIGN=align, **_FIXED, **types, **wanted)
@@ -617,7 +634,7 @@ def sgd_step(
     none = [None] * len(weights)
     of_scores = scores or Scores(none, [], settings)
     columns = [grads, weights, masks, copies or none, buffers or none, of_scores.scores, *(of_scores.state or [none])]
-    table, chunks = _table(columns)
+    table, chunks, align = _table(columns)
     if len(chunks):
         with on_device(table.device):
             _sgd_step[(len(chunks),)](
@@ -632,7 +649,7 @@ def sgd_step(
                 SCORES_SIGN=_sign(of_scores.settings),
                 FRESH=fresh,
                 HAS_COPY=copies is not None,
-                ALIGN=_alignment(*columns),
+                ALIGN=align,
                 **_FIXED,
             )
     _tell_autograd(weights, *columns[3:])
@@ -671,7 +688,7 @@ def adamw_step(
     none = [None] * len(weights)
     of_scores = scores or Scores(none, [none, none], settings)
     columns = [grads, weights, masks, copies or none, averages, squares, of_scores.scores, *of_scores.state]
-    table, chunks = _table(columns)
+    table, chunks, align = _table(columns)
     corrections = _adamw_corrections(settings, steps)
     corrections += corrections if scores is None else _adamw_corrections(scores.settings, scores.steps)
     if len(chunks):
@@ -684,7 +701,7 @@ def adamw_step(
                 HAS_SCORES=scores is not None,
                 SCORES_SIGN=_sign(of_scores.settings),
                 HAS_COPY=copies is not None,
-                ALIGN=_alignment(*columns),
+                ALIGN=align,
                 **_FIXED,
             )
     _tell_autograd(weights, *columns[3:])
