@@ -1,18 +1,21 @@
 """The dense library on ``m * theta``: what :mod:`.reference` gives, in less time on CPUs.
 
-For the implementations of the masked ops. Nothing here can be differentiated, or traced by a compiler: there the
-reference is called.
+For the implementations of the masked ops. But for :func:`layer_weight` nothing here can be differentiated, or traced by
+a compiler: there the reference is called.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from . import gpu, native, plans, reference
 from .apply_mask import compute_copy
-from .dispatch import takes_onednn
-from .gradient import Needs, distribute_gradient
+from .dispatch import library_is_best, takes_onednn
+from .gradient import Needs, check_masked_operands, distribute_gradient, runs_directly
 from .split_gradient import split_one
 
 _SMALL = 1 << 14  # elements up to which plain torch, in fewer calls, is faster
@@ -75,6 +78,73 @@ def distribute(
     if needs.sink and positions is not None:
         grads[2] = distribute_gradient(grad, weight, mask, positions, Needs(False, False, False, True, False))[2]
     return grads[0], grads[1], grads[2]
+
+
+def layer_weight(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    mask_scores: Tensor | None = None,
+    grad_sink: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> Tensor | None:
+    """``mask * weight`` for torch's own product with ``input``, where that is all that a masked op would do; else None.
+
+    That is so on a GPU, for masks that drop nothing as a whole. The gradient ``G`` that torch finds for it goes out
+    under the contract of :mod:`.gradient`. A masked op costs more time on the host, and what stands around it cannot
+    be fused with it.
+
+    Args:
+        input: what the layer is called with.
+        weight, mask, mask_scores, grad_sink, positions: as of a masked op.
+
+    Returns:
+        Of the weight's shape, in the dtype that autocast has for it, or its own.
+    """
+    is_traced = torch.compiler.is_compiling()
+    if weight.device.type not in gpu.DEVICES or not (is_traced or runs_directly(input, weight, mask)):
+        return None
+    if not library_is_best(weight.device):
+        return None
+    check_masked_operands(weight, mask, mask_scores, grad_sink, positions)
+    dtype = weight.dtype
+    if dtype != torch.float64 and torch.is_autocast_enabled(weight.device.type):
+        dtype = torch.get_autocast_dtype(weight.device.type)
+    shares = grad_sink is weight
+    sink = None if shares else grad_sink
+    return _LayerWeight.apply(weight, mask, mask_scores, sink, positions, dtype, shares, is_traced)
+
+
+class _LayerWeight(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        mask: Tensor,
+        mask_scores: Tensor | None,
+        grad_sink: Tensor | None,
+        positions: Tensor | None,
+        dtype: torch.dtype,
+        shares: bool,
+        is_traced: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(weight, mask, positions)
+        ctx.shares, ctx.is_traced = shares, is_traced
+        if is_traced:
+            return reference.effective_weight(weight, mask, dtype)
+        return effective_weight(weight, mask, dtype).detach()  # the copy itself has no history, this one will
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, mask, positions = ctx.saved_tensors
+        need_weight, _, need_scores, need_sink, *_ = ctx.needs_input_grad
+        needs = Needs(False, need_weight and not ctx.shares, need_scores, need_sink or ctx.shares, False)
+        by_torch = ctx.is_traced or torch.is_grad_enabled()  # for somebody who will differentiate the gradients
+        split = distribute_gradient if by_torch else distribute
+        grad_weight, grad_scores, grad_sink = split(grad, weight, mask, positions, needs)
+        if ctx.shares:
+            grad_weight, grad_sink = grad_sink, None
+        return grad_weight, None, grad_scores, grad_sink, None, None, None, None
 
 
 def _empty_like(tensor: Tensor) -> Tensor:

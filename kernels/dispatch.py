@@ -172,6 +172,22 @@ def _choose_product(
     return Backend(backend.name, reason, dense / time if time else None), block
 
 
+@torch.compiler.assume_constant_result
+def library_is_best(device: torch.device) -> bool:
+    """Whether all products of masks that drop nothing as a whole go to the dense library on a GPU.
+
+    So it is unless another backend is forced, or was measured there to be faster for some of them.
+    """
+    file = gpu.setting("SPARSEBILEVEL_MEASUREMENTS"), measurements.generation()
+    return gpu.setting("SPARSEBILEVEL_BACKEND", "auto") in ("auto", "dense") and not _is_fused_faster(file, device)
+
+
+@functools.lru_cache
+def _is_fused_faster(file: tuple[str, int], device: torch.device) -> bool:
+    every = measurements.of_device(device).values()
+    return any(times["fused"] <= _MARGIN * times["dense"] for times in every if {"fused", "dense"} <= times.keys())
+
+
 def _slice_cost(rows: int, weight_shape: tuple[int, ...], kept: float, dtype: torch.dtype) -> float:
     """Time of a product without what is dropped, over that of the dense one, if either FLOPs or bytes limit both.
 

@@ -81,7 +81,12 @@ def times(
     device: torch.device, product: str, dtype: torch.dtype, rows: int, n: int, k: int, window: Window | None = None
 ) -> dict[str, Any]:
     """Seconds by backend (``dense``, ``fused``; of ``block128`` and so on a list, at :data:`DENSITIES`), or nothing."""
-    return _load(path()).get(device_name(device), {}).get(key(product, dtype, rows, n, k, window), {})
+    return of_device(device).get(key(product, dtype, rows, n, k, window), {})
+
+
+def of_device(device: torch.device) -> dict[str, dict[str, Any]]:
+    """All of its times by product."""
+    return _load(path()).get(device_name(device), {})
 
 
 def at_density(measured: list[float], density: float) -> float:

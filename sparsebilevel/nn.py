@@ -24,8 +24,19 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .kernels import PASSES, Backend, choose_backend, describe, gpu, make_grad_sink, masked_conv2d, masked_linear
+from .kernels import (
+    PASSES,
+    Backend,
+    choose_backend,
+    describe,
+    gpu,
+    make_grad_sink,
+    masked_conv2d,
+    masked_linear,
+)
 from .kernels.batch_norm import batch_norm_for_uses
+from .kernels.dense import layer_weight
+from .kernels.dispatch import Structure, library_is_best
 from .kernels.gpu_products import structure_of, window_of
 from .kernels.measurements import Window
 from .kernels.reference import effective_weight
@@ -217,8 +228,9 @@ class SparseMaskedModule(nn.Module):
         structure = window = None
         if gpu.available(device) and getattr(self, "groups", 1) == 1:
             window = self._window()
+            looks = not (isinstance(self.pattern, (Unstructured, NM)) and library_is_best(device))
             tiles = window is None or weight.is_contiguous(memory_format=torch.channels_last)
-            structure = structure_of(self.mask, tiles, positions)
+            structure = structure_of(self.mask, tiles, positions) if looks else Structure()
         return choose_backend(
             *(self._op, tuple(weight.shape), weight.dtype, device, max(non_zeros, learning)),
             structure=structure,
@@ -300,6 +312,15 @@ class SparseMaskedModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._refit_collection()  # assign=True may have put a weight of another device or dtype in place
 
+    def _library_weight(self, input: Tensor) -> Tensor | None:
+        """The effective weight where the product is PyTorch's own, else None.
+
+        What an unstructured mask drops as a whole is not looked for: that would wait for the device at every change.
+        """
+        if not isinstance(self.pattern, (Unstructured, NM)):
+            return None
+        return layer_weight(input, self.weight, self.mask, **self._sink_arguments())
+
     def _sink_arguments(self) -> dict[str, Any]:
         if self.shares_gradient:
             return {"mask_scores": None, "grad_sink": self.weight, "positions": None}
@@ -335,6 +356,8 @@ class SparseMaskedLinear(SparseMaskedModule, nn.Linear):  # type: ignore[misc]
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
+        if (weight := self._library_weight(input)) is not None:
+            return F.linear(input, weight, self.bias)
         return masked_linear(input, self.weight, self.mask, self.bias, **self._sink_arguments())
 
 
@@ -377,6 +400,8 @@ class SparseMaskedConv2d(SparseMaskedModule, nn.Conv2d):  # type: ignore[misc]
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         geometry = (self.stride, padding, self.dilation, self.groups)
+        if (weight := self._library_weight(input)) is not None:
+            return F.conv2d(input, weight, self.bias, *geometry)
         return masked_conv2d(input, self.weight, self.mask, self.bias, *geometry, **self._sink_arguments())
 
     def _window(self) -> Window | None:

@@ -4,6 +4,7 @@ TRITON_INTERPRET must be set before a kernel is defined, and kernels that are co
 On a machine with a GPU, SPARSEBILEVEL_TEST_DEVICE=cuda runs the same tests of the kernels as they are compiled.
 """
 
+import copy
 import functools
 import itertools
 import os
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves
 
 import sparsebilevel as sb
 from sparsebilevel.kernels import (
@@ -36,6 +38,7 @@ from sparsebilevel.kernels.block_sparse import BlockLayout, layout, occupied_til
 from sparsebilevel.kernels.dispatch import Structure, choose_product
 from sparsebilevel.kernels.split_gradient import split_gradient
 from sparsebilevel.masks import Block
+from sparsebilevel.optim import share_gradient
 
 apply_mask_module = sys.modules[compute_copy.__module__]
 DEVICE = torch.device(os.environ.get("SPARSEBILEVEL_TEST_DEVICE", "cpu"))
@@ -532,19 +535,112 @@ def test_operands_of_two_types_are_refused():
         masked_linear(torch.randn(2, 3).double(), torch.randn(4, 3), torch.rand(4, 3) < 0.5)
 
 
-def test_compiles_whole_and_once():
-    model = sb.sparsify(torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4)), 0.5)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    x = torch.randn(3, 6)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for _ in range(3):
+@pytest.mark.parametrize("sink", ["none", "search", "all", "scores", "shared"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_layers_with_unstructured_masks_are_the_dense_library(kind, sink, launches, monkeypatch):
+    """A masked copy is all that they need of ours, and the mask is not looked at."""
+    monkeypatch.setattr(block_sparse, "_look_again", None)
+    layer = torch.nn.Linear(12, 8) if kind == "linear" else torch.nn.Conv2d(4, 8, 3, stride=2, padding=1)
+    layer = sb.sparsify(torch.nn.Sequential(layer), 0.5)[0]
+    x = torch.randn(2, 5, 12) if kind == "linear" else torch.randn(2, 4, 6, 6)
+    if sink in ("scores", "shared"):
+        layer.set_mask_scores(torch.nn.Parameter(torch.randn_like(layer.weight)))
+    if sink == "shared":
+        share_gradient(layer)
+    where = torch.tensor([3, 7, -1, 0])
+    for _ in range(2):
+        if sink in ("search", "all"):
+            layer.collect(sink, where if sink == "search" else None)
+        layer.zero_grad()
+        x2, z, b2 = (
+            t.detach().clone().requires_grad_() for t in (x, torch.where(layer.mask, layer.weight, 0), layer.bias)
+        )
+        want = F.linear(x2, z, b2) if kind == "linear" else F.conv2d(x2, z, b2, 2, 1)
+        dy = torch.randn_like(want)
+        want.backward(dy)
+        got = layer(x.requires_grad_())
+        (x_grad,) = torch.autograd.grad(got, x, dy, retain_graph=True)
+        got.backward(dy)
+        g = z.grad
+        for ours, exact in ((got, want), (x_grad, x2.grad), (layer.bias.grad, b2.grad)):
+            assert_close(ours, exact)
+        assert_close(layer.weight.grad, g if sink == "shared" else g * layer.mask)
+        if sink == "scores":
+            assert_close(layer.mask_scores.grad, g * layer.weight.detach())
+        if sink in ("search", "all"):
+            expected = torch.where(where < 0, 0, g.flatten()[where]) if sink == "search" else g
+            assert_close(layer.effective_grad, expected)
+        layer.set_mask(~layer.mask)
+        with torch.no_grad():
+            layer.weight.mul_(2)
+    assert len(launches) == 2  # a copy each time
+
+
+def test_gradients_of_gradients_of_a_layer(monkeypatch):
+    monkeypatch.setenv("SPARSEBILEVEL_COMPUTE_COPY", "0")  # what is compared with changes weights through .data
+    for layer, x in ((torch.nn.Linear(4, 3), torch.randn(5, 4)), (torch.nn.Conv2d(2, 3, 2), torch.randn(2, 2, 3, 3))):
+        layer = sb.sparsify(torch.nn.Sequential(layer.double()), 0.5)[0]
+        x = x.double().requires_grad_()
+
+        def product(x, w, layer=layer):
+            return torch.func.functional_call(layer, {"weight": w}, (x,))
+
+        w = torch.where(layer.mask, layer.weight, 0).detach().requires_grad_()
+        assert torch.autograd.gradcheck(product, (x, w))
+        assert torch.autograd.gradgradcheck(product, (x, w))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sink", ["none", "search", "all", "scores", "shared"])
+@pytest.mark.parametrize("pattern", ["unstructured", "block:4x4"])
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_compiles_whole_and_once(pattern, sink, compiler):
+    """Our ops where they may do better than the dense library, else its own."""
+    torch._dynamo.reset()
+    eager = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3, padding="same"), torch.nn.Flatten(), torch.nn.Linear(72, 4))
+    sb.sparsify(eager, 0.5, pattern=pattern)
+    layers = [layer for _, layer in sb.sparse_layers(eager)]
+    if sink in ("scores", "shared"):
+        for layer in layers:
+            layer.set_mask_scores(torch.nn.Parameter(torch.randn_like(layer.weight)))
+    twin = copy.deepcopy(eager)
+    models = eager, twin
+    if sink == "shared":
+        for model in models:
+            share_gradient(model)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend(compiler)(graph, inputs)
+
+    forwards = eager, torch.compile(twin, fullgraph=True, backend=keep)
+    for step in range(3):
+        x, dy, found = torch.randn(3, 4, 3, 3), torch.randn(3, 4), []
+        for model, forward in zip(models, forwards, strict=True):
+            for layer in [layer for _, layer in sb.sparse_layers(model)]:
+                if sink in ("search", "all"):
+                    layer.collect(sink, torch.tensor([step, 5, -1]) if sink == "search" else None)
             with torch.autocast(DEVICE.type, torch.bfloat16):
-                y = compiled(x)
-            assert_close(y.float(), sb.densify(model)(x), rtol=0.05, atol=0.05)
-            y.sum().backward()
-            optimizer.step()
-            model[0].set_mask(~model[0].mask, check=False)
+                y = forward(x)
+            model.zero_grad()
+            (y.float() * dy).sum().backward()
+            grads = {name: p.grad for name, p in model.named_parameters()}
+            found.append([y, grads, [layer.effective_grad for _, layer in sb.sparse_layers(model)]])
+        for got, want in zip(tree_leaves(found[1]), tree_leaves(found[0]), strict=True):
+            if want is None:
+                assert got is None
+                continue
+            assert_close(got, want, rtol=0.05, atol=0.05)
+            assert got.dtype == want.dtype
+        for model in models:
+            for _, layer in sb.sparse_layers(model):
+                layer.set_mask(~layer.mask, check=False)
+                with torch.no_grad():
+                    layer.weight.add_(0.1)
+    ours = [node for node in graphs[0].graph.nodes if "sparsebilevel" in str(node.target)]
+    assert len(graphs) == 1
+    assert bool(ours) == (pattern == "block:4x4")
 
 
 @pytest.mark.parametrize("name", ["linear", "linear_backward", "conv2d", "conv2d_backward"])
@@ -1147,10 +1243,14 @@ def test_the_checks_for_gpus_fail(monkeypatch):
 def test_layers_say_what_they_take_and_why():
     layer = sb.sparsify(torch.nn.Sequential(torch.nn.Linear(64, 64)), 0.5)[0]
     assert "backend=dense (cuBLAS/cuDNN on m*theta; nothing else is faster, by an estimate" in repr(layer)
-    layer.set_mask(torch.rand(64, 64) < torch.linspace(-1, 1, 64), check=False)
+    layer = sb.sparsify(torch.nn.Sequential(torch.nn.Linear(64, 64)), 0.5, pattern="channel")[0]
     assert {backend.name for backend in layer.backends.values()} == {"dense"}  # too small to cut dropped inputs out
+    blocks = torch.block_diag(*[torch.ones(32, 32)] * 8).bool()
     layer = sb.sparsify(torch.nn.Sequential(torch.nn.Linear(256, 256)), 0.5)[0]
-    layer.set_mask(torch.block_diag(*[torch.ones(32, 32)] * 8).bool(), check=False)
+    layer.set_mask(blocks)
+    assert {backend.name for backend in layer.backends.values()} == {"dense"}  # what it drops as a whole is not seen
+    layer = sb.sparsify(torch.nn.Sequential(torch.nn.Linear(256, 256)), 0.5, pattern="block:32x32")[0]
+    layer.set_mask(blocks)
     assert {backend.name for backend in layer.backends.values()} == {"block"}
     assert "25% of the 64x64 tiles kept, by an estimate, not measured on this device" in repr(layer)
     layer.collect("all")
