@@ -111,6 +111,16 @@ def masked(model: nn.Module, scores: bool = False, **options: Any) -> nn.Module:
 learned = functools.partial(masked, scores=True)
 
 
+def searching(model: nn.Module, share: float, **options: Any) -> nn.Module:
+    """With masks whose scores learn as BiDST's do: where the mask is open, and in a random ``share`` of the groups."""
+    masked(model, **options)
+    for _, layer in sb.sparse_layers(model):
+        groups = torch.rand_like(layer.pattern.group_scores(layer.weight.detach())) < share
+        learning = layer.mask | layer.pattern.expand(groups, layer.weight.shape)
+        layer.collect("search", learning.reshape(-1).nonzero().squeeze(1))
+    return model
+
+
 class StraightThrough(nn.Module):
     """``w * m`` as one writes it by hand, whose gradient reaches the scores of the mask too."""
 
@@ -413,6 +423,9 @@ def mlp(bench: Bench) -> None:
         "dense": Variant(),
         "unstructured, scores": Variant(learned),
         "blocks, scores": Variant(functools.partial(learned, **blocks), shares=(left, left, 1.0)),
+        "blocks, scores in a search space of 5 %": Variant(
+            functools.partial(searching, share=0.05, **blocks), shares=(left, left, left + 0.05 * SPARSITY)
+        ),
         "blocks, frozen mask": Variant(functools.partial(masked, **blocks), shares=(left, left, left)),
     }
     title = f"MLP {width} -> {4 * width} -> {width}, {len(x)} tokens, blocks of 64 x 64"

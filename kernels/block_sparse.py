@@ -159,19 +159,22 @@ class BlockLayout:
 
 
 class Slices:
-    """Outputs and inputs that a mask of a linear layer or convolution does not drop as a whole.
+    """Outputs and inputs of a linear layer or convolution that are not dropped as a whole.
+
+    Args:
+        sides: bool ``[N]`` and ``[K]``, which are kept.
+        kept: how many.
 
     Attributes:
         rows, columns: int64, ascending; None where all are kept.
         density: fraction of the dense products that is left.
     """
 
-    def __init__(self, mask: Tensor, kept_rows: int, kept_columns: int) -> None:
-        by_row = mask.flatten(1).any(1)
-        by_column = mask.transpose(0, 1).flatten(1).any(1)
-        self.rows = None if kept_rows == mask.shape[0] else by_row.nonzero().squeeze(1)
-        self.columns = None if kept_columns == mask.shape[1] else by_column.nonzero().squeeze(1)
-        self.density = kept_rows * kept_columns / (mask.shape[0] * mask.shape[1])
+    def __init__(self, sides: tuple[Tensor, Tensor], kept: tuple[int, int]) -> None:
+        self.rows, self.columns = (
+            None if count == len(side) else side.nonzero().squeeze(1) for side, count in zip(sides, kept, strict=True)
+        )
+        self.density = kept[0] * kept[1] / (len(sides[0]) * len(sides[1]))
 
     def outputs(self, tensor: Tensor, dim: int) -> Tensor:
         """Of a tensor with all outputs along ``dim``, those that are kept; in channels_last if it is."""
@@ -214,95 +217,68 @@ def _expand(tensor: Tensor, dim: int, index: Tensor | None, size: int, channels_
     return full.zero_().index_copy_(dim, index, tensor)
 
 
+class Occupancy:
+    """Where a mask holds a True: by tiles, by outputs and by inputs; or a mask and the positions that learn beside it.
+
+    Attributes:
+        densities: fraction of tiles of each of :data:`BLOCKS` that hold one.
+    """
+
+    def __init__(self, occupied: dict[int, Tensor], sides: tuple[Tensor, Tensor], counts: Sequence[int]) -> None:
+        *tiles, rows, columns = counts
+        self.densities = {block: n / occupied[block].numel() for block, n in zip(occupied, tiles, strict=True)}
+        self.counts, self._occupied, self._sides, self._kept = counts, occupied, sides, (rows, columns)
+        self._layouts: dict[int, BlockLayout] = {}
+        self._structures: dict[bool, Structure] = {}
+        self._slices: Slices | None = None
+
+    @property
+    def drops_nothing(self) -> bool:
+        """Whether no tile, output or input is empty."""
+        sizes = [*(tiles.numel() for tiles in self._occupied.values()), *(len(side) for side in self._sides)]
+        return sizes == list(self.counts)
+
+    def structure(self, tiles: bool = True) -> Structure:
+        """For the choice of a kernel, of those for ``tiles`` too or not."""
+        if tiles not in self._structures:
+            rows, columns = self._sides
+            slices = self._kept[0] * self._kept[1] / (len(rows) * len(columns))
+            self._structures[tiles] = Structure(tuple(self.densities.items()) if tiles else (), slices)
+        return self._structures[tiles]
+
+    def layout(self, block: int) -> BlockLayout:
+        """The lists of its tiles; kept."""
+        if block not in self._layouts:
+            self._layouts[block] = BlockLayout(block, self._occupied[block], self.densities[block])
+        return self._layouts[block]
+
+    def slices(self) -> Slices:
+        """What is left without dropped outputs and inputs; kept."""
+        if self._slices is None:
+            self._slices = Slices(self._sides, self._kept)
+        return self._slices
+
+
 class _Seen(NamedTuple):
     state: tuple
     stream: Any
-    occupied: dict[int, Tensor]
-    densities: dict[int, float]
-    kept: tuple[int, int]
-    layouts: dict[int, BlockLayout]
-    slices: list[Slices]
-    structures: dict[bool, Structure]
-    holds: WeakTensorKeyDictionary  # of positions: (their state, the answers)
+    occupancy: Occupancy
+    learning: WeakTensorKeyDictionary  # of positions: (their state, the occupancy with them)
 
 
 _seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_NOTHING = Structure()
 
 
-def tile_densities(mask: Tensor) -> dict[int, float] | None:
-    """Fraction of tiles of each of :data:`BLOCKS` that a bool mask ``[N, K, ...]`` keeps; None if not to be asked for.
+def look(mask: Tensor, positions: Tensor | None = None) -> Occupancy | None:
+    """What a bool mask ``[N, K, ...]`` holds, and the ``positions`` beside it; None if that may not be asked for.
 
-    Asked for once for every change of the mask, since it waits for the device; not while a CUDA graph is captured.
-    """
-    seen = _look_at(mask)
-    return None if seen is None else seen.densities
-
-
-def structure(mask: Tensor, tiles: bool = True) -> Structure:
-    """What a mask drops as a whole, in ``tiles`` too or not; nothing where that may not be asked for, as above."""
-    seen = _look_at(mask)
-    if seen is None:
-        return _NOTHING
-    found = seen.structures.get(tiles)
-    if found is None:
-        slices = seen.kept[0] * seen.kept[1] / (mask.shape[0] * mask.shape[1])
-        found = seen.structures[tiles] = Structure(tuple(seen.densities.items()) if tiles else (), slices)
-    return found
-
-
-def slices(mask: Tensor) -> Slices:
-    """The :class:`Slices` of a mask whose :func:`structure` is known; kept until the mask changes."""
-    seen = _look_at(mask)
-    assert seen is not None
-    if not seen.slices:
-        seen.slices.append(Slices(mask, *seen.kept))
-    return seen.slices[0]
-
-
-def layout(mask: Tensor, block: int) -> BlockLayout:
-    """The layout of a mask whose :func:`tile_densities` are known; kept until the mask changes."""
-    seen = _look_at(mask)
-    assert seen is not None
-    if block not in seen.layouts:
-        seen.layouts[block] = BlockLayout(block, seen.occupied[block], seen.densities[block])
-    return seen.layouts[block]
-
-
-def holds(mask: Tensor, positions: Tensor) -> dict[int, bool]:
-    """Whether all ``positions`` lie in tiles that ``mask`` keeps, by their side.
-
-    Under 0, whether they lie in outputs and inputs that are not dropped as a whole. Asked for once for every change of
-    mask or positions, since it waits for the device; of a mask whose :func:`tile_densities` are known.
+    Asked for once for every change of mask or positions, since it waits for the device; not while a CUDA graph is
+    captured. Kept as long as they are.
 
     Args:
-        mask: bool ``[N, K, ...]``.
+        mask: of a layer.
         positions: int64, flat and row-major in the mask; negative ones are padding.
     """
-    seen = _look_at(mask)
-    assert seen is not None
-    if all(density == 1 for density in seen.densities.values()) and seen.kept == mask.shape[:2]:
-        return dict.fromkeys((0, *BLOCKS), True)
-    if positions.is_inference():  # it may change unseen
-        return dict.fromkeys((0, *BLOCKS), False)
-    state = positions._version, positions.data_ptr(), positions.shape
-    found = seen.holds.get(positions)
-    if found is None or found[0] != state:
-        at, k, taps = positions.clamp(min=0), mask.shape[1], mask.shape[2:].numel()
-        row, column, tap = at // (k * taps), at // taps % k, at % taps
-        inside = [mask.flatten(1).any(1)[row] & mask.transpose(0, 1).flatten(1).any(1)[column]]
-        for block, occupied in seen.occupied.items():
-            inside.append(occupied.reshape(*occupied.shape[:2], -1)[row // block, column // block, tap])
-        answers = torch.stack([(tile | (positions < 0)).all() for tile in inside]).tolist()
-        found = seen.holds[positions] = state, dict(zip((0, *BLOCKS), answers, strict=True))
-    return found[1]
-
-
-def _state(mask: Tensor) -> tuple:
-    return mask._version, mask.data_ptr(), mask.shape, mask.stride()
-
-
-def _look_at(mask: Tensor) -> _Seen | None:
     # A graph would go on with lists that a change of the mask frees.
     if mask.is_inference() or not mask.numel() or gpu.is_capturing(mask.device):
         return None
@@ -310,26 +286,43 @@ def _look_at(mask: Tensor) -> _Seen | None:
     if seen is None or seen.state != _state(mask):
         _look_again(mask)
         seen = _seen[mask]
-    return seen
+    if positions is None or seen.occupancy.drops_nothing:
+        return seen.occupancy
+    if positions.is_inference():  # it may change unseen
+        return None
+    found = seen.learning.get(positions)
+    if found is None or found[0] != _state(positions):
+        found = seen.learning[positions] = _state(positions), _look_beside(mask, positions, seen.occupancy)
+    return found[1]
+
+
+def _state(tensor: Tensor) -> tuple:
+    return tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def _tally(mask: Tensor) -> tuple[dict[int, Tensor], tuple[Tensor, Tensor], Tensor]:
+    """Occupied tiles by their side, outputs, inputs, and how many there are of each, on the device."""
+    small = occupied_tiles(mask, BLOCKS[-1])
+    occupied = {block: small if block == BLOCKS[-1] else occupied_tiles(small, block // BLOCKS[-1]) for block in BLOCKS}
+    sides = mask.flatten(1).any(1), mask.transpose(0, 1).flatten(1).any(1)
+    return occupied, sides, torch.stack([held.sum() for held in (*occupied.values(), *sides)])
 
 
 def _look_again(asked: Tensor) -> None:
     """Look at a mask, and at every other that has changed and was last looked at in this stream: with a single wait."""
     stream = gpu.stream(asked.device)
     stale = [m for m, seen in list(_seen.items()) if seen.stream == stream and seen.state != _state(m)]
-    stale = [m for m in stale if m is not asked and m.device == asked.device and m.numel()]
-    looks: list[dict[int, Tensor]] = []
-    numbers: list[Tensor] = []
-    for mask in (asked, *stale):
-        small = occupied_tiles(mask, BLOCKS[-1])
-        occupied = {
-            block: small if block == BLOCKS[-1] else occupied_tiles(small, block // BLOCKS[-1]) for block in BLOCKS
-        }
-        looks.append(occupied)
-        sides = mask.flatten(1).any(1), mask.transpose(0, 1).flatten(1).any(1)
-        numbers.append(torch.stack([side.sum() for side in (*occupied.values(), *sides)]))
-    counts = torch.stack(numbers).tolist()
-    for mask, occupied, (*tiles, rows, columns) in zip((asked, *stale), looks, counts, strict=True):
-        densities = {block: n / occupied[block].numel() for block, n in zip(occupied, tiles, strict=True)}
-        made: Any = {}, [], {}, WeakTensorKeyDictionary()  # nothing yet
-        _seen[mask] = _Seen(_state(mask), stream, occupied, densities, (rows, columns), *made)
+    masks = [asked, *(m for m in stale if m is not asked and m.device == asked.device and m.numel())]
+    tallies = [_tally(mask) for mask in masks]
+    counts = torch.stack([tally[2] for tally in tallies]).tolist()
+    for mask, (occupied, sides, _), numbers in zip(masks, tallies, counts, strict=True):
+        _seen[mask] = _Seen(_state(mask), stream, Occupancy(occupied, sides, numbers), WeakTensorKeyDictionary())
+
+
+def _look_beside(mask: Tensor, positions: Tensor, without: Occupancy) -> Occupancy:
+    size = mask.numel()
+    held = F.pad(mask.reshape(-1), (0, 1))
+    held.index_fill_(0, torch.where(positions < 0, size, positions), True)  # what comes after the last is cut off
+    occupied, sides, counts = _tally(held[:size].view(mask.shape))
+    numbers = counts.tolist()
+    return without if numbers == without.counts else Occupancy(occupied, sides, numbers)

@@ -28,14 +28,10 @@ def structure_of(mask: Tensor, tiles: bool = True, positions: Tensor | None = No
     Args:
         mask: of the layer.
         tiles: whether there are kernels for tiles.
-        positions: at which a sink wants ``G``: only what drops none of them counts.
+        positions: at which a sink wants ``G``: what holds one of them is not dropped.
     """
-    found = block_sparse.structure(mask, tiles)
-    if positions is None or (not found.tiles and found.slices == 1):
-        return found
-    held = block_sparse.holds(mask, positions)
-    kept = tuple((block, density) for block, density in found.tiles if held[block])
-    return Structure(kept, found.slices if held[0] else 1.0)
+    found = block_sparse.look(mask, positions)
+    return Structure() if found is None else found.structure(tiles)
 
 
 def window_of(weight: Tensor, geometry: Conv) -> Window | None:
@@ -56,29 +52,34 @@ def _choose(
     positions: Tensor | None = None,
     window: Window | None = None,
     tiles: bool = True,
-) -> tuple[Backend, int]:
-    """Backend of a product of ``rows``, or of the pixels of maps, and the side of its tiles."""
-    at = positions if needs is not None and needs.sink else None
+) -> tuple[Backend, int, Any]:
+    """Backend of a product of ``rows``, or of the pixels of maps, the side of its tiles, and what holds them.
+
+    The last is an :class:`.block_sparse.Occupancy` where the backend needs one.
+    """
     dense_grad = needs is not None and needs.dense_grad(positions)
+    at = positions if needs is not None and needs.sink and not dense_grad else None
     grouped = window is not None and window.groups > 1
-    structure = Structure() if grouped else structure_of(mask, tiles, None if dense_grad else at)
+    held = None if grouped else block_sparse.look(mask, at)
+    structure = Structure() if held is None else held.structure(tiles)
     count = rows.numel() // max(rows.shape[1], 1)
     options: dict[str, Any] = {"dense_grad": dense_grad, "window": window}
-    return choose_product(product, rows.dtype, rows.device, count, tuple(weight.shape), structure, **options)
+    chosen = choose_product(product, rows.dtype, rows.device, count, tuple(weight.shape), structure, **options)
+    return *chosen, held
 
 
 def linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
     """``x [T, K] @ (mask * weight).T + bias``; weight and mask ``[N, K]``, or ``[N, K, 1, 1]``."""
-    backend, block = _choose("forward", x, weight, mask)
+    backend, block, held = _choose("forward", x, weight, mask)
     if backend.name == "fused" and _is_plain(weight, mask):
         from . import triton_matmul
 
         return triton_matmul.masked_matmul(x.contiguous(), weight.flatten(1), mask.flatten(1), bias)
     z = _matrix(dense.effective_weight(weight, mask, x.dtype))
     if backend.name == "block":
-        return block_sparse.layout(mask, block).forward(x.contiguous(), z, bias)
+        return held.layout(block).forward(x.contiguous(), z, bias)
     if backend.name == "slice":
-        cut = block_sparse.slices(mask)
+        cut = held.slices()
         out = torch.mm(cut.inputs(x, 1), cut.weight(z).t())
         out = cut.expand_outputs(out, 1, weight.shape[0])
         return out if bias is None else out.add_(bias)
@@ -87,16 +88,16 @@ def linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tens
 
 def linear_input_grad(dy: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
     """``dy [T, N] @ (mask * weight)``."""
-    backend, block = _choose("input_grad", dy, weight, mask)
+    backend, block, held = _choose("input_grad", dy, weight, mask)
     if backend.name == "fused" and _is_plain(weight, mask):
         from . import triton_matmul
 
         return triton_matmul.masked_matmul(dy.contiguous(), weight.flatten(1), mask.flatten(1), input_grad=True)
     z = _matrix(dense.effective_weight(weight, mask, dy.dtype))
     if backend.name == "block":
-        return block_sparse.layout(mask, block).input_grad(dy.contiguous(), z)
+        return held.layout(block).input_grad(dy.contiguous(), z)
     if backend.name == "slice":
-        cut = block_sparse.slices(mask)
+        cut = held.slices()
         return cut.expand_inputs(torch.mm(cut.outputs(dy, 1), cut.weight(z)), 1, weight.shape[1])
     return torch.mm(dy, z)
 
@@ -105,13 +106,13 @@ def linear_weight_grad(
     dy: Tensor, x: Tensor, weight: Tensor, mask: Tensor, positions: Tensor | None, needs: Needs
 ) -> Grads:
     """Gradients of weight, scores and sink, in the shape of the weight, where ``needs`` asks."""
-    backend, block = _choose("weight_grad", x, weight, mask, needs, positions)
+    backend, block, held = _choose("weight_grad", x, weight, mask, needs, positions)
     if backend.name == "block" and _is_plain(weight, mask):
         given, dtype = _block_grad(mask.flatten(1).contiguous(), weight, needs)
-        grad = block_sparse.layout(mask, block).weight_grad(dy.contiguous(), x.contiguous(), given, dtype)
+        grad = held.layout(block).weight_grad(dy.contiguous(), x.contiguous(), given, dtype)
         return _of_blocks(grad.view(weight.shape), weight, mask, positions, needs)
     if backend.name == "slice":
-        cut = block_sparse.slices(mask)
+        cut = held.slices()
         grad = torch.mm(cut.outputs(dy, 1).t(), cut.inputs(x, 1))
         grad = cut.expand_inputs(cut.expand_outputs(grad, 0, weight.shape[0]), 1, weight.shape[1])
         return dense.distribute(grad.view(weight.shape), weight, mask, positions, needs)
@@ -153,8 +154,10 @@ def _choose_conv(
     geometry: Conv,
     needs: Needs | None = None,
     positions: Tensor | None = None,
-) -> tuple[str, int, bool]:
-    """Backend, side of its tiles, and whether it is a product of matrices as the ``maps`` lie, the input first."""
+) -> tuple[str, int, bool, Any]:
+    """Backend, side of its tiles, whether it is a product of matrices as the ``maps`` lie, the input first, and what
+    holds the tiles.
+    """
     window = window_of(weight, geometry)
     if window is None:
         matrix = all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
@@ -162,13 +165,13 @@ def _choose_conv(
         window, tiles = (None, True) if matrix else (Window((1, 1)), False)
     else:
         matrix, tiles = False, window.groups == 1 and _drops_tiles(mask) and _takes_conv(weight, mask, *maps)
-    backend, block = _choose(product, maps[0], weight, mask, needs, positions, window, tiles)
-    return backend.name, block, matrix
+    backend, block, held = _choose(product, maps[0], weight, mask, needs, positions, window, tiles)
+    return backend.name, block, matrix, held
 
 
 def conv2d(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, geometry: Conv) -> Tensor:
     """``conv2d(input, mask * weight) + bias``."""
-    name, block, matrix = _choose_conv("forward", (input,), weight, mask, geometry)
+    name, block, matrix, held = _choose_conv("forward", (input,), weight, mask, geometry)
     if matrix and name in ("fused", "block"):
         return _maps(linear(_pixels(input), weight, mask, bias), input)
     if name == "fused" and _takes_conv(weight, mask, input):
@@ -177,9 +180,9 @@ def conv2d(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, geo
         return triton_conv2d.masked_conv2d(input, weight, mask, bias, geometry)
     z = dense.effective_weight(weight, mask, input.dtype)
     if name == "block":
-        return block_sparse.layout(mask, block).conv2d(input, z, bias, geometry)
+        return held.layout(block).conv2d(input, z, bias, geometry)
     stride, padding, dilation, groups = geometry
-    cut = block_sparse.slices(mask) if name == "slice" else None
+    cut = held.slices() if name == "slice" else None
     if cut is None or not cut.density:  # no library takes maps without channels
         return torch.ops.aten.convolution(input, z, bias, stride, padding, dilation, False, [0, 0], groups)
     x, z = cut.inputs(input, 1), cut.weight(z)
@@ -190,17 +193,17 @@ def conv2d(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, geo
 
 def conv2d_input_grad(dy: Tensor, input: Tensor, weight: Tensor, mask: Tensor, geometry: Conv) -> Tensor | None:
     """Gradient of the input if another backend than the dense one is chosen, else None."""
-    name, block, matrix = _choose_conv("input_grad", (input, dy), weight, mask, geometry)
+    name, block, matrix, held = _choose_conv("input_grad", (input, dy), weight, mask, geometry)
     if matrix and name in ("fused", "block"):
         return _maps(linear_input_grad(_pixels(dy), weight, mask), input)
     if name == "block":
         z = dense.effective_weight(weight, mask, dy.dtype)
-        return block_sparse.layout(mask, block).conv2d_input_grad(dy, z, input.shape, geometry)
+        return held.layout(block).conv2d_input_grad(dy, z, input.shape, geometry)
     if name == "fused" and _takes_conv(weight, mask, dy, input):
         from . import triton_conv2d
 
         return triton_conv2d.input_grad(dy, input, weight, mask, geometry)
-    cut = block_sparse.slices(mask) if name == "slice" else None
+    cut = held.slices() if name == "slice" else None
     if cut is None or not cut.density:
         return None
     z = cut.weight(dense.effective_weight(weight, mask, input.dtype))
@@ -219,12 +222,12 @@ def conv2d_weight_grad(
     needs: Needs,
 ) -> Grads | None:
     """Gradients of weight, scores and sink if another backend than the dense one is chosen, else None."""
-    name, block, matrix = _choose_conv("weight_grad", (input, dy), weight, mask, geometry, needs, positions)
+    name, block, matrix, held = _choose_conv("weight_grad", (input, dy), weight, mask, geometry, needs, positions)
     if matrix and name in ("fused", "block"):
         return linear_weight_grad(_pixels(dy), _pixels(input), weight, mask, positions, needs)
     if name == "block":
         given, dtype = _block_grad(mask, weight, needs)
-        blocks, taps = block_sparse.layout(mask, block), weight.shape[2:]
+        blocks, taps = held.layout(block), weight.shape[2:]
         grad = blocks.conv2d_weight_grad(dy, input, given, taps, dtype, geometry)
         return _of_blocks(grad, weight, mask, positions, needs)
     if name == "fused" and positions is None and _takes_conv(weight, mask, dy, input):
@@ -232,7 +235,7 @@ def conv2d_weight_grad(
 
         wanted = {"need_weight": needs.weight, "need_scores": needs.scores, "need_sink": needs.sink}
         return triton_conv2d.weight_grad(dy, input, weight, mask, geometry, **wanted)
-    cut = block_sparse.slices(mask) if name == "slice" else None
+    cut = held.slices() if name == "slice" else None
     if cut is None or not cut.density:
         return None
     z = cut.weight(weight).to(input.dtype)  # of which the shape is needed
@@ -254,7 +257,8 @@ def _convolution_backward(dy: Tensor, x: Tensor, z: Tensor, geometry: Conv, want
 
 
 def _drops_tiles(mask: Tensor) -> bool:
-    return any(density < 1 for _, density in block_sparse.structure(mask).tiles)
+    held = block_sparse.look(mask)
+    return held is not None and any(density < 1 for density in held.densities.values())
 
 
 def _takes_conv(weight: Tensor, mask: Tensor, *maps: Tensor) -> bool:

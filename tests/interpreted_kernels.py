@@ -34,7 +34,7 @@ from sparsebilevel.kernels import (
     triton_matmul,
 )
 from sparsebilevel.kernels.apply_mask import apply_mask, compute_copy
-from sparsebilevel.kernels.block_sparse import BlockLayout, layout, occupied_tiles, tile_densities
+from sparsebilevel.kernels.block_sparse import BlockLayout, look, occupied_tiles
 from sparsebilevel.kernels.dispatch import Structure, choose_product
 from sparsebilevel.kernels.split_gradient import split_gradient
 from sparsebilevel.masks import Block
@@ -424,13 +424,13 @@ def test_without_copies_kept(launches, monkeypatch):
 def test_what_a_captured_graph_holds_follows_weight_and_mask(launches, monkeypatch):
     w, m = torch.nn.Parameter(torch.randn(6, 8)), torch.rand(6, 8) < 0.5
     copy = compute_copy(w, m, torch.float32)
-    layout(m, 32)
+    look(m).layout(32)
     launches.clear()
     monkeypatch.setattr(gpu, "is_capturing", lambda device: True)
     again = compute_copy(w, m, torch.float32)
     assert torch.equal(again, copy)
     assert again.data_ptr() != copy.data_ptr()
-    assert tile_densities(m) is None
+    assert look(m) is None
     monkeypatch.setattr(triton_elementwise, "_table", None)  # it would be copied from the host
     launches.clear()
     x = torch.randn(3, 8, requires_grad=True)
@@ -847,35 +847,35 @@ def test_block_lists():
 def test_block_lists_are_made_again_when_the_mask_changes():
     m = torch.zeros(64, 64, dtype=torch.bool)
     m[0, 0] = True
-    assert tile_densities(m) == {128: 1.0, 64: 1.0, 32: 0.25}
-    assert layout(m, 32) is layout(m, 32)
+    assert look(m).densities == {128: 1.0, 64: 1.0, 32: 0.25}
+    assert look(m).layout(32) is look(m).layout(32)
     m[40, 40] = True
-    assert tile_densities(m)[32] == 0.5
-    assert layout(m, 32).by_row.starts.tolist() == [0, 1, 2]
-    assert tile_densities(m[:0]) is None
-    assert tile_densities(m[:, :, None, None])[32] == 0.5
+    assert look(m).densities[32] == 0.5
+    assert look(m).layout(32).by_row.starts.tolist() == [0, 1, 2]
+    assert look(m[:0]) is None
+    assert look(m[:, :, None, None]).densities[32] == 0.5
 
 
 def test_masks_that_changed_together_are_looked_at_together(monkeypatch):
     masks = [torch.rand(64, 64) < 0.5 for _ in range(3)]
     for mask in masks:
-        tile_densities(mask)
+        look(mask)
     waits = []
     original = block_sparse._look_again
     monkeypatch.setattr(block_sparse, "_look_again", lambda mask: (waits.append(mask), original(mask)))
     for mask in masks[:2]:
         mask.zero_()
     masks[0][40, 40] = True
-    assert tile_densities(masks[0]) == {128: 1.0, 64: 1.0, 32: 0.25}
-    assert tile_densities(masks[1]) == {128: 0.0, 64: 0.0, 32: 0.0}
-    assert tile_densities(masks[2])[32] == 1.0
+    assert look(masks[0]).densities == {128: 1.0, 64: 1.0, 32: 0.25}
+    assert look(masks[1]).densities == {128: 0.0, 64: 0.0, 32: 0.0}
+    assert look(masks[2]).densities[32] == 1.0
     assert len(waits) == 1
     stream = object()
     monkeypatch.setattr(gpu, "stream", lambda device: stream)  # another: it may be writing the others just now
     for mask in masks:
         mask.logical_not_()
-    assert tile_densities(masks[0])[32] == 1.0
-    assert tile_densities(masks[1])[32] == 1.0
+    assert look(masks[0]).densities[32] == 1.0
+    assert look(masks[1]).densities[32] == 1.0
     assert len(waits) == 3
 
 
@@ -988,20 +988,20 @@ def test_results_lie_in_memory_as_the_compiler_is_told(backend, kind, monkeypatc
 
 @pytest.fixture
 def block_grads(monkeypatch):
-    """Masks that the kernels for the weight gradient in tiles got, call by call."""
+    """How many tiles the kernels for the weight gradient in tiles got, call by call."""
     given = []
     original = triton_block_sparse.block_weight_grad
 
-    def counted(dy, x, mask, *args, **kwargs):
-        given.append(mask)
-        return original(dy, x, mask, *args, **kwargs)
+    def counted(dy, x, mask, shape, block, starts, *args, **kwargs):
+        given.append(int(starts[-1]))
+        return original(dy, x, mask, shape, block, starts, *args, **kwargs)
 
     monkeypatch.setattr(triton_block_sparse, "block_weight_grad", counted)
     return given
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_a_sink_within_the_kept_tiles_leaves_the_weight_gradient_in_tiles(kind, block_grads, monkeypatch):
+def test_a_sink_has_the_weight_gradient_in_its_tiles_beside_those_of_the_mask(kind, block_grads, monkeypatch):
     monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "block")
     monkeypatch.setattr(block_sparse, "BLOCKS", (32,))
     size = (5, 96) if kind == "linear" else (2, 96, 4, 5)
@@ -1014,13 +1014,13 @@ def test_a_sink_within_the_kept_tiles_leaves_the_weight_gradient_in_tiles(kind, 
     layer.mask[0, 64] = False
     kept, taps = layer.mask.reshape(-1).nonzero().squeeze(1), layer.weight[0, 0].numel()
     dropped, far = torch.tensor([64 * taps, -1]), torch.tensor([63 * taps, -1])  # in a kept tile, and in no such
-    for support, positions, in_tiles in (
-        ("none", None, True),
-        ("active", None, True),
-        ("search", torch.cat([kept, dropped]), True),
-        ("search", torch.cat([kept, far]), False),  # in the same buffer
-        ("search", torch.cat([kept, dropped]), True),
-        ("all", None, False),
+    for support, positions, tiles in (
+        ("none", None, 3 * taps),
+        ("active", None, 3 * taps),
+        ("search", torch.cat([kept, dropped]), 3 * taps),
+        ("search", torch.cat([kept, far]), 3 * taps + 1),  # in the same buffer
+        ("search", torch.cat([kept, dropped]), 3 * taps),
+        ("all", None, 0),
     ):
         layer.collect(support, positions)
         layer.zero_grad()
@@ -1028,8 +1028,8 @@ def test_a_sink_within_the_kept_tiles_leaves_the_weight_gradient_in_tiles(kind, 
         y = layer(x)
         dy = torch.randn_like(y)
         y.backward(dy)
-        assert len(block_grads) == in_tiles, support
-        assert layer.backends["weight_grad"].name == ("block" if in_tiles else "dense")
+        assert block_grads == ([tiles] if tiles else []), support
+        assert layer.backends["weight_grad"].name == ("block" if tiles else "dense")
         z = layer.effective_weight().detach().requires_grad_()
         (F.linear(x, z, layer.bias) if kind == "linear" else F.conv2d(x, z, layer.bias)).backward(dy)
         assert_close(layer.weight.grad, z.grad * layer.mask, rtol=1e-4, atol=1e-4)
@@ -1037,6 +1037,24 @@ def test_a_sink_within_the_kept_tiles_leaves_the_weight_gradient_in_tiles(kind, 
             at = layer.support_positions
             want = z.grad if at is None else torch.where(at < 0, 0, z.grad.reshape(-1)[at])
             assert_close(layer.effective_grad, want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_left_of_a_weight_gradient_holds_the_positions_of_a_sink(monkeypatch):
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "slice")
+    layer = sb.sparsify(torch.nn.Sequential(torch.nn.Linear(36, 24)), 0.5)[0]
+    layer.mask[:10] = layer.mask[:, 30:] = False
+    kept = layer.mask.reshape(-1).nonzero().squeeze(1)
+    for outside in ([], [3 * 36 + 31], [3 * 36 + 31, -1]):
+        layer.collect("search", torch.cat([kept, torch.tensor(outside, dtype=torch.int64)]))
+        held = look(layer.mask, layer.support_positions)
+        assert held.structure().slices == (14 * 30 if not outside else 15 * 31) / (24 * 36)
+        assert layer.backends["weight_grad"].name == "slice"
+        x, dy = torch.randn(5, 36), torch.randn(5, 24)
+        layer.zero_grad()
+        layer(x).backward(dy)
+        g, at = dy.t() @ x, layer.support_positions
+        assert_close(layer.effective_grad, torch.where(at < 0, 0, g.reshape(-1)[at]))
+        assert_close(layer.weight.grad, g * layer.mask)
 
 
 def test_convolutions_go_by_tiles_where_that_was_measured(monkeypatch, tmp_path):
