@@ -66,7 +66,7 @@ def table(args: argparse.Namespace) -> None:
 
 def _cells(rows: list[dict[str, Any]]) -> dict[str, str]:
     accuracies = {"before": "acc_before_pruning", "pruned": "acc_after_pruning", "tuned": "pooled_acc"}
-    accuracies |= {"devices sliced": "device_acc_sliced", "personalized": "personalized_acc"}
+    accuracies |= {"devices sliced": "sliced_acc", "personalized": "personalized_acc"}
     cells = {f"{title} %": _spread(rows, key) for title, key in accuracies.items()}
     cells |= {"sparsity": _mean(rows, "sparsity", ".3f"), "T server": _mean(rows, "server_ratio", ".3f")}
     cells |= {"T devices": _mean(rows, "device_ratio", ".3f"), "FLOPs devices": _mean(rows, "device_flops", ",.0f")}

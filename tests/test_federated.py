@@ -1,6 +1,7 @@
 """The rounds of federated training, and the command `sparsebilevel federated`."""
 
 import copy
+import csv
 import dataclasses
 import json
 
@@ -11,10 +12,12 @@ from torch import nn
 from torch.testing import assert_close
 
 from sparsebilevel.cli import main
+from sparsebilevel.costs import count_costs
 from sparsebilevel.data import load_data
 from sparsebilevel.data.partition import matching_partition, partition
-from sparsebilevel.federated import Hypernetwork, find_gate_points, set_norm
+from sparsebilevel.federated import GatePoint, Hypernetwork, find_gate_points, load_network, set_norm
 from sparsebilevel.federated.local import FlatModule, adamw, sgd
+from sparsebilevel.federated.models import check_gate_points
 from sparsebilevel.federated.rounds import Federation, FederationError, make_federation
 from sparsebilevel.federated.settings import METHODS, UNSTRUCTURED, Settings
 from sparsebilevel.models.resnet import resnet_cifar
@@ -384,11 +387,11 @@ def test_devices_train_by_themselves_in_the_end(method):
     run = make_federation(model, points, *make_data(), [0.5] * 4, settings)
     finish(run)
     state = copy.deepcopy(run.state_dict())
-    accuracy = run.evaluate_devices(personalize=True)
+    accuracy, by_device = run.evaluate_devices(personalize=True)
     assert_same(run.state_dict(), state)  # nobody gets what a device has learned
 
     clients, steps = run.exchange.clients, round(2 * run.steps_per_epoch)
-    correct = 0
+    correct = []
     for k in range(4):
         model = run.device_model(k).train()
         optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
@@ -401,10 +404,66 @@ def test_devices_train_by_themselves_in_the_end(method):
             optimizer.step()
             schedule.step()
         model.eval()
-        correct += sum(int((model(x).argmax(1) == y).sum()) for x, y in clients.tests[k])
-    count = sum(len(test.indices) for test in clients.tests)
-    assert accuracy == pytest.approx(correct / count, abs=2.5 / count)
-    assert accuracy != run.evaluate_devices()
+        correct.append(sum(int((model(x).argmax(1) == y).sum()) for x, y in clients.tests[k]))
+    counts = [len(test.indices) for test in clients.tests]
+    assert accuracy == pytest.approx(sum(correct) / sum(counts), abs=2.5 / sum(counts))
+    for found, hits, count in zip(by_device, correct, counts, strict=True):
+        assert found == pytest.approx(hits / count, abs=2.5 / count)
+    assert accuracy != run.evaluate_devices()[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "budget", "message"),
+    [
+        ({}, 0.01, r"device_flops\[2\]=0.01 cannot be met; expected at least 0.0"),
+        ({"server_budget": 0.02}, 0.5, r"server_flops=0.02 cannot be met; expected at least 0.0"),
+    ],
+)
+def test_budgets_that_cannot_be_met_are_refused_at_once(changes, budget, message):
+    with pytest.raises(ValueError, match=message):
+        make_run(budgets=[0.5, 0.5, budget, 0.5], **changes)
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"channelwise": ()}, r"points\[1\] \('stages.1.0': .*does not run without one of its channels"),
+        ({"consumer": "stages.0.0.conv2"}, r"points\[.\] .*does not run without one of its channels"),
+        ({"producer": "conv1", "channelwise": ("bn1",)}, "does not run without one of its channels"),
+    ],
+)
+def test_wrong_gate_points_are_refused_at_once(change, message, norm):
+    model = set_norm(resnet_cifar(8, in_channels=1, width=8), norm)
+    points = find_gate_points(model)
+    check_gate_points(model, points, (1, 8, 8))
+    points[1] = dataclasses.replace(points[1], **change)
+    with pytest.raises(ValueError, match=message):
+        check_gate_points(model, points, (1, 8, 8))
+
+
+def test_a_gate_point_that_changes_the_function_is_refused():
+    """A convolution that reads its channels both by itself and past the gate."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(1, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.second(x) + x.mean(1, keepdim=True)
+
+    with pytest.raises(ValueError, match=r"points\[0\] \('a': 'first' to 'second'\): .*computes something else"):
+        check_gate_points(Twice(), [GatePoint("a", "first", (), "second")], (1, 3, 3))
+
+
+def test_there_is_no_device_network_before_pruning():
+    run = make_run()
+    with pytest.raises(ValueError, match="not pruned yet: round 0 of phase train"):
+        run.device_model(0)
+    with pytest.raises(ValueError, match=r"client=4 is not allowed; expected 0 to 3"):
+        run.device_model(4)
 
 
 def test_clients_that_fail_are_left_out_and_counted():
@@ -555,7 +614,18 @@ def test_the_command_compares_methods(tmp_path, capsys):
     result = read_rows(tmp_path / "dwnp")[-1]
     assert result["type"] == "result"
     assert 0 <= result["acc_after_pruning"] <= 1
-    assert f"{100 * result['personalized_acc']:.2f}" in table[2].split()
+    cells = table[2].split()
+    for name in ("personalized_acc", "sliced_acc"):
+        assert f"{100 * result[name]:.2f}" in cells
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == ["dwnp", "filter", "fedavg"]
+    assert float(rows[0]["FLOPs devices"]) == round(sum(result["device_flops"]) / 3)
+    assert rows[2]["sliced %"] == ""
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts["settings"]["lr"] == Settings.lr
+    assert facts["device_budgets"] == [0.5] * 3
+    assert sum(facts["training_samples"]) == 150
     assert max(result["device_ratio"]) <= 0.5
     assert result["server_ratio"] <= 0.8
     assert result["params"]["device"] < result["params"]["server"] < result["params"]["dense"]
@@ -565,6 +635,28 @@ def test_the_command_compares_methods(tmp_path, capsys):
     assert state["device_gates"].shape == (3, 9 * (16 + 32 + 64) // 3)
     assert (tmp_path / "channels.png").stat().st_size > 1000
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("method", ["dwnp", "fedavg", "bidst"])
+def test_networks_of_a_run_are_loaded(method, tmp_path):
+    flags = ["--output-dir", str(tmp_path), "--method", method, "--epochs", "2"]
+    main([*COMMAND, *flags])
+    result = read_rows(tmp_path / method)[-1]
+    data = load_data("digits", batch_size=25, eval_batch_size=400)
+    data = dataclasses.replace(data, train=data.train.subset(torch.arange(150) * 1437 // 150))
+    parts = partition(data.train.labels, 3, "dirichlet", balance=True)
+    tests = matching_partition(data.train.labels, parts, data.test.labels)
+    x, y = next(iter(data.test))
+    with torch.no_grad():
+        for k, part in enumerate(tests):
+            model = load_network(tmp_path / method, client=k)
+            accuracy = (model(x[part]).argmax(1) == y[part]).double().mean()
+            expected = result.get("sliced_device_acc", result["device_acc"])[k]
+            assert float(accuracy) == pytest.approx(expected, abs=1.5 / len(part))
+    server = load_network(tmp_path / method / "model.pth")
+    assert count_costs(server, (1, 8, 8)).params_nonzero == result["params"]["server"]
+    with pytest.raises(ValueError, match=r"client=3 is not allowed; expected 0 to 2"):
+        load_network(tmp_path / method, client=3)
 
 
 def test_the_command_goes_on_from_its_checkpoint(tmp_path):

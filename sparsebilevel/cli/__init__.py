@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         args.command(args)
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if args.traceback:

@@ -1,6 +1,7 @@
 """The command ``sparsebilevel federated``: a method and its baselines on one partition, with figures and pictures.
 
-The folder of a run: ``config.json``, ``curves.png``, ``channels.png``, and for each method a folder with ``log.jsonl``
+The folder of a run: ``config.json`` (the flags), ``facts.json`` (what they come to), ``results.csv``, ``curves.png``,
+``channels.png``, and for each method a folder with ``log.jsonl``
 (a row a round; those that were evaluated have accuracies and costs; the last one is of type "result"),
 ``checkpoint.pth`` (everything needed to go on) and at the end ``model.pth`` (the server's network and all gates).
 """
@@ -9,18 +10,21 @@ from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import dataclasses
+import io
 import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .. import __version__
 from ..costs import count_costs
 from ..data import Data, load_data
 from ..data.partition import matching_partition, partition
@@ -75,11 +79,13 @@ def _federated(args: argparse.Namespace, ranks: Ranks) -> dict[str, dict[str, An
     folder = Path(args.output_dir)
     if ranks.is_main:
         _open_folder(folder, args)
+        _write_facts(folder / "facts.json", settings, budgets, parts, tests)
     ranks.barrier()
     say = (lambda text: None) if args.quiet or not ranks.is_main else lambda text: print(text, flush=True)
     sizes = [len(part) for part in parts]
     say(f"{args.arch} on {args.data}: {args.clients} clients ({args.partition}), samples {sizes}")
     results, logs = {}, {}
+    shape = data.num_classes, _features(args, data)
     trained: dict[str, Any] = {}  # the phase "train", which is the same for all methods that have it
     for name in names:
         torch.manual_seed(args.seed)
@@ -90,23 +96,30 @@ def _federated(args: argparse.Namespace, ranks: Ranks) -> dict[str, dict[str, An
         )
         chosen = dataclasses.replace(settings, method=name)
         run = make_federation(model, points, data, parts, tests, budgets, chosen, report=say, ranks=ranks)
-        rows = run_method(name, run, dense, args, folder / name, ranks, say, trained)
+        rows = run_method(name, run, dense, args, folder / name, ranks, say, trained, shape)
         logs[name] = rows
         if rows and rows[-1]["type"] == "result":
             results[name] = rows[-1]
     if results:
         say(result_table(results))
+        if any(r.get("sliced_acc") not in (None, r["pooled_acc"]) for r in results.values()):
+            say("FLOPs of devices are of their smaller networks, which reach 'sliced %'; 'tuned %' is before cutting")
     if ranks.is_main:
         _draw(logs, folder)
+        _write_csv(results, folder / "results.csv")
     say(f"run folder: {folder}")
     return results
 
 
 def make_network(args: argparse.Namespace, data: Data) -> nn.Module:
     """The dense network with its normalization, the same one for all methods of a run."""
-    features = math.prod(data.input_shape) if args.arch == "mlp" else data.input_shape[0]
-    model = create_model(args.arch, data.num_classes, features)
+    model = create_model(args.arch, data.num_classes, _features(args, data))
     return set_norm(model, args.norm, standardize=_standardizes(args))
+
+
+def _features(args: argparse.Namespace, data: Data) -> int:
+    """What a network's first layer reads."""
+    return math.prod(data.input_shape) if args.arch == "mlp" else data.input_shape[0]
 
 
 def _standardizes(args: argparse.Namespace) -> bool:
@@ -144,6 +157,16 @@ def _open_folder(folder: Path, args: argparse.Namespace) -> None:
     open_folder(folder, config, _RUN_FLAGS, args.resume, args.overwrite)
 
 
+def _write_facts(
+    path: Path, settings: Settings, budgets: list[float], parts: Sequence[Tensor], tests: Sequence[Tensor]
+) -> None:
+    """What the flags come to: all settings with their defaults, what was drawn, and versions."""
+    facts: dict[str, Any] = {"settings": dataclasses.asdict(settings), "device_budgets": budgets}
+    facts |= {"training_samples": [len(part) for part in parts], "test_samples": [len(part) for part in tests]}
+    facts |= {"sparsebilevel": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    write_text(path, json.dumps(facts, indent=2) + "\n")
+
+
 def run_method(
     name: str,
     run: Federation,
@@ -153,10 +176,12 @@ def run_method(
     ranks: Ranks,
     say: Callable[[str], None],
     trained: dict[str, Any],
+    shape: tuple[int, int],
 ) -> list[dict[str, Any]]:
     """Run, or continue, one method; its rows. Rank 0 alone writes.
 
-    ``trained`` gets the state and the rows of the phase ``train``, or has those of another method.
+    ``trained`` gets the state and the rows of the phase ``train``, or has those of another method; ``shape`` is classes
+    and input features, which the saved network is made of.
     """
     folder.mkdir(parents=True, exist_ok=True)
     log, checkpoint = folder / "log.jsonl", folder / "checkpoint.pth"
@@ -207,6 +232,7 @@ def run_method(
         if ranks.is_main:
             gates = {} if run.gates is None else {"server_gates": run.gates[0], "device_gates": run.gates[1]}
             network = {"arch": args.arch, "norm": args.norm, "standardize": _standardizes(args)}
+            network |= {"num_classes": shape[0], "features": shape[1], "clients": run.clients}
             save_checkpoint(folder / "model.pth", {"model": run.state_dict()["model"]} | network | gates)
     return rows
 
@@ -235,9 +261,9 @@ def _result(run: Federation, dense: nn.Module, rows: list[dict[str, Any]], figur
     result |= {"bytes_down": run.sent, "bytes_up": run.received, "failures": run.failures}
     result |= {"hyper_rounds": run.hyper_rounds, "rounds": {phase.name: phase.rounds for phase in run.phases}}
     if run.settings.personal and run.gates is not None:
-        result["device_acc_sliced"] = run.evaluate_devices()
+        result["sliced_acc"], result["sliced_device_acc"] = run.evaluate_devices()
     if run.settings.personalize_epochs:
-        result["personalized_acc"] = run.evaluate_devices(personalize=True)
+        result["personalized_acc"], result["personalized_device_acc"] = run.evaluate_devices(personalize=True)
     networks = {"dense": dense, "server": run.model, "device": run.device_model(0)}
     result["params"] = {name: count_costs(net, run.input_shape).params_nonzero for name, net in networks.items()}
     result |= {"time_forward_ms": _forward_times(networks, run)}
@@ -275,8 +301,20 @@ def _line(name: str, rounds: int, row: dict[str, Any]) -> str:
 
 def result_table(results: dict[str, dict[str, Any]]) -> str:
     """The end of every run, side by side."""
+    return text_table(*_cells(results))
+
+
+def _write_csv(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """The table for other programs: numbers without separators, nothing where there is none."""
+    rows, header = _cells(results)
+    text = io.StringIO()
+    csv.writer(text).writerows([header, *([cell.replace(",", "").replace("-", "") for cell in row] for row in rows)])
+    write_text(path, text.getvalue())
+
+
+def _cells(results: dict[str, dict[str, Any]]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
     header = (
-        *("method", "before %", "pruned %", "tuned %", "worst device %", "server %"),
+        *("method", "before %", "pruned %", "tuned %", "worst device %", "server %", "sliced %", "worst sliced %"),
         "personalized %",
         *("sparsity", "T server", "T devices", "FLOPs server", "FLOPs devices", "down MB", "up MB"),
     )
@@ -285,14 +323,16 @@ def result_table(results: dict[str, dict[str, Any]]) -> str:
         worst = min(a for a in r["device_acc"] if a is not None)
         cells = [f"{100 * r[key]:.2f}" if key in r else "-" for key in ("acc_before_pruning", "acc_after_pruning")]
         cells += [f"{100 * value:.2f}" for value in (r["pooled_acc"], worst, r["server_acc"])]
-        cells.append(f"{100 * r['personalized_acc']:.2f}" if "personalized_acc" in r else "-")
+        worst_sliced = min((a for a in r.get("sliced_device_acc", ()) if a is not None), default=None)
+        for value in (r.get("sliced_acc"), worst_sliced, r.get("personalized_acc")):
+            cells.append("-" if value is None else f"{100 * value:.2f}")
         for key in ("sparsity", "server_ratio", "device_ratio", "server_flops", "device_flops"):
             value = r.get(key, "-")
             value = statistics.fmean(value) if isinstance(value, list) else value
             cells.append(value if value == "-" else f"{value:,.0f}" if key.endswith("flops") else f"{value:.4f}")
         cells += [f"{sum(r[key].values()) / 1e6:.1f}" for key in ("bytes_down", "bytes_up")]
         table.append((name, *cells))
-    return text_table(table, header)
+    return table, header
 
 
 def _draw(logs: dict[str, list[dict[str, Any]]], folder: Path) -> None:

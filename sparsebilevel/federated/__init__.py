@@ -11,6 +11,7 @@ from .models import (
     find_gate_points,
     gate_sizes,
     layers_changed_by_slicing,
+    load_network,
     set_norm,
     slice_gates,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "find_gate_points",
     "gate_sizes",
     "layers_changed_by_slicing",
+    "load_network",
     "make_federation",
     "merge_gates",
     "open_threshold",

@@ -32,6 +32,7 @@ class GateCosts:
         sizes: channels of every gate point.
         total: T of all gates open, an int (ResNet-56 on CIFAR-10: 126,590,976).
         true_total: FLOPs of the whole network, an int.
+        least: T of one channel at each gate point, as a fraction of the total: no budget below it can be met.
 
     DWNP's code divides a depth-wise convolution's cost by its first number of groups, which makes it quadratic in the
     open channels. Here it is what the sliced network has, linear in them; the total is the same.
@@ -61,6 +62,9 @@ class GateCosts:
         self.total = int(self(every))
         self._fixed = count_costs(model, input_shape).flops_dense - 2 * int(self._multiply_adds(every).sum())
         self.true_total = self.true_flops(every)
+        one = torch.zeros_like(every)
+        one[torch.tensor(self.sizes).cumsum(0) - 1] = 1
+        self.least = float(self.ratio(one))
 
     def _channels(self, gates: Tensor) -> tuple[Tensor, Tensor]:
         """Open channels in and out of every convolution, float64 ``[convolutions]``."""

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._slicing import cut_channels
+from ..models import create_model
+from ..nn import sparsify
+from ..training.checkpoint import CheckpointError, load_checkpoint
 
 NORMS = ("batch", "group")
 
@@ -229,6 +234,40 @@ def _cut(parameter: nn.Parameter, keep: Tensor, dim: int) -> nn.Parameter:
     return nn.Parameter(parameter.detach().index_select(dim, positions), requires_grad=parameter.requires_grad)
 
 
+@torch.no_grad()
+def check_gate_points(model: nn.Module, points: Sequence[GatePoint], input_shape: Sequence[int]) -> None:
+    """Raise ValueError if channels of a gate point cannot be cut out: by running the network without one of each.
+
+    Where slicing changes no layer (`layers_changed_by_slicing`), the result must be that of the closed gate, too.
+
+    Args:
+        model, points: a network and its gate points.
+        input_shape: (C, H, W) of one sample.
+    """
+    sizes, start = gate_sizes(model, points), 0
+    exact = not layers_changed_by_slicing(model, points)
+    weight = next(model.parameters())
+    twin = copy.deepcopy(model).eval()
+    x = torch.randn((1, *input_shape), generator=torch.Generator().manual_seed(0)).to(weight)
+    for i, (point, size) in enumerate(zip(points, sizes, strict=True)):
+        gates = torch.ones(sum(sizes), dtype=torch.bool)
+        gates[start] = size == 1  # a last channel stays
+        start += size
+        what = f"points[{i}] ({point.name!r}: {point.producer!r} to {point.consumer!r})"
+        try:
+            sliced = slice_gates(twin, points, gates)(x)
+        except (RuntimeError, AttributeError, ValueError) as error:
+            why = str(error).splitlines()[0]
+            raise ValueError(f"{what}: the network does not run without one of its channels: {why}") from error
+        if exact:
+            with apply_gates(twin, points, gates.to(weight)):
+                closed = twin(x)
+            if not torch.allclose(sliced, closed, rtol=1e-3, atol=1e-3 * float(closed.abs().max())):
+                raise ValueError(
+                    f"{what}: without a channel the network computes something else than with its gate closed"
+                )
+
+
 def forward_positions(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
     """Output positions (height times width) of every convolution for one sample ``(C, H, W)``, by name."""
     positions: dict[str, int] = {}
@@ -247,3 +286,40 @@ def forward_positions(model: nn.Module, input_shape: Sequence[int]) -> dict[str,
         weight = next(twin.parameters())
         twin(torch.zeros((1, *input_shape), dtype=weight.dtype, device=weight.device))
     return positions
+
+
+# -- what a run leaves -------------------------------------------------------------------------------------------------
+
+
+def load_network(source: str | os.PathLike[str], client: int | None = None) -> nn.Module:
+    """The network that a run of ``sparsebilevel federated`` has left, on the CPU, in evaluation mode.
+
+    Args:
+        source: the folder of a method in that of the run, or its ``model.pth``.
+        client: a device, for the smaller network of its own; None for the server's.
+
+    Raises:
+        FileNotFoundError, ValueError: missing, damaged, or not such a file; no such client.
+    """
+    path = Path(source)
+    path = path / "model.pth" if path.is_dir() else path
+    saved = load_checkpoint(path)
+    if "norm" not in saved or "features" not in saved:
+        raise CheckpointError(f"{path} has no 'norm' or 'features'; expected model.pth of a federated run")
+    model = create_model(saved["arch"], saved["num_classes"], saved["features"])
+    set_norm(model, saved["norm"], saved["standardize"])
+    gates = saved.get("device_gates")
+    clients = saved["clients"]
+    if client is not None and not 0 <= client < clients:
+        raise ValueError(f"client={client} is not allowed; expected 0 to {clients - 1}")
+    points = [] if gates is None else find_gate_points(model)
+    if gates is not None:
+        model = slice_gates(model, points, saved["server_gates"])
+    state: dict[str, Tensor] = saved["model"]
+    sparse = [key.removesuffix(".mask") for key in state if key.endswith(".mask")]
+    if sparse:
+        sparsify(model, 0.0, include=sparse, init="dense")
+    model.load_state_dict({name: value for name, value in state.items() if not name.endswith(".mask_scores")})
+    if client is not None and gates is not None:
+        model = slice_gates(model, points, gates[client][saved["server_gates"]])
+    return model.eval()

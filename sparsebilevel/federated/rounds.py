@@ -35,7 +35,7 @@ from .client import Clients, LocalExchange, Message, make_seed
 from .flops import GateCosts
 from .hypernetwork import Hypernetwork, open_threshold
 from .local import FlatModule
-from .models import GatePoint, gate_sizes, slice_gates
+from .models import GatePoint, check_gate_points, gate_sizes, slice_gates
 from .settings import METHODS, Settings
 from .unstructured import Pruner, decay_closed, pack_masked, unpack_masked, unpack_vector
 
@@ -122,6 +122,16 @@ class Federation:
             needs = "needs" if settings.has_hypernetwork else "has no use for"
             raise ValueError(f"method {settings.method} {needs} a hypernetwork; got {hypernetwork!r:.40}")
         self.input_shape = tuple(input_shape)
+        if self.costs is not None and settings.method != "fedavg":
+            wanted = {f"device_flops[{k}]": budget for k, budget in enumerate(budgets)}
+            wanted |= {"server_flops": settings.server_budget} if settings.personal else {}
+            for name, budget in wanted.items():
+                if budget < self.costs.least:
+                    raise ValueError(
+                        f"{name}={budget} cannot be met; expected at least {self.costs.least:.4f}, what one channel at "
+                        "each gate point costs"
+                    )
+            check_gate_points(model, points, input_shape)
 
         self.hyper = None if hypernetwork is None else FlatModule(hypernetwork)
         if self.hyper is not None:
@@ -539,7 +549,20 @@ class Federation:
         self.momentum = torch.zeros_like(self.weights)
 
     def device_model(self, client: int) -> nn.Module:
-        """The physically smaller network of one device, after pruning; what `layers_changed_by_slicing` says holds."""
+        """The physically smaller network of one device, after pruning; what `layers_changed_by_slicing` says holds.
+
+        With methods that cut no channels it is a copy of the server's.
+
+        Raises:
+            ValueError: no such client, or nothing is pruned yet.
+        """
+        if not 0 <= client < self.clients:
+            raise ValueError(f"client={client} is not allowed; expected 0 to {self.clients - 1}")
+        cuts = self.pruner is None and "prune" in METHODS[self.settings.method]
+        if cuts and self.gates is None:
+            raise ValueError(
+                f"the network is not pruned yet: round {self.done} of phase {self.phases[self.phase].name}"
+            )
         self.flat.load(self.weights, self.statistics)
         gates = self.client_gates()
         if self.gates is None or gates is None:
@@ -569,17 +592,20 @@ class Federation:
             base |= {} if self.gates is None else {"channels": self.gates[0]}
             base |= {} if server is None else {"gates": server}
             on_server = _accuracy(self._ask_all(lambda k: base).values())
-        row = {"device_acc": [_accuracy([own[k]]) if k in own else None for k in range(self.clients)]}
+        row: dict[str, Any] = {"device_acc": self._by_device(own)}
         return row | {"pooled_acc": pooled, "server_acc": on_server} | self._costs(gates, server)
 
-    def evaluate_devices(self, personalize: bool = False) -> float | None:
-        """``pooled_acc`` of what the devices really have in the end, after pruning their physically smaller networks.
+    def evaluate_devices(self, personalize: bool = False) -> tuple[float | None, list[float | None]]:
+        """Accuracy of what the devices really have in the end, after pruning their physically smaller networks.
 
         That can differ from the accuracy with closed gates, see `layers_changed_by_slicing`.
 
         Args:
             personalize: first each device trains its network by itself, for ``personalize_epochs`` of `Settings`. So
                 methods with one network for all can be compared with those that have one for each device.
+
+        Returns:
+            Of the samples of all devices together; and of each device's, None for one without test samples.
         """
         s = self.settings
 
@@ -593,7 +619,11 @@ class Federation:
                 message |= {"steps": steps, "lr": s.finetune_lr, "position": self.positions["weights"][k]}
             return message
 
-        return _accuracy(self._ask_all(request).values())
+        found = self._ask_all(request)
+        return _accuracy(found.values()), self._by_device(found)
+
+    def _by_device(self, found: Mapping[int, Message]) -> list[float | None]:
+        return [_accuracy([found[k]]) if k in found else None for k in range(self.clients)]
 
     def _ask_all(self, request: Callable[[int], Message]) -> dict[int, Message]:
         return self._ask("evaluate", {k: request(k) for k in range(self.clients)})[0]

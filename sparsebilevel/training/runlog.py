@@ -41,7 +41,10 @@ def open_folder(folder: Path, config: Mapping[str, Any], free: Container[str], r
         before = json.loads(written.read_text())
         odd = [name for name, value in config.items() if name not in free and before.get(name) != value]
         if odd:
-            raise ValueError(f"resume: the run in {folder} has another configuration ({', '.join(odd)})")
+            raise ValueError(
+                f"resume: the run in {folder} has another configuration ({', '.join(odd)}); repeat the flags of its "
+                "first command"
+            )
     elif folder.exists() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"output_dir={str(folder)!r} is not empty; give --resume, --overwrite or another folder")
     folder.mkdir(parents=True, exist_ok=True)
