@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sparsebilevel._torchvision import import_torchvision
-from sparsebilevel.data import Data, Loader, list_data, load_data
+from sparsebilevel.data import Data, Loader, list_data, load_data, tensor_data
 from sparsebilevel.data.datasets import _shift_and_flip
 
 
@@ -261,3 +261,39 @@ def test_bad_names_and_options() -> None:
 def test_bad_calls(call: Callable[[Data], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(fake())
+
+
+def test_own_samples() -> None:
+    x, y = torch.randn(20, 2, 3, 4), torch.arange(20) % 3
+    data = tensor_data((x, y), (x[:7], y[:7].int()), batch_size=5, validation=0.25, seed=1)
+    assert data.num_classes == 3
+    assert data.input_shape == (2, 3, 4)
+    got = [torch.cat(part) for part in zip(*data.test, strict=True)]
+    assert torch.equal(got[0], x[:7])
+    assert torch.equal(got[1], y[:7])
+    assert data.val is not None
+    assert sorted([*data.train.indices.tolist(), *data.val.indices.tolist()]) == list(range(20))
+    for images, labels in data.train:
+        assert images.dtype == torch.float32
+        rows = [int((x == image).flatten(1).all(1).nonzero()) for image in images]
+        assert labels.tolist() == y[rows].tolist()
+    assert tensor_data((x.double(), y), (x, y), batch_size=4, num_classes=9).num_classes == 9
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"test": (torch.zeros(4, 2, 3, 3), torch.zeros(4, dtype=torch.int64))}, r"test: inputs \[4, 2, 3, 3\]"),
+        ({"train": (torch.zeros(4, 8), torch.zeros(4, dtype=torch.int64))}, r"train: inputs \[4, 8\]"),
+        ({"test": (torch.zeros(4, 2, 3, 4), torch.zeros(3, dtype=torch.int64))}, r"labels \[3\]"),
+        ({"test": (torch.zeros(4, 2, 3, 4), torch.zeros(4))}, r"test: 4 labels of torch.float32"),
+        ({"test": (torch.zeros(4, 2, 3, 4), torch.tensor([0, 1, 2, -1]))}, r"labels -1..2: must be in 0..2"),
+        ({"num_classes": 2}, r"labels 0..2: must be in 0..1"),
+        ({"rank": 1}, r"rank=1: must be in 0..0"),
+    ],
+)
+def test_own_samples_that_do_not_fit(change: dict[str, object], message: str) -> None:
+    samples = torch.zeros(6, 2, 3, 4), torch.arange(6) % 3
+    arguments: dict[str, object] = {"train": samples, "test": samples, "batch_size": 2} | change
+    with pytest.raises(ValueError, match=message):
+        tensor_data(**arguments)  # type: ignore[arg-type]

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .datasets import IMAGE_SETS, Batch, FolderSource, Source, TensorSource, make_fake
+from .datasets import IMAGE_SETS, Batch, FolderSource, ReadySource, Source, TensorSource, make_fake
 
-__all__ = ["Data", "Loader", "list_data", "load_data"]
+__all__ = ["Data", "Loader", "list_data", "load_data", "tensor_data"]
 
 
 # The data sets without files of a fixed shape, and the arguments of `load_data` that only they take.
@@ -77,7 +77,7 @@ class Loader:
             loader.set_epoch(epoch)          # else every epoch repeats the order of epoch 0
             for x, y in loader: ...
 
-    Made by `load_data`; `subset` and `Data.split` give further ones.
+    Made by `load_data` and `tensor_data`; `subset` and `Data.split` give further ones.
     """
 
     source: Source = field(repr=False)
@@ -287,6 +287,72 @@ def load_data(
         train, test = (TensorSource(split, spec, device, memory_format) for split in splits)
         classes, input_shape, default_augment = spec.num_classes, (channels, height, width), spec.augment
 
+    return _make_data(
+        *(train, test, classes, input_shape, default_augment if augment is None else augment, batch_size),
+        *(eval_batch_size, validation, seed, rank, world_size),
+    )
+
+
+def tensor_data(
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    *,
+    batch_size: int,
+    eval_batch_size: int | None = None,
+    num_classes: int | None = None,
+    device: torch.device | str = "cpu",
+    validation: float = 0,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Data:
+    """The loaders of your own samples, as `load_data` gives those of a known data set.
+
+    Args:
+        train, test: inputs [n, C, H, W], as the network is to read them (normalised), and integer labels [n] from 0.
+        num_classes: by default as many as the labels name.
+        batch_size, eval_batch_size, device, validation, seed, rank, world_size: as in `load_data`.
+
+    Raises:
+        ValueError: tensors that do not fit each other, or labels outside of the classes.
+    """
+    _check_at_least(0, seed=seed)
+    _check_at_least(1, eval_batch_size=eval_batch_size, world_size=world_size, num_classes=num_classes)
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank={rank}: must be in 0..{world_size - 1} (world_size={world_size})")
+    for name, (inputs, labels) in (("train", train), ("test", test)):
+        if inputs.dim() != 4 or inputs.shape[1:] != train[0].shape[1:] or labels.shape != inputs.shape[:1]:
+            raise ValueError(
+                f"{name}: inputs {list(inputs.shape)} and labels {list(labels.shape)}; must be [n, C, H, W], of one "
+                "size for both parts, and [n]"
+            )
+        if labels.is_floating_point() or labels.dtype == torch.bool or not len(labels):
+            raise ValueError(f"{name}: {len(labels)} labels of {labels.dtype}; must be integers, at least one")
+    lowest, highest = (getattr(torch.cat([train[1].cpu(), test[1].cpu()]), name)() for name in ("min", "max"))
+    classes = int(highest) + 1 if num_classes is None else num_classes
+    if lowest < 0 or highest >= classes:
+        raise ValueError(f"labels {int(lowest)}..{int(highest)}: must be in 0..{classes - 1}")
+    sources = [ReadySource(inputs, labels.long(), torch.device(device)) for inputs, labels in (train, test)]
+    channels, height, width = train[0].shape[1:]
+    return _make_data(
+        *(sources[0], sources[1], classes, (channels, height, width), False, batch_size),
+        *(eval_batch_size, validation, seed, rank, world_size),
+    )
+
+
+def _make_data(
+    train: Source,
+    test: Source,
+    classes: int,
+    input_shape: tuple[int, int, int],
+    augment: bool,
+    batch_size: int,
+    eval_batch_size: int | None,
+    validation: float,
+    seed: int,
+    rank: int,
+    world_size: int,
+) -> Data:
     every = torch.arange(len(train.labels))
     held_out = None
     if validation:
@@ -296,7 +362,7 @@ def load_data(
         indices=every,
         batch_size=batch_size,
         train=True,
-        augment=default_augment if augment is None else augment,
+        augment=augment,
         drop_last=True,
         seed=seed,
         rank=rank,

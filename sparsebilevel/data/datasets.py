@@ -272,6 +272,19 @@ class TensorSource:
             yield x, self._device_labels[index]
 
 
+class ReadySource:
+    """Samples in memory that are what the network reads; there is no augmentation."""
+
+    def __init__(self, inputs: Tensor, labels: Tensor, device: torch.device) -> None:
+        self.labels = labels.cpu()
+        self._inputs, self._device_labels = inputs.to(device, torch.float32), labels.to(device)
+
+    def batches(self, indices: Sequence[Tensor], draws: Sequence[Tensor] | None) -> Iterator[Batch]:
+        for index in indices:
+            index = index.to(self._inputs.device, non_blocking=True)
+            yield self._inputs[index], self._device_labels[index]
+
+
 def _shift_and_flip(x: Tensor, draws: Tensor, pad: int, flip: bool) -> Tensor:
     """Pad [B, C, H, W] by `pad` black pixels, crop at random to the old size and, with `flip`, mirror half of them.
 
