@@ -580,8 +580,8 @@ def test_other_settings_are_refused():
         ({"lr": float("nan")}, "lr=nan"),
         ({"hyper_start": 1.0}, "hyper_start=1.0"),
         ({"server_budget": 0.0}, "server_budget=0.0"),
-        ({"sample": 5}, "sample=5"),
-        ({"sample": 2, "min_clients": 3}, "min_clients=3"),
+        ({"sample": 5}, "sample=5 is not allowed; expected 1 to 4, the clients"),
+        ({"sample": 2, "min_clients": 3}, "min_clients=3 is not allowed; expected 1 to 2, the clients of a round"),
         ({"temperature": 0.0}, "temperature=0.0"),
     ],
 )
@@ -635,6 +635,12 @@ def test_the_command_compares_methods(tmp_path, capsys):
     assert state["device_gates"].shape == (3, 9 * (16 + 32 + 64) // 3)
     assert (tmp_path / "channels.png").stat().st_size > 1000
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_the_command_says_that_no_device_gets_more_than_the_server(tmp_path, capsys):
+    flags = ["--server-flops", "0.4", "--max-rounds", "1", "--output-dir", str(tmp_path)]
+    main([*[c for c in COMMAND if c != "--quiet"], *flags])
+    assert "device_flops up to 0.5 are above server_flops=0.4: no device gets more" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["dwnp", "fedavg", "bidst"])

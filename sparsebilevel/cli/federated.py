@@ -82,6 +82,8 @@ def _federated(args: argparse.Namespace, ranks: Ranks) -> dict[str, dict[str, An
         _write_facts(folder / "facts.json", settings, budgets, parts, tests)
     ranks.barrier()
     say = (lambda text: None) if args.quiet or not ranks.is_main else lambda text: print(text, flush=True)
+    if settings.personal and max(budgets) > settings.server_budget:
+        say(f"device_flops up to {max(budgets)} are above server_flops={settings.server_budget}: no device gets more")
     sizes = [len(part) for part in parts]
     say(f"{args.arch} on {args.data}: {args.clients} clients ({args.partition}), samples {sizes}")
     results, logs = {}, {}

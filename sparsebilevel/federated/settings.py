@@ -154,7 +154,8 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; expected a number in (0, 1]")
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature!r} is not allowed; expected a number above 0")
-        for name in ("sample", "min_clients"):
+        for name, most in (("sample", clients), ("min_clients", self.sample or clients)):
             value = getattr(self, name)
-            if value is not None and not 1 <= value <= (self.sample or clients if name == "min_clients" else clients):
-                raise ValueError(f"{name}={value} is not allowed; expected 1 to the clients of a round, of {clients}")
+            if value is not None and not 1 <= value <= most:
+                whose = "the clients of a round" if name == "min_clients" else "the clients"
+                raise ValueError(f"{name}={value} is not allowed; expected 1 to {most}, {whose}")
