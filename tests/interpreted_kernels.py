@@ -586,8 +586,9 @@ def test_gradients_of_gradients_of_a_layer(monkeypatch):
             return torch.func.functional_call(layer, {"weight": w}, (x,))
 
         w = torch.where(layer.mask, layer.weight, 0).detach().requires_grad_()
-        assert torch.autograd.gradcheck(product, (x, w))
-        assert torch.autograd.gradgradcheck(product, (x, w))
+        # cuDNN's gradients differ from one call to the next.
+        assert torch.autograd.gradcheck(product, (x, w), nondet_tol=1e-9)
+        assert torch.autograd.gradgradcheck(product, (x, w), nondet_tol=1e-9)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
