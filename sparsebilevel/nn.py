@@ -24,16 +24,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .kernels import (
-    PASSES,
-    Backend,
-    choose_backend,
-    describe,
-    gpu,
-    make_grad_sink,
-    masked_conv2d,
-    masked_linear,
-)
+from .kernels import PASSES, Backend, choose_backend, describe, gpu, make_grad_sink, masked_conv2d, masked_linear
 from .kernels.batch_norm import batch_norm_for_uses
 from .kernels.dense import layer_weight
 from .kernels.dispatch import Structure, library_is_best
@@ -228,7 +219,7 @@ class SparseMaskedModule(nn.Module):
         structure = window = None
         if gpu.available(device) and getattr(self, "groups", 1) == 1:
             window = self._window()
-            looks = not (isinstance(self.pattern, (Unstructured, NM)) and library_is_best(device))
+            looks = self._drops_in_groups or not library_is_best(device)
             tiles = window is None or weight.is_contiguous(memory_format=torch.channels_last)
             structure = structure_of(self.mask, tiles, positions) if looks else Structure()
         return choose_backend(
@@ -312,12 +303,17 @@ class SparseMaskedModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._refit_collection()  # assign=True may have put a weight of another device or dtype in place
 
+    @property
+    def _drops_in_groups(self) -> bool:
+        """Whether the pattern drops tiles, outputs or inputs as a whole, and so may be worth a kernel on a GPU."""
+        return not isinstance(self.pattern, (Unstructured, NM))
+
     def _library_weight(self, input: Tensor) -> Tensor | None:
         """The effective weight where the product is PyTorch's own, else None.
 
         What an unstructured mask drops as a whole is not looked for: that would wait for the device at every change.
         """
-        if not isinstance(self.pattern, (Unstructured, NM)):
+        if self._drops_in_groups:
             return None
         return layer_weight(input, self.weight, self.mask, **self._sink_arguments())
 

@@ -1,9 +1,9 @@
 """The command ``sparsebilevel federated``: a method and its baselines on one partition, with figures and pictures.
 
 The folder of a run: ``config.json`` (the flags), ``facts.json`` (what they come to), ``results.csv``, ``curves.png``,
-``channels.png``, and for each method a folder with ``log.jsonl``
-(a row a round; those that were evaluated have accuracies and costs; the last one is of type "result"),
-``checkpoint.pth`` (everything needed to go on) and at the end ``model.pth`` (the server's network and all gates).
+``channels.png``, and for each method a folder with ``log.jsonl`` (a row a round; those that were evaluated have
+accuracies and costs; the last one is of type "result"), ``checkpoint.pth`` (everything needed to go on) and at the end
+``model.pth`` (the server's network and all gates).
 """
 
 from __future__ import annotations
@@ -310,7 +310,9 @@ def _write_csv(results: dict[str, dict[str, Any]], path: Path) -> None:
     """The table for other programs: numbers without separators, nothing where there is none."""
     rows, header = _cells(results)
     text = io.StringIO()
-    csv.writer(text).writerows([header, *([cell.replace(",", "").replace("-", "") for cell in row] for row in rows)])
+    csv.writer(text).writerows(
+        [header, *(["" if cell == "-" else cell.replace(",", "") for cell in row] for row in rows)]
+    )
     write_text(path, text.getvalue())
 
 
