@@ -36,6 +36,7 @@ from sparsebilevel.kernels import (
     triton_matmul,
 )
 from sparsebilevel.kernels.block_sparse import BLOCKS, BlockLayout, occupied_tiles
+from sparsebilevel.nn import SparseMaskedLinear
 
 # In roundings. Tensor cores cut the running sum after every few products, so long sums of float32 are off by some; what
 # is left out of a sum, or counted twice, is off by thousands.
@@ -267,21 +268,31 @@ def _steps(t: int, device: torch.device, master: torch.dtype) -> dict[str, Calla
         master: type of weights and scores; products are of bfloat16, under autocast.
     """
     x = torch.randn(t, WIDTH, device=device, dtype=torch.bfloat16, requires_grad=True)
-    w = torch.randn(WIDTH, WIDTH, device=device, dtype=master, requires_grad=True)
-    s, m = torch.zeros_like(w, requires_grad=True), torch.rand(WIDTH, WIDTH, device=device) < 0.1
+    w = torch.nn.Parameter(torch.randn(WIDTH, WIDTH, device=device, dtype=master))
+    s, m = torch.nn.Parameter(torch.zeros_like(w)), torch.rand(WIDTH, WIDTH, device=device) < 0.1
     dy = torch.randn(t, WIDTH, device=device, dtype=torch.bfloat16)
 
     def layer(x: Tensor, w: Tensor, s: Tensor) -> Tensor:
         soft = m.to(w.dtype) + (s - s.detach())  # straight through
         return F.linear(x, w * soft)
 
-    compiled = torch.compile(layer, dynamic=False)
+    def ours(scores: torch.nn.Parameter | None) -> torch.nn.Module:
+        made = SparseMaskedLinear(WIDTH, WIDTH, bias=False, device=device, dtype=master)
+        made.weight = w
+        made.set_mask(m)
+        made.set_mask_scores(scores)
+        return made
+
+    learned, frozen = ours(s), ours(None)
+    compiled, compiled_ours = torch.compile(layer, dynamic=False), torch.compile(learned, dynamic=False)
     forwards = {
         "dense": lambda: F.linear(x, w),
         "unfused": lambda: layer(x, w, s),
         "torch.compile": lambda: compiled(x, w, s),
-        "ours": lambda: masked_linear(x, w, m, mask_scores=s),
-        "ours, frozen mask": lambda: masked_linear(x, w, m),
+        "ours": lambda: learned(x),
+        "ours, torch.compile": lambda: compiled_ours(x),
+        "ours, frozen mask": lambda: frozen(x),
+        "ours, the function": lambda: masked_linear(x, w, m, mask_scores=s),
     }
 
     def step(forward: Callable[[], Tensor]) -> None:

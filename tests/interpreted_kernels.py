@@ -644,6 +644,23 @@ def test_compiles_whole_and_once(pattern, sink, compiler):
     assert bool(ours) == (pattern == "block:4x4")
 
 
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_gradients_where_the_copy_has_the_type_of_the_weight(dtype, compiler):
+    torch._dynamo.reset()
+    layer = sb.sparsify(torch.nn.Sequential(torch.nn.Linear(16, 8, bias=False).to(dtype)), 0.5)[0]
+    layer.set_mask_scores(torch.nn.Parameter(torch.randn_like(layer.weight)))
+    x, dy = torch.randn(5, 16, dtype=dtype, requires_grad=True), torch.randn(5, 8, dtype=dtype)
+    found = []
+    for forward in (layer, torch.compile(layer, fullgraph=True, backend=compiler)):
+        x.grad = layer.weight.grad = layer.mask_scores.grad = None
+        forward(x).backward(dy)
+        found.append([x.grad, layer.weight.grad, layer.mask_scores.grad])
+    for got, want in zip(found[1], found[0], strict=True):
+        assert_close(got, want, rtol=0.02, atol=0.02)
+        assert want.abs().max() > 0.1
+
+
 @pytest.mark.parametrize("name", ["linear", "linear_backward", "conv2d", "conv2d_backward"])
 def test_compilers_capture_no_op_that_keeps_memory(name):
     assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.sparsebilevel, f"masked_{name}").default.tags
