@@ -29,9 +29,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 CXXFLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
-# Machine code for the A100 and the H100, which their families share, and PTX for what comes later.
+# Machine code for the A100, whose family shares it, and the H100 with all it has; and PTX for what comes later.
 NVCCFLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=2"]
-NVCCFLAGS += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
+NVCCFLAGS += [f"-gencode=arch=compute_{arch}" for arch in ("80,code=sm_80", "90a,code=sm_90a", "90,code=compute_90")]
 
 
 def message(text: str) -> None:

@@ -85,7 +85,7 @@ def build(folder: Path) -> dict[str, Any]:
     shutil.copytree(ROOT / "sparsebilevel", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     shutil.copytree(ROOT / "kernels", package / "kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC", "-Xptxas=-v", "--threads=2"]
-    flags += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
+    flags += [f"-gencode=arch=compute_{arch}" for arch in ("80,code=sm_80", "90a,code=sm_90a", "90,code=compute_90")]
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     command = ["nvcc", "-shared", *flags, *map(str, sources), "-o", str(package / "_cuda.so")]
     built = subprocess.run(command, capture_output=True, text=True)

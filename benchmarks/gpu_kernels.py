@@ -4,22 +4,23 @@
 
 ``check`` compares every kernel with float64 on fresh random numbers, in memory that held NaN before; ``time`` takes
 medians of CUDA events with the L2 cache flushed, of launches that wait in the queue and of a captured graph; whole
-steps also eager, one after another, with what launching costs, and all variants of one in turn. Beside each time stands
-its floor: what must be read and written at the bandwidth of a copy, or the multiplications at the speed of a dense
-product, both measured here. ``tune`` writes the table that layers choose by. ``gpu_check.py`` runs this with all
-that runs on a GPU.
+steps also eager, one after another, with what launching costs, and all variants of one in turn. Masks of tiles have
+settled (``BlockLayout.settle``). Beside each time stands its floor: what must be read and written at the bandwidth of a
+copy, or the multiplications at the speed of a dense product, both measured here. ``tune`` writes the table that layers
+choose by. ``gpu_check.py`` runs this with all that runs on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
 import math
 import statistics
 import time as clock
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsebilevel.kernels import (
+    cuda_block_sparse,
     masked_linear,
     measurements,
     reference,
@@ -35,7 +37,7 @@ from sparsebilevel.kernels import (
     triton_elementwise,
     triton_matmul,
 )
-from sparsebilevel.kernels.block_sparse import BLOCKS, BlockLayout, occupied_tiles
+from sparsebilevel.kernels.block_sparse import BLOCKS, BlockLayout, look, occupied_tiles
 from sparsebilevel.nn import SparseMaskedLinear
 
 # In roundings. Tensor cores cut the running sum after every few products, so long sums of float32 are off by some; what
@@ -114,9 +116,13 @@ def check(device: torch.device, *, small: bool = False, shard: tuple[int, int] =
             kept = tiles.repeat_interleave(block, 0).repeat_interleave(block, 1)[:n, :k].contiguous()
             blocks, zeroed = BlockLayout(block, occupied_tiles(kept, block), 0.5), torch.where(kept, w, 0)
             z64 = zeroed.double()
-            _poison(device, 2 * t * max(n, k))
-            note(f"block{block} forward {label}", blocks.forward(x, zeroed), x64 @ z64.t(), x64.abs() @ z64.abs().t())
-            note(f"block{block} input_grad {label}", blocks.input_grad(dy, zeroed), dy64 @ z64, dy64.abs() @ z64.abs())
+            forward, input_grad = x64 @ z64.t(), dy64 @ z64
+            for name in ("CUDA", "Triton") if cuda_block_sparse.takes(block, x, zeroed) else ("Triton",):
+                with _only_triton(name == "Triton"):
+                    _poison(device, 2 * t * max(n, k))
+                    y, dx = blocks.forward(x, zeroed), blocks.input_grad(dy, zeroed)
+                note(f"{name} block{block} forward {label}", y, forward, x64.abs() @ z64.abs().t())
+                note(f"{name} block{block} input_grad {label}", dx, input_grad, dy64.abs() @ z64.abs())
             grad = blocks.weight_grad(dy, x, kept, torch.float32)
             note(f"block{block} weight_grad {label}", grad, g * kept, g_scale)
         last = {"memory_format": torch.channels_last}
@@ -158,6 +164,17 @@ def check(device: torch.device, *, small: bool = False, shard: tuple[int, int] =
     if not shard[0]:
         _check_steps(device, [(n, k) for _, n, k in shapes], note)
     return errors
+
+
+@contextlib.contextmanager
+def _only_triton(only: bool) -> Iterator[None]:
+    """Products over tiles in Triton, where there is a CUDA kernel too."""
+    takes = cuda_block_sparse.takes
+    cuda_block_sparse.takes = (lambda *_: False) if only else takes
+    try:
+        yield
+    finally:
+        cuda_block_sparse.takes = takes
 
 
 def _conv64(layer: measurements.Convolution, product: str, x: Tensor, dy: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,31 +276,40 @@ def _graph(run: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def _steps(t: int, device: torch.device, master: torch.dtype) -> dict[str, Callable[[], Any]]:
+SEARCHED = 0.05  # of the groups that a mask does not keep, those whose scores learn
+
+
+def _steps(t: int, device: torch.device, master: torch.dtype, pattern: str) -> dict[str, Callable[[], Any]]:
     """One step of a linear layer with learned scores: output, and gradients of input, weight and scores.
 
     Args:
         t: rows.
         device: a GPU, or the CPU to try it out.
         master: type of weights and scores; products are of bfloat16, under autocast.
+        pattern: of the mask, of which a tenth is kept.
     """
     x = torch.randn(t, WIDTH, device=device, dtype=torch.bfloat16, requires_grad=True)
     w = torch.nn.Parameter(torch.randn(WIDTH, WIDTH, device=device, dtype=master))
-    s, m = torch.nn.Parameter(torch.zeros_like(w)), torch.rand(WIDTH, WIDTH, device=device) < 0.1
+    learned, searching, frozen = (
+        SparseMaskedLinear(WIDTH, WIDTH, False, device, master, sparsity=0.9, pattern=pattern) for _ in range(3)
+    )
+    for made in (learned, searching, frozen):
+        made.weight = w
+        made.set_mask(learned.mask.clone())
+    m, s = learned.mask, torch.nn.Parameter(torch.zeros_like(w))
+    learned.set_mask_scores(s)
+    groups = torch.rand_like(frozen.pattern.group_scores(w.detach())) < SEARCHED
+    searched = m | frozen.pattern.expand(groups, w.shape)
+    searching.collect("search", searched.reshape(-1).nonzero().squeeze(1))
+    for made in (learned, searching, frozen):
+        if pattern != "unstructured" and (held := look(made.mask)) is not None:
+            held.layout(64).settle()  # as in a training where the mask stays for some hundred steps
     dy = torch.randn(t, WIDTH, device=device, dtype=torch.bfloat16)
 
     def layer(x: Tensor, w: Tensor, s: Tensor) -> Tensor:
         soft = m.to(w.dtype) + (s - s.detach())  # straight through
         return F.linear(x, w * soft)
 
-    def ours(scores: torch.nn.Parameter | None) -> torch.nn.Module:
-        made = SparseMaskedLinear(WIDTH, WIDTH, bias=False, device=device, dtype=master)
-        made.weight = w
-        made.set_mask(m)
-        made.set_mask_scores(scores)
-        return made
-
-    learned, frozen = ours(s), ours(None)
     compiled, compiled_ours = torch.compile(layer, dynamic=False), torch.compile(learned, dynamic=False)
     forwards = {
         "dense": lambda: F.linear(x, w),
@@ -292,8 +318,12 @@ def _steps(t: int, device: torch.device, master: torch.dtype) -> dict[str, Calla
         "ours": lambda: learned(x),
         "ours, torch.compile": lambda: compiled_ours(x),
         "ours, frozen mask": lambda: frozen(x),
-        "ours, the function": lambda: masked_linear(x, w, m, mask_scores=s),
     }
+    if pattern == "unstructured":
+        forwards["ours, the function"] = lambda: masked_linear(x, w, m, mask_scores=s)
+    else:
+        forwards[f"ours, scores in a search space of {SEARCHED:.0%}"] = lambda: searching(x)
+        del forwards["torch.compile"], forwards["ours, torch.compile"]
 
     def step(forward: Callable[[], Tensor]) -> None:
         x.grad = w.grad = s.grad = None
@@ -306,23 +336,28 @@ def _steps(t: int, device: torch.device, master: torch.dtype) -> dict[str, Calla
 
 
 def _time_steps(
-    t: int, device: torch.device, master: torch.dtype, floor: float, rounds: int = 10
+    t: int, device: torch.device, master: torch.dtype, pattern: str, floor: float, rounds: int = 10
 ) -> list[dict[str, Any]]:
     """Rows of the variants of a step, which run in turn so that the clock is the same for all."""
-    steps, label = _steps(t, device, master), str(master).removeprefix("torch.")
-    rows = {name: {"what": f"step {name}, {label} weights, {t} tokens", "floor": floor} for name in steps}
+    steps, label = _steps(t, device, master, pattern), str(master).removeprefix("torch.")
+    left = {"ours": 0.4, "ours, frozen mask": 0.1} if pattern != "unstructured" else {}
+    what = f"{'' if pattern == 'unstructured' else f'{pattern}, '}{label} weights, {t} tokens"
+    rows = {name: {"what": f"step {name}, {what}", "floor": floor * left.get(name, 1.0)} for name in steps}
     runs: dict[tuple[str, str], Callable[[], Any]] = {}
     for name, run in steps.items():
         try:
             run()
             runs[name, "eager"] = run
-            runs[name, "graph"] = _graph(run)
+            if pattern == "unstructured":
+                runs[name, "graph"] = _graph(run)
+            else:  # a graph would not look at the tiles; what the device has to do, however long launching takes
+                runs[name, "device"] = run
         except Exception as error:  # the other rows are still wanted
             rows[name]["error"] = f"{type(error).__name__}: {str(error)[:200]}"
     taken: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
     for _ in range(rounds):
         for key, run in runs.items():
-            if key[1] == "graph":
+            if key[1] != "eager":
                 taken[key].append(measurements.seconds(run, device, 3))
                 continue
             torch.cuda.synchronize()
@@ -362,7 +397,10 @@ def time(device: torch.device, *, quick: bool = False, budget: float = 240.0) ->
 
     for master, t in itertools.product((torch.float32, torch.bfloat16), TOKENS[-1:] if quick else TOKENS):
         if clock.monotonic() - begin < budget:
-            rows += _time_steps(t, device, master, 3 * 2 * t * WIDTH * WIDTH / flops)
+            rows += _time_steps(t, device, master, "unstructured", 3 * 2 * t * WIDTH * WIDTH / flops)
+    for master, t in itertools.product((torch.float32, torch.bfloat16), TOKENS[-1:] if quick else TOKENS[-2:]):
+        if clock.monotonic() - begin < budget:
+            rows += _time_steps(t, device, master, "block:64x64", 3 * 2 * t * WIDTH * WIDTH / flops)
     for t, block in itertools.product(TOKENS[-1:] if quick else TOKENS, BLOCKS):
         x, dy, w = (torch.randn(size, WIDTH, device=device).bfloat16() for size in (t, t, WIDTH))
         note(f"dense forward, {t} tokens", lambda x=x, w=w: x @ w.t(), 2 * t * WIDTH * WIDTH / flops)
@@ -372,6 +410,7 @@ def time(device: torch.device, *, quick: bool = False, budget: float = 240.0) ->
             tiles = torch.zeros(side * side, dtype=torch.bool, device=device)
             tiles[torch.randperm(side * side, device=device)[:kept]] = True
             blocks = BlockLayout(block, tiles.view(side, side), 1 - sparsity)
+            blocks.settle()
             mask = tiles.view(side, side).repeat_interleave(block, 0).repeat_interleave(block, 1)
             floor = max(2 * t * WIDTH * WIDTH * (1 - sparsity) / flops, 4 * t * WIDTH / bandwidth)
             for product, run in measurements.block_products(blocks, x, dy, w, mask).items():

@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import gpu
+from . import cuda_block_sparse, gpu
 from .dispatch import Structure
+
+_SETTLED = 500  # products after which a mask seems to stay: pairing its rows well takes as long as it saves in so many
 
 BLOCKS = (128, 64, 32)
 """Sides of the tiles, in the order of preference: what is the fastest for each tile first."""
@@ -39,13 +42,71 @@ class TileList(NamedTuple):
 
 def tile_list(occupied: Tensor) -> TileList:
     """The list of ``occupied`` (bool ``[rows, cols]``), without waiting for the device."""
-    rows, cols = occupied.shape
+    return _list(occupied, torch.arange(occupied.shape[1], device=occupied.device).expand_as(occupied))
+
+
+class PairList(NamedTuple):
+    """Kept tiles of side 64 by pairs of rows, which are multiplied with one load; all int32.
+
+    Attributes:
+        order, starts, tiles: as of a :class:`TileList`, of pairs; ``tiles`` has 4 times the column, plus 1 if the first
+            of the pair has a tile there, plus 2 if the second has.
+        members: ``[pairs, 2]``, which rows are a pair; one beyond the last where there is none.
+    """
+
+    order: Tensor
+    starts: Tensor
+    tiles: Tensor
+    members: Tensor
+
+
+def pair_list(occupied: Tensor, block: int, *, settled: bool = False) -> PairList:
+    """The list of ``occupied`` tiles of side 64 or 128, of rows side by side.
+
+    If the mask has ``settled``, of those that have much in common (:func:`match`). Results are the same to the bit.
+    """
+    for dim in (0, 1):
+        occupied = occupied.repeat_interleave(block // 64, dim)
+    if len(occupied) % 2:
+        occupied = F.pad(occupied, (0, 0, 0, 1))
+    members = torch.arange(len(occupied), device=occupied.device).view(-1, 2)
+    if settled and block == 64:
+        members = match(occupied)
+    first, second = occupied[members].unbind(1)
+    columns = torch.arange(occupied.shape[1], device=occupied.device)
+    return PairList(*_list(first | second, 4 * columns + first + 2 * second), members.int())
+
+
+def match(occupied: Tensor) -> Tensor:
+    """Pairs of an even number of rows that have many columns in common: int64 ``[rows / 2, 2]``.
+
+    Greedy: in each round those are paired who like each other the best of all that are left. That takes the host some
+    milliseconds, and waits for the device.
+    """
+    rows = occupied.cpu().numpy().astype(np.float32)
+    index = np.arange(len(rows))
+    # Of those who are liked as well the neighbour, else anyone: there is always a pair then, and mostly many.
+    lots = np.triu(np.random.default_rng(0).random((len(rows), len(rows)), np.float32) / 2, 1)
+    liking = rows @ rows.T + (lots + lots.T)
+    liking[index, index ^ 1] += 0.5
+    np.fill_diagonal(liking, -np.inf)
+    pairs, left = [], index
+    while len(left):
+        best = liking[np.ix_(left, left)].argmax(1)
+        mutual = (best[best] == np.arange(len(left))) & (np.arange(len(left)) < best)
+        chosen = np.stack([left[mutual], left[best[mutual]]], 1)
+        pairs.append(chosen)
+        left = np.setdiff1d(left, chosen)
+    return torch.from_numpy(np.concatenate(pairs)).to(occupied.device)
+
+
+def _list(occupied: Tensor, tiles: Tensor) -> TileList:
     counts = occupied.sum(1)
     starts = F.pad(counts.cumsum(0), (1, 0))
     # The occupied ones first, each group in row-major order.
-    index = torch.sort(occupied.reshape(-1), descending=True, stable=True).indices % max(cols, 1)
+    index = torch.sort(occupied.reshape(-1), descending=True, stable=True).indices
     order = torch.sort(counts, descending=True, stable=True).indices
-    return TileList(order.int(), starts.int(), index.int())
+    return TileList(order.int(), starts.int(), tiles.reshape(-1)[index].int())
 
 
 def occupied_tiles(mask: Tensor, block: int) -> Tensor:
@@ -76,11 +137,33 @@ class BlockLayout:
         kept = torch.arange(occupied.numel(), device=occupied.device, dtype=torch.int32)
         self.row_of = torch.searchsorted(self.by_row.starts, kept, right=True, out_int32=True) - 1
         self._by_column: dict[tuple, TileList] = {}
+        self._pairs: dict[tuple[bool, bool], PairList] = {}
+        self._products = 0
 
     @property
     def by_column(self) -> TileList:
         """List of the transposed mask."""
         return self.for_input_grad(((1, 1), (0, 0), (1, 1), 1))
+
+    def pairs(self, input_grad: bool) -> PairList:
+        """The :func:`pair_list` of the mask, or of the transposed mask, of a linear layer."""
+        self._products += 1
+        if self._products == _SETTLED and not gpu.is_capturing(self.occupied.device):
+            self.settle()
+        settled = (input_grad, True)
+        return self._pairs[settled] if settled in self._pairs else self._pair(input_grad, False)
+
+    def settle(self) -> None:
+        """Pair rows well, for a mask that stays."""
+        for input_grad in (False, True):
+            self._pair(input_grad, True)
+
+    def _pair(self, input_grad: bool, settled: bool) -> PairList:
+        if (input_grad, settled) not in self._pairs:
+            occupied = self.occupied.flatten(1)  # of a 1x1 convolution too
+            occupied = occupied.t() if input_grad else occupied
+            self._pairs[input_grad, settled] = pair_list(occupied, self.block, settled=settled)
+        return self._pairs[input_grad, settled]
 
     def for_input_grad(self, geometry: Geometry) -> TileList:
         """List of the transposed mask for the input gradient of a convolution.
@@ -106,12 +189,16 @@ class BlockLayout:
         """``x [T, K] @ weight.T + bias``; weight ``[N, K]`` has zeros where the mask is False."""
         from . import triton_block_sparse
 
+        if cuda_block_sparse.takes(self.block, x, weight):
+            return cuda_block_sparse.block_matmul(x, weight, self.pairs(input_grad=False), bias)
         return triton_block_sparse.block_matmul(x, weight, self.block, *self.by_row, bias)
 
     def input_grad(self, dy: Tensor, weight: Tensor) -> Tensor:
         """``dy [T, N] @ weight``."""
         from . import triton_block_sparse
 
+        if cuda_block_sparse.takes(self.block, dy, weight):
+            return cuda_block_sparse.block_matmul(dy, weight, self.pairs(input_grad=True), input_grad=True)
         return triton_block_sparse.block_matmul(dy, weight, self.block, *self.by_column, input_grad=True)
 
     def weight_grad(self, dy: Tensor, x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:

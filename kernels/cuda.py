@@ -24,7 +24,7 @@ DEVICES = frozenset({"cuda"})
 SHORT_ROW = 16
 """The longest slices that the kernel can step over what lies inside of, as ``kShortRow`` in csrc/cuda/binarize.cu."""
 _CHUNK = 1024
-_SCORE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+SCORE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
 @functools.cache
@@ -43,8 +43,8 @@ def load() -> tuple[Any, str]:
         return None, f"it does not load ({error})"
 
 
-def declare(library: Any) -> Any:
-    """Tells ctypes the types of the functions."""
+def declare(library: Any, *, emulated: bool = False) -> Any:
+    """Tells ctypes the types of the functions; those for tensor cores are missing in the emulation of the tests."""
     pointer, size, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
     for name, result, *arguments in (
         ("binarize_workspace", size, size, size),
@@ -55,8 +55,11 @@ def declare(library: Any) -> Any:
         ("gather_values", number, pointer, number, pointer, pointer, size, pointer, pointer),
         ("scatter_values", number, pointer, number, pointer, pointer, size, pointer, number, pointer),
         ("accumulate_values", number, pointer, number, real, pointer, pointer, size, pointer, pointer),
+        ("block_matmul", number, *[pointer] * 3, number, *[pointer] * 5, number, *[size] * 3, *[number] * 4, pointer),
         ("error_text", ctypes.c_char_p, number),
     ):
+        if emulated and name == "block_matmul":
+            continue
         function = getattr(library, f"sparsebilevel_{name}")
         function.restype, function.argtypes = result, arguments
     return library
@@ -67,7 +70,7 @@ def available(device: torch.device) -> bool:
     return device.type in DEVICES and load()[0] is not None
 
 
-def _launch(name: str, device: torch.device, *arguments: Any) -> None:
+def launch(name: str, device: torch.device, *arguments: Any) -> None:
     is_cuda = device.type == "cuda"
     with torch.cuda.device(device) if is_cuda else contextlib.nullcontext():
         stream = torch.cuda.current_stream().cuda_stream if is_cuda else None
@@ -87,7 +90,7 @@ def _address(tensor: Tensor | None) -> int | None:
 
 def takes(dtype: torch.dtype, size: int) -> bool:
     """Whether scores can be ranked: their type, and how many there are."""
-    return dtype in _SCORE_TYPES and size < 1 << 32
+    return dtype in SCORE_TYPES and size < 1 << 32
 
 
 def binarize(scores: Sequence[Tensor], outs: Sequence[Sequence[Tensor]], k: int | Tensor) -> Tensor:
@@ -129,8 +132,8 @@ def binarize(scores: Sequence[Tensor], outs: Sequence[Sequence[Tensor]], k: int 
         values += (s.data_ptr(), mask, words, counts, size)
     table = (ctypes.c_int64 * len(values))(*values)
     held, number = _on_device(k, device)
-    what = (table, count, _SCORE_TYPES[scores[0].dtype], _address(held), number)
-    _launch("binarize", device, *what, workspace.data_ptr(), errors.data_ptr())
+    what = (table, count, SCORE_TYPES[scores[0].dtype], _address(held), number)
+    launch("binarize", device, *what, workspace.data_ptr(), errors.data_ptr())
     return errors
 
 
@@ -145,9 +148,9 @@ def binarize_rows(scores: Tensor, outer: int, length: int, inner: int, mask: Ten
     errors = torch.empty(3, dtype=torch.int32, device=scores.device)
     if scores.numel():
         held, number = _on_device(k, scores.device)
-        shape = (outer, length, inner, _SCORE_TYPES[scores.dtype])
+        shape = (outer, length, inner, SCORE_TYPES[scores.dtype])
         arguments = (scores.data_ptr(), *shape, _address(held), number, mask.data_ptr(), errors.data_ptr())
-        _launch("binarize_rows", scores.device, *arguments)
+        launch("binarize_rows", scores.device, *arguments)
     else:
         errors.zero_()
         errors[2:].fill_(1)
@@ -171,13 +174,13 @@ def _mask_words(mask: int | None, size: int, words: Tensor, counts: Tensor) -> N
         counts.zero_()
         return
     workspace = torch.empty(8 * counts.numel() + 64, dtype=torch.uint8, device=words.device)
-    _launch("mask_words", words.device, mask, size, words.data_ptr(), counts.data_ptr(), workspace.data_ptr())
+    launch("mask_words", words.device, mask, size, words.data_ptr(), counts.data_ptr(), workspace.data_ptr())
 
 
 def occupied_tiles(words: Tensor, height: int, width: int, rows: int, cols: int, tiles: Tensor) -> None:
     """Which tiles of a mask ``[height, width]`` hold a True, as ``BinaryMask.tiles``; writes contiguous ``tiles``."""
     if tiles.numel():
-        _launch("occupied_tiles", words.device, words.data_ptr(), height, width, rows, cols, tiles.data_ptr())
+        launch("occupied_tiles", words.device, words.data_ptr(), height, width, rows, cols, tiles.data_ptr())
 
 
 def gather_values(dense: Tensor, words: Tensor, counts: Tensor, values: Tensor) -> Tensor:
@@ -191,7 +194,7 @@ def gather_values(dense: Tensor, words: Tensor, counts: Tensor, values: Tensor) 
     """
     if dense.numel():
         where = (words.data_ptr(), counts.data_ptr(), dense.numel(), values.data_ptr())
-        _launch("gather_values", dense.device, dense.data_ptr(), dense.itemsize, *where)
+        launch("gather_values", dense.device, dense.data_ptr(), dense.itemsize, *where)
     return values
 
 
@@ -199,7 +202,7 @@ def scatter_values(values: Tensor, words: Tensor, counts: Tensor, dense: Tensor,
     """The inverse of :func:`gather_values`: writes ``dense``, with zeros elsewhere unless these are to be kept."""
     if dense.numel():
         where = (words.data_ptr(), counts.data_ptr(), dense.numel(), dense.data_ptr(), keep)
-        _launch("scatter_values", dense.device, values.data_ptr(), dense.itemsize, *where)
+        launch("scatter_values", dense.device, values.data_ptr(), dense.itemsize, *where)
         torch.autograd.graph.increment_version(dense)
     return dense
 
@@ -208,6 +211,6 @@ def accumulate_values(values: Tensor, words: Tensor, counts: Tensor, dense: Tens
     """Adds ``alpha * values`` to ``dense`` at the positions: both float16, bfloat16 or float32; rounded once."""
     if dense.numel():
         where = (words.data_ptr(), counts.data_ptr(), dense.numel(), dense.data_ptr())
-        _launch("accumulate_values", dense.device, values.data_ptr(), _SCORE_TYPES[dense.dtype], alpha, *where)
+        launch("accumulate_values", dense.device, values.data_ptr(), SCORE_TYPES[dense.dtype], alpha, *where)
         torch.autograd.graph.increment_version(dense)
     return dense

@@ -110,8 +110,6 @@ def layer_weight(
     dtype = weight.dtype
     if dtype != torch.float64 and torch.is_autocast_enabled(weight.device.type):
         dtype = torch.get_autocast_dtype(weight.device.type)
-    if is_traced and dtype == weight.dtype:  # torch 2.11 then compiles a backward whose G is zero, seen on a GPU
-        return None
     shares = grad_sink is weight
     sink = None if shares else grad_sink
     return _LayerWeight.apply(weight, mask, mask_scores, sink, positions, dtype, shares, is_traced)

@@ -22,7 +22,8 @@ def effective_weight(weight: Tensor, mask: Tensor, dtype: torch.dtype | None = N
     In ``dtype``, by default that of the weight.
     """
     z = torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
-    return z if dtype is None else z.to(dtype)
+    # torch 2.11 compiles a zero gradient for an autograd.Function that ends in a conversion to the same type.
+    return z if dtype is None or dtype == z.dtype else z.to(dtype)
 
 
 def masked_linear(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:

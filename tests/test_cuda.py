@@ -21,11 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparsebilevel as sb
 from sparsebilevel.distributed import SparseAllReduce
-from sparsebilevel.kernels import BinaryMask, binarize, cuda, reference
+from sparsebilevel.kernels import BinaryMask, binarize, block_sparse, cuda, cuda_block_sparse, reference
+from sparsebilevel.kernels.block_sparse import BlockLayout, pair_list
 from sparsebilevel.kernels.pack import pack, unpack
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+EMULATED = [source for source in SOURCES if not source.stem.endswith("_sm90")]  # but for tensor cores
 EMULATION = ROOT / "tests" / "csrc" / "cuda_emulation.h"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 VALUES = [-math.inf, -2.5, -1.0, -0.0, 0.0, 1e-45, 1.0, 1.0000001, 3.0, math.inf]
@@ -45,10 +47,10 @@ def library(tmp_path_factory):
     target = tmp_path_factory.mktemp("cuda") / "emulated.so"
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
     flags += ["-DSPARSEBILEVEL_CHUNKS_AT_A_TIME=16"]  # so that few scores are enough for several chunks of a warp
-    command = [*compiler, *flags, "-include", EMULATION, "-x", "c++", *SOURCES, "-o", target]
+    command = [*compiler, *flags, "-include", EMULATION, "-x", "c++", *EMULATED, "-o", target]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-4000:]
-    return cuda.declare(ctypes.CDLL(str(target)))
+    return cuda.declare(ctypes.CDLL(str(target)), emulated=True)
 
 
 @pytest.fixture
@@ -430,6 +432,67 @@ def test_a_missing_barrier_is_found(tmp_path):
     assert "a barrier that not all threads reach" in ran.stderr
 
 
+# -- lists for products of tiles; benchmarks/gpu_kernels.py checks the products themselves, on a GPU -------------------
+
+
+def multiplied(x, weight, lists, bias=None, *, input_grad=False):
+    """What the kernel does: the products of the tiles of its lists, and of no others."""
+    weight = weight.t() if input_grad else weight
+    out = torch.full((x.shape[0], weight.shape[0]), float("nan"), dtype=x.dtype)
+    assert sorted(lists.order.tolist()) == list(range(len(lists.members)))
+    for pair in lists.order.tolist():
+        for half, row in enumerate(lists.members[pair].tolist()):
+            rows = slice(64 * row, 64 * row + 64)
+            out[:, rows] = 0 if bias is None else bias[rows]
+            for entry in lists.tiles[lists.starts[pair] : lists.starts[pair + 1]].tolist():
+                columns = slice(64 * (entry // 4), 64 * (entry // 4) + 64)
+                assert 0 < entry % 4
+                if entry >> half & 1:
+                    out[:, rows] += x[:, columns] @ weight[rows, columns].t()
+    return out
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from([64, 128]), st.integers(1, 700), st.integers(1, 300), st.floats(0, 1), st.integers(0, 99))
+def test_pairs_hold_every_tile_once(block, n, k, density, seed):
+    torch.manual_seed(seed)
+    tiles = torch.rand(-(-n // block), -(-k // block)) < density
+    mask = tiles.repeat_interleave(block, 0).repeat_interleave(block, 1)[:n, :k]
+    x, dy, w = (torch.randint(-4, 5, size).float() for size in ((3, k), (3, n), (n, k)))
+    z = torch.where(mask, w, 0)
+    layout = BlockLayout(block, tiles, density)
+    for _ in range(2):
+        assert torch.equal(
+            multiplied(x, w, layout.pairs(False)), x @ z.t()
+        )  # the kernel would get z: the rest is unread
+        assert torch.equal(multiplied(dy, w, layout.pairs(True), input_grad=True), dy @ z)
+        layout.settle()
+
+
+def test_rows_that_have_much_in_common_are_pairs():
+    torch.manual_seed(0)
+    half = torch.rand(32, 64) < 0.2
+    order = torch.randperm(64)
+    occupied = torch.cat([half, half])[order]
+    assert int(pair_list(occupied, 64).starts[-1]) > 1.5 * int(half.sum())
+    assert int(pair_list(occupied, 64, settled=True).starts[-1]) == int(half.sum())
+    assert torch.equal(block_sparse.match(torch.zeros(1000, 5, dtype=torch.bool))[0], torch.tensor([0, 1]))
+
+
+def test_a_mask_settles_when_it_stays(monkeypatch):
+    monkeypatch.setattr(block_sparse, "_SETTLED", 4)
+    monkeypatch.setattr(cuda_block_sparse, "takes", lambda *_: True)
+    given = []
+    monkeypatch.setattr(cuda_block_sparse, "block_matmul", lambda *a, **_: given.append(a[2]))
+    layout = BlockLayout(64, torch.rand(8, 8) < 0.5, 0.5)
+    for _ in range(3):
+        layout.forward(torch.zeros(1, 512), torch.zeros(512, 512))
+        layout.input_grad(torch.zeros(1, 512), torch.zeros(512, 512))
+    assert given[0] is given[2] is not given[4]
+    assert given[1] is not given[3] is given[5]
+    assert given[4] is layout.pairs(False)
+
+
 # -- the library that nvcc built -------------------------------------------------------------------------------------
 
 
@@ -439,7 +502,24 @@ def test_library_loads_without_a_driver_and_says_what_is_missing():
     library = cuda.load()[0]
     assert library.sparsebilevel_binarize_workspace(3, 10) > 10 * 1024 // 8
     with pytest.raises(RuntimeError, match="CUDA kernel mask_words: .*(driver|device)"):
-        cuda._launch("mask_words", torch.device("cpu"), 0, 1, 0, 0, 0)
+        cuda.launch("mask_words", torch.device("cpu"), 0, 1, 0, 0, 0)
+    x, lists = torch.zeros(8, 64, dtype=torch.bfloat16), pair_list(torch.ones(1, 1, dtype=torch.bool), 64)
+    with pytest.raises(RuntimeError, match="CUDA kernel block_matmul: "):
+        cuda_block_sparse.block_matmul(x, x, lists)
+
+
+@needs_library
+def test_products_of_tiles_use_hoppers_instructions():
+    triton = pytest.importorskip("triton")
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    tool = shutil.which("cuobjdump") or tools / "cuobjdump"
+    command = [tool, "-sass", "-arch", "sm_90a", cuda.load()[0]._name]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    kernels = [part for part in text.split("Function : ")[1:] if "block_matmul" in part.split("\n")[0]]
+    assert len(kernels) == 8
+    for kernel in kernels:
+        for instruction in ("HGMMA", "UTMALDG", "UTMASTG", "STSM"):
+            assert instruction in kernel, instruction
 
 
 def usage_of(text):
@@ -460,10 +540,10 @@ def test_kernels_fit_into_registers():
     tool = shutil.which("cuobjdump") or Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     command = [tool, "-res-usage", cuda.load()[0]._name]
     usage = usage_of(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    assert {arch for arch, _ in usage} == {"sm_80", "sm_90"}
+    assert {arch for arch, _ in usage} == {"sm_80", "sm_90a"}
     for (arch, name), (registers, stack) in usage.items():
-        # A block of 1024 threads fits with 64 registers each, three blocks of 256 with 80.
-        assert registers <= (64 if "sample" in name else 80), (arch, name)
+        # A block of 1024 threads fits with 64 registers each, three of 256 with 80, and one of nine warps with 168.
+        assert registers <= (64 if "sample" in name else 168 if "block_matmul" in name else 80), (arch, name)
         assert stack == 0, (arch, name)
 
 
