@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
+        if not name.startswith("__") and find_spec(f"{__name__}.{name}") is not None:
+            return import_module(f".{name}", __name__)  # by itself: the names need not be there, or be half there
         if name == "__all__" or not name.startswith("__"):
             api = import_module("._api", __name__)
             globals().update({n: getattr(api, n) for n in api.__all__}, __all__=api.__all__)

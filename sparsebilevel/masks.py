@@ -52,6 +52,13 @@ class Pattern:
         """Bool mask of ``shape`` from bool ``groups`` ``[num_groups]``."""
         raise NotImplementedError
 
+    def round_count(self, wanted: Fraction, groups: int) -> int:
+        """How many of ``groups`` a layer keeps that is to keep ``wanted`` of them: at least one."""
+        return max(1, round(wanted))
+
+    def check_ranking(self) -> None:
+        """Raise ValueError if the groups of several layers may not be ranked together, which leaves each any number."""
+
     def mask(self, scores: Tensor, k: int) -> Tensor:
         """Mask of the ``k`` groups with the largest scores, see :func:`binarize`."""
         return binarize(scores, k, pattern=self)
@@ -89,7 +96,33 @@ class Unstructured(Pattern):
 
 
 @dataclasses.dataclass(frozen=True)
-class Filter(Pattern):
+class _Slices(Pattern):
+    """Channels of one side.
+
+    Attributes:
+        multiple: counts are multiples of it, at least one of them; or all channels. Libraries are faster with those.
+    """
+
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
+        if self.multiple < 1:
+            raise ValueError(f"multiple={self.multiple} is not allowed; expected at least 1")
+
+    def round_count(self, wanted: Fraction, groups: int) -> int:
+        nearest = min(max(1, round(wanted / self.multiple)) * self.multiple, groups)
+        return min(nearest, groups, key=lambda count: abs(count - wanted))
+
+    def check_ranking(self) -> None:
+        if self.multiple > 1:
+            raise ValueError(
+                f"pattern={self} is not allowed in a ranking over all layers, which leaves each any number; choose the "
+                "channels layer by layer, or any multiple"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Filter(_Slices):
     """Whole output channels: rows of a Linear, filters of a Conv2d. Bias and norm of the channel are left alone."""
 
     def num_groups(self, shape: Sequence[int]) -> int:
@@ -103,7 +136,7 @@ class Filter(Pattern):
 
 
 @dataclasses.dataclass(frozen=True)
-class Channel(Pattern):
+class Channel(_Slices):
     """Whole input channels: columns of a Linear, ``weight[:, c]`` of a Conv2d."""
 
     def num_groups(self, shape: Sequence[int]) -> int:
@@ -194,7 +227,7 @@ _NAMES = {"unstructured": Unstructured, "filter": Filter, "channel": Channel, "b
 
 
 def parse_pattern(text: str | Pattern) -> Pattern:
-    """A pattern from its spelling: ``unstructured``, ``filter``, ``channel``, ``block:64x64``, ``nm:2:4``."""
+    """A pattern from its spelling: ``unstructured``, ``filter``, ``channel:32``, ``block:64x64``, ``nm:2:4``."""
     if isinstance(text, Pattern):
         return text
     name, _, rest = text.lower().partition(":")
@@ -202,7 +235,7 @@ def parse_pattern(text: str | Pattern) -> Pattern:
         numbers = [int(part) for part in rest.replace("x", ":").split(":")] if rest else []
         return _NAMES[name](*numbers)
     except (KeyError, TypeError, ValueError) as error:
-        allowed = "unstructured, filter, channel, block:BHxBW, nm:N:M"
+        allowed = "unstructured, filter, channel, filter:MULTIPLE, channel:MULTIPLE, block:BHxBW, nm:N:M"
         raise ValueError(f"pattern={text!r} is not allowed; expected one of {allowed}") from error
 
 
@@ -330,9 +363,11 @@ def global_masks(scores: Mapping[str, Tensor], k: int, pattern: Pattern | None =
         pattern: unstructured if None. ``NM`` leaves nothing to choose between layers: each keeps its own count.
 
     Raises:
-        ValueError: ``k`` below the number of layers or above the number of groups; NaN scores.
+        ValueError: ``k`` below the number of layers or above the number of groups; NaN scores; a pattern whose counts
+            are multiples, which a ranking over all layers knows nothing of.
     """
     pattern = pattern or Unstructured()
+    pattern.check_ranking()
     if isinstance(pattern, NM):
         return {name: pattern.mask(s) for name, s in scores.items()}
     groups = {name: pattern.group_scores(s) for name, s in scores.items()}

@@ -12,7 +12,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 
-from .masks import NM, Pattern, Unstructured, check_sparsity
+from .masks import NM, Channel, Filter, Pattern, Unstructured, check_sparsity
 
 DISTRIBUTIONS = ("uniform", "er", "erk", "global")
 
@@ -71,7 +71,7 @@ def layer_counts(
 
     Returns:
         layer name -> number of groups kept, each at least 1. With ``er``, ``erk`` and ``global`` the fractions are
-        rounded so that the sum is exact.
+        rounded so that the sum is exact, unless the pattern asks for multiples: then each layer's is the nearest.
 
     Raises:
         ValueError: unknown distribution, names or patterns that no layer has, layers without a value, sparsity outside
@@ -89,11 +89,15 @@ def layer_counts(
     if isinstance(pattern, NM):
         densities = dict.fromkeys(groups, 1 - pattern.sparsity)
     if distribution == "uniform" or isinstance(sparsity, Mapping) or isinstance(pattern, NM):
-        return {n: g if n in dense_layers else max(1, round(g * densities[n])) for n, g in groups.items()}
+        return {n: g if n in dense_layers else pattern.round_count(g * densities[n], g) for n, g in groups.items()}
     if distribution != "global":
         free = {n: shapes[n] for n in shapes if n not in dense_layers}
         densities, _ = erdos_renyi_densities(free, sparsity, kernel=distribution == "erk")
     wanted = {n: Fraction(g) if n in dense_layers else g * densities[n] for n, g in groups.items()}
+    if distribution == "global":
+        pattern.check_ranking()
+    elif isinstance(pattern, (Filter, Channel)) and pattern.multiple > 1:
+        return {n: g if n in dense_layers else pattern.round_count(wanted[n], g) for n, g in groups.items()}
     return _round_to_total(wanted, groups, round(sum(wanted.values())))
 
 

@@ -266,12 +266,18 @@ def test_parse_pattern(text, pattern):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "rows", "block", "block:8", "block:axb", "nm:4:2", "nm:2:4:8", "filter:3", "block:0x4"]
+    "text", ["", "rows", "block", "block:8", "block:axb", "nm:4:2", "nm:2:4:8", "filter:0", "filter:3:4", "block:0x4"]
 )
 def test_parse_pattern_names_what_is_allowed(text):
-    allowed = "unstructured, filter, channel, block:BHxBW, nm:N:M"
+    allowed = "unstructured, filter, channel, filter:MULTIPLE, channel:MULTIPLE, block:BHxBW, nm:N:M"
     with pytest.raises(ValueError, match=f"pattern={text!r} is not allowed; expected one of {allowed}"):
         parse_pattern(text)
+
+
+def test_global_masks_know_nothing_of_multiples():
+    with pytest.raises(ValueError, match=r"pattern=Filter\(multiple=4\) is not allowed in a ranking over all layers"):
+        global_masks({"a": torch.rand(8, 2)}, 4, Filter(4))
+    assert global_masks({"a": torch.rand(8, 2)}, 4, Filter())["a"].sum() == 8
 
 
 @pytest.mark.parametrize("value", [-0.1, 1, 1.0, 1.5, float("nan"), float("inf"), "0.9", None, True])

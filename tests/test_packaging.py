@@ -65,6 +65,11 @@ print(BiDST is sparsebilevel.BiDST, set(sparsebilevel.__all__) < set(dir(sparseb
     assert python(code)[0].split() == ["False", "False", "False", "True", "True"]
 
 
+@pytest.mark.parametrize("line", ["import sparsebilevel.schedules", "from sparsebilevel import masks, costs"])
+def test_modules_can_be_imported_before_anything_else(line):
+    assert not python(f"{line}\nimport sparsebilevel as sb\nsb.masks.Filter, sb.sparsify")[1]
+
+
 def test_optional_packages_are_imported_where_they_are_needed_and_not_before():
     code = """
 import sys

@@ -322,6 +322,23 @@ def test_counts_are_groups_of_the_pattern(pattern, counts):
     assert layer_counts({"a": (8, 8, 3, 3)} | {"b": (16, 8)}, 0.5, pattern=pattern) == counts
 
 
+@pytest.mark.parametrize(
+    ("channels", "sparsity", "kept"),
+    [(64, 0.5, 32), (64, 0.9, 32), (64, 0.3, 32), (64, 0.2, 64), (100, 0.01, 100), (100, 0.1, 96), (16, 0.9, 16)],
+)
+def test_counts_are_multiples_where_the_pattern_says_so(channels, sparsity, kept):
+    assert layer_counts({"a": (channels, 3)}, sparsity, pattern=Filter(32)) == {"a": kept}
+    assert layer_counts({"a": (3, channels, 2, 2)}, {"*": sparsity}, pattern=Channel(32)) == {"a": kept}
+
+
+def test_multiples_come_before_the_exact_total():
+    shapes = {"a": (64, 64, 3, 3), "b": (128, 64, 3, 3), "c": (256, 128, 1, 1)}
+    for distribution in ("er", "erk"):
+        counts, exact = (layer_counts(shapes, 0.6, distribution, Filter(m)) for m in (16, 1))
+        assert all(counts[name] % 16 == 0 and abs(counts[name] - exact[name]) <= 8 for name in shapes)
+    assert layer_counts(shapes, 0.6, "erk", Filter(16), ["a"])["a"] == 64
+
+
 @pytest.mark.parametrize("distribution", ["er", "erk"])
 @pytest.mark.parametrize("pattern", [Filter(), Channel(), Block(4, 4)])
 def test_erdos_renyi_of_structured_patterns_keeps_its_proportions(distribution, pattern):

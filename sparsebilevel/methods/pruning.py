@@ -102,6 +102,8 @@ class IMP(Sparsifier):
             raise ValueError(
                 f"IMP ranks all layers together level by level; it needs layers of one pattern, not NM, got {patterns}"
             )
+        for pattern in patterns:
+            pattern.check_ranking()
         for masked in self.weights.values():
             masked.set_mask(torch.ones_like(masked.mask))  # not grown: that would set the weights to zero
         if self.rewind_step == 0:
