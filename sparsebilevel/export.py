@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
 from ._slicing import slice_model
+from .federated import load_network as load_federated
 from .models import create_model
 from .nn import densify, sparsify
 from .training.checkpoint import MASK_KEYS, CheckpointError, check_architecture, load_checkpoint
@@ -42,15 +43,17 @@ def export_model(
     format: str | None = None,
     *,
     input_shape: Sequence[int] | None = None,
+    client: int | None = None,
 ) -> Path:
     """Write the network of a run in another format; averaged weights (EMA) if the run kept any.
 
     Args:
-        source: folder of a run, or one of its checkpoints (``best.pth``).
+        source: folder of a run, or one of its checkpoints (``best.pth``); of a federated run the folder of a method.
         output: file to write; its folder is made. An existing one is replaced, and only by a complete one.
         format: one of ``FORMATS``; see the module's documentation. None goes by the suffix, ``.safetensors`` or
             ``.onnx``, and is ``dense`` for all others.
         input_shape: (C, H, W) of one sample, for ``onnx`` and ``sliced``; by default that of the run's data.
+        client: of a federated run, the device whose smaller network is written; None for the server's.
 
     Returns:
         ``output`` as a path.
@@ -67,14 +70,25 @@ def export_model(
         raise ValueError(f"format={format!r} is not known; allowed: {', '.join(FORMATS)}")
     if output.is_dir():
         raise ValueError(f"output={str(output)!r} is not allowed; expected a file, and this is a folder")
-    if output.resolve() == _checkpoint_path(source).resolve():
+    path = _checkpoint_path(source)
+    if output.resolve() == path.resolve():
         raise ValueError(f"output={str(output)!r} is the source itself; give another file")
-    model, config = load_network(source)
-    shape = _input_shape(config) if input_shape is None else tuple(input_shape)
+    config: Mapping[str, Any] = load_checkpoint(path)
+    if "norm" in config and "features" in config:
+        if format == "sliced":
+            raise ValueError("format='sliced' is not allowed for a federated run, whose networks are cut already")
+        model, shape = load_federated(path, client), input_shape or config.get("input_shape")
+        if format == "onnx" and shape is None:
+            raise ValueError("input_shape=None is not allowed for this run, which does not say it; expected (C, H, W)")
+    elif client is not None:
+        raise ValueError(f"client={client} is not allowed: {path} is not of a federated run")
+    else:
+        model, config = load_network(path)
+        shape = input_shape or _input_shape(config)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
         temporary = Path(folder) / output.name
-        _WRITERS[format](model, config, torch.zeros(2, *shape), temporary)
+        _WRITERS[format](model, config, torch.zeros(2, *(shape or ())), temporary)
         os.replace(temporary, output)
     return output
 
@@ -108,7 +122,14 @@ def load_network(source: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, A
 
 def _checkpoint_path(source: str | os.PathLike[str]) -> Path:
     path = Path(source)
-    return path / "checkpoint.pth" if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    if (path / "model.pth").exists():  # of a federated run, which has more in its checkpoint
+        return path / "model.pth"
+    found = sorted(file.parent.name for file in path.glob("*/model.pth"))
+    if found and not (path / "checkpoint.pth").exists():
+        raise ValueError(f"{path} is a folder of run folders; name one of them: {', '.join(found)}")
+    return path / "checkpoint.pth"
 
 
 def _create(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:

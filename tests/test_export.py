@@ -218,6 +218,12 @@ def test_dense_export_loads_into_the_original_model(run, tmp_path):
     assert not list(tmp_path.glob(".export*"))
 
 
+def test_only_federated_runs_have_clients(run, tmp_path):
+    folder, _ = run()
+    with pytest.raises(ValueError, match=r"client=0 is not allowed: .* is not of a federated run"):
+        export_model(folder, tmp_path / "x.pth", client=0)
+
+
 def test_averaged_weights_are_exported(run, tmp_path):
     folder, model = run()
     checkpoint = torch.load(folder / "checkpoint.pth", weights_only=True)

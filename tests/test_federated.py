@@ -15,12 +15,14 @@ from sparsebilevel.cli import main
 from sparsebilevel.costs import count_costs
 from sparsebilevel.data import load_data
 from sparsebilevel.data.partition import matching_partition, partition
+from sparsebilevel.export import export_model
 from sparsebilevel.federated import GatePoint, Hypernetwork, find_gate_points, load_network, set_norm
 from sparsebilevel.federated.local import FlatModule, adamw, sgd
 from sparsebilevel.federated.models import check_gate_points
 from sparsebilevel.federated.rounds import Federation, FederationError, make_federation
 from sparsebilevel.federated.settings import METHODS, UNSTRUCTURED, Settings
 from sparsebilevel.models.resnet import resnet_cifar
+from sparsebilevel.nn import densify
 from sparsebilevel.training.checkpoint import load_checkpoint, save_checkpoint
 
 QUICK = {"epochs": 8, "finetune_epochs": 2, "search_epochs": 4, "batch_size": 25, "local_steps": 2}
@@ -663,6 +665,28 @@ def test_networks_of_a_run_are_loaded(method, tmp_path):
     assert count_costs(server, (1, 8, 8)).params_nonzero == result["params"]["server"]
     with pytest.raises(ValueError, match=r"client=3 is not allowed; expected 0 to 2"):
         load_network(tmp_path / method, client=3)
+    main(["export", str(tmp_path / method), "-o", str(tmp_path / "small.pth"), "--client", "2"])
+    expected, found = densify(model).state_dict(), torch.load(tmp_path / "small.pth", weights_only=True)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_what_cannot_be_exported_of_a_run_is_said(tmp_path):
+    main([*COMMAND, "--output-dir", str(tmp_path), "--method", "dwnp", "--epochs", "1", "--max-rounds", "20"])
+    output = tmp_path / "out.pth"
+    with pytest.raises(ValueError, match=r"is a folder of run folders; name one of them: dwnp"):
+        export_model(tmp_path, output)
+    with pytest.raises(ValueError, match="format='sliced' is not allowed for a federated run"):
+        export_model(tmp_path / "dwnp", output, "sliced")
+    with pytest.raises(ValueError, match=r"client=9 is not allowed; expected 0 to 2"):
+        export_model(tmp_path / "dwnp", output, client=9)
+    saved = torch.load(tmp_path / "dwnp" / "model.pth", weights_only=True)
+    del saved["input_shape"]  # as older versions wrote it
+    torch.save(saved, tmp_path / "old.pth")
+    with pytest.raises(ValueError, match="input_shape=None is not allowed for this run"):
+        export_model(tmp_path / "old.pth", output, "onnx")
+    assert not output.exists()
+    export_model(tmp_path / "old.pth", output)
 
 
 def test_the_command_goes_on_from_its_checkpoint(tmp_path):

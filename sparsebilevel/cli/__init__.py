@@ -93,6 +93,7 @@ def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     export.add_argument("-o", "--output", type=Path, required=True, help="file to write")
     formats = ("dense", "safetensors", "onnx", "sliced", "2:4")
     export.add_argument("--format", choices=formats, help="form of the network; default by the suffix of the output")
+    export.add_argument("--client", type=int, help="of a federated run, the device whose network to write")
 
     bench = command("bench", run_bench, "Measure every sparse layer, and a training step, against the dense network.")
     bench.add_argument("model", help="name of a model, or folder of a run")
@@ -230,7 +231,7 @@ def run_report(args: argparse.Namespace) -> None:
 def run_export(args: argparse.Namespace) -> None:
     from ..export import export_model
 
-    print(f"written: {export_model(args.run, args.output, format=args.format) or args.output}")
+    print(f"written: {export_model(args.run, args.output, args.format, client=args.client) or args.output}")
 
 
 def run_bench(args: argparse.Namespace) -> None:

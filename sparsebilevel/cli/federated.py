@@ -235,6 +235,7 @@ def run_method(
             gates = {} if run.gates is None else {"server_gates": run.gates[0], "device_gates": run.gates[1]}
             network = {"arch": args.arch, "norm": args.norm, "standardize": _standardizes(args)}
             network |= {"num_classes": shape[0], "features": shape[1], "clients": run.clients}
+            network |= {"input_shape": list(run.input_shape)}
             save_checkpoint(folder / "model.pth", {"model": run.state_dict()["model"]} | network | gates)
     return rows
 
