@@ -137,13 +137,18 @@ def read_runs(run_dirs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
 
     Raises:
         FileNotFoundError: a folder does not exist, or none holds a run.
-        ValueError: no folder given, or damaged files.
+        ValueError: no folder given, one of a federated run, or damaged files.
     """
     folders = [Path(run_dirs)] if isinstance(run_dirs, (str, os.PathLike)) else [Path(p) for p in run_dirs]
     if not folders:
         raise ValueError("run_dirs is empty; give at least one folder of a run")
     found: dict[Path, Run] = {}
     for folder in folders:
+        if any((place / "facts.json").exists() for place in (folder, folder.parent)):
+            raise ValueError(
+                f"{folder} is of a federated run, which has its own table (results.csv) and pictures; expected runs of "
+                "`sparsebilevel train`"
+            )
         inner = [] if (folder / "config.json").exists() else sorted(p.parent for p in folder.glob("*/config.json"))
         if not folder.is_dir() or (not inner and not (folder / "config.json").exists()):
             message = f"{folder} holds no run; expected config.json and log.jsonl in it, or in its folders"

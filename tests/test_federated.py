@@ -23,6 +23,7 @@ from sparsebilevel.federated.rounds import Federation, FederationError, make_fed
 from sparsebilevel.federated.settings import METHODS, UNSTRUCTURED, Settings
 from sparsebilevel.models.resnet import resnet_cifar
 from sparsebilevel.nn import densify
+from sparsebilevel.report import read_runs
 from sparsebilevel.training.checkpoint import load_checkpoint, save_checkpoint
 
 QUICK = {"epochs": 8, "finetune_epochs": 2, "search_epochs": 4, "batch_size": 25, "local_steps": 2}
@@ -674,6 +675,8 @@ def test_networks_of_a_run_are_loaded(method, tmp_path):
 def test_what_cannot_be_exported_of_a_run_is_said(tmp_path):
     main([*COMMAND, "--output-dir", str(tmp_path), "--method", "dwnp", "--epochs", "1", "--max-rounds", "20"])
     output = tmp_path / "out.pth"
+    with pytest.raises(ValueError, match=r"dwnp is of a federated run, which has its own table \(results.csv\)"):
+        read_runs(tmp_path / "dwnp")
     with pytest.raises(ValueError, match=r"is a folder of run folders; name one of them: dwnp"):
         export_model(tmp_path, output)
     with pytest.raises(ValueError, match="format='sliced' is not allowed for a federated run"):
