@@ -95,7 +95,7 @@ class Unstructured(Pattern):
         return groups.reshape(tuple(shape))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class _Slices(Pattern):
     """Channels of one side.
 
@@ -109,6 +109,9 @@ class _Slices(Pattern):
         if self.multiple < 1:
             raise ValueError(f"multiple={self.multiple} is not allowed; expected at least 1")
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({'' if self.multiple == 1 else f'multiple={self.multiple}'})"
+
     def round_count(self, wanted: Fraction, groups: int) -> int:
         nearest = min(max(1, round(wanted / self.multiple)) * self.multiple, groups)
         return min(nearest, groups, key=lambda count: abs(count - wanted))
@@ -121,7 +124,7 @@ class _Slices(Pattern):
             )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Filter(_Slices):
     """Whole output channels: rows of a Linear, filters of a Conv2d. Bias and norm of the channel are left alone."""
 
@@ -135,7 +138,7 @@ class Filter(_Slices):
         return groups.view(-1, *[1] * (len(shape) - 1)).expand(tuple(shape)).contiguous()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Channel(_Slices):
     """Whole input channels: columns of a Linear, ``weight[:, c]`` of a Conv2d."""
 
