@@ -148,7 +148,10 @@ def run(stage: Stage, folder: Path, logs: Path) -> dict[str, Any]:
     if written.exists():
         result |= json.loads(written.read_text())
     if status != 0:
-        result["output"] = log.read_text(errors="replace")[-3000:]
+        output = log.read_text(errors="replace")[-3000:]
+        for place, name in ((ROOT, "."), (folder, "."), (sys.prefix, "python")):  # whose folders are nobody's business
+            output = output.replace(str(place), name)
+        result["output"] = output
     note(f"{stage.name}: {'passed' if status == 0 else status}, {result['seconds']:.0f} s")
     return result
 

@@ -43,8 +43,8 @@ def load() -> tuple[Any, str]:
         return None, f"it does not load ({error})"
 
 
-def declare(library: Any, *, emulated: bool = False) -> Any:
-    """Tells ctypes the types of the functions; those for tensor cores are missing in the emulation of the tests."""
+def declare(library: Any) -> Any:
+    """Tells ctypes the types of the functions."""
     pointer, size, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
     for name, result, *arguments in (
         ("binarize_workspace", size, size, size),
@@ -58,8 +58,6 @@ def declare(library: Any, *, emulated: bool = False) -> Any:
         ("block_matmul", number, *[pointer] * 3, number, *[pointer] * 5, number, *[size] * 3, *[number] * 4, pointer),
         ("error_text", ctypes.c_char_p, number),
     ):
-        if emulated and name == "block_matmul":
-            continue
         function = getattr(library, f"sparsebilevel_{name}")
         function.restype, function.argtypes = result, arguments
     return library

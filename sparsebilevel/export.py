@@ -73,7 +73,7 @@ def export_model(
     path = _checkpoint_path(source)
     if output.resolve() == path.resolve():
         raise ValueError(f"output={str(output)!r} is the source itself; give another file")
-    config: Mapping[str, Any] = load_checkpoint(path)
+    config: Mapping[str, Any] = (checkpoint := load_checkpoint(path))
     if "norm" in config and "features" in config:
         if format == "sliced":
             raise ValueError("format='sliced' is not allowed for a federated run, whose networks are cut already")
@@ -83,7 +83,7 @@ def export_model(
     elif client is not None:
         raise ValueError(f"client={client} is not allowed: {path} is not of a federated run")
     else:
-        model, config = load_network(path)
+        model, config = _network(checkpoint, path)
         shape = input_shape or _input_shape(config)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
@@ -106,7 +106,10 @@ def load_network(source: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, A
         FileNotFoundError, ValueError: missing, damaged, or of another architecture than its config says.
     """
     path = _checkpoint_path(source)
-    checkpoint = load_checkpoint(path)
+    return _network(load_checkpoint(path), path)
+
+
+def _network(checkpoint: Mapping[str, Any], path: Path) -> tuple[nn.Module, dict[str, Any]]:
     if not isinstance(checkpoint.get("config"), Mapping):
         raise CheckpointError(f"checkpoint {path} has no 'config'; expected one that `sparsebilevel train` wrote")
     config = dict(checkpoint["config"])

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparsebilevel as sb
 from sparsebilevel.distributed import SparseAllReduce
-from sparsebilevel.kernels import BinaryMask, binarize, block_sparse, cuda, cuda_block_sparse, reference
+from sparsebilevel.kernels import BinaryMask, binarize, block_sparse, cuda, cuda_block_sparse, dispatch, gpu, reference
 from sparsebilevel.kernels.block_sparse import BlockLayout, pair_list
 from sparsebilevel.kernels.pack import pack, unpack
 
@@ -44,13 +44,15 @@ def library(tmp_path_factory):
     compiler = shlex.split(os.environ.get("CXX", "")) or [next(found, "")]
     if not compiler[0] or sys.platform != "linux":
         pytest.skip("no C++ compiler, or none for the emulation")
-    target = tmp_path_factory.mktemp("cuda") / "emulated.so"
+    folder = tmp_path_factory.mktemp("cuda")
+    target, missing = folder / "emulated.so", folder / "missing.cpp"
+    missing.write_text('extern "C" int sparsebilevel_block_matmul() { return 1; }')  # an error, whatever it is given
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
     flags += ["-DSPARSEBILEVEL_CHUNKS_AT_A_TIME=16"]  # so that few scores are enough for several chunks of a warp
-    command = [*compiler, *flags, "-include", EMULATION, "-x", "c++", *EMULATED, "-o", target]
+    command = [*compiler, *flags, "-include", EMULATION, "-x", "c++", *EMULATED, missing, "-o", target]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-4000:]
-    return cuda.declare(ctypes.CDLL(str(target)), emulated=True)
+    return cuda.declare(ctypes.CDLL(str(target)))
 
 
 @pytest.fixture
@@ -435,7 +437,7 @@ def test_a_missing_barrier_is_found(tmp_path):
 # -- lists for products of tiles; benchmarks/gpu_kernels.py checks the products themselves, on a GPU -------------------
 
 
-def multiplied(x, weight, lists, bias=None, *, input_grad=False):
+def multiplied(x, weight, lists, *, input_grad=False):
     """What the kernel does: the products of the tiles of its lists, and of no others."""
     weight = weight.t() if input_grad else weight
     out = torch.full((x.shape[0], weight.shape[0]), float("nan"), dtype=x.dtype)
@@ -443,7 +445,7 @@ def multiplied(x, weight, lists, bias=None, *, input_grad=False):
     for pair in lists.order.tolist():
         for half, row in enumerate(lists.members[pair].tolist()):
             rows = slice(64 * row, 64 * row + 64)
-            out[:, rows] = 0 if bias is None else bias[rows]
+            out[:, rows] = 0
             for entry in lists.tiles[lists.starts[pair] : lists.starts[pair + 1]].tolist():
                 columns = slice(64 * (entry // 4), 64 * (entry // 4) + 64)
                 assert 0 < entry % 4
@@ -461,10 +463,8 @@ def test_pairs_hold_every_tile_once(block, n, k, density, seed):
     x, dy, w = (torch.randint(-4, 5, size).float() for size in ((3, k), (3, n), (n, k)))
     z = torch.where(mask, w, 0)
     layout = BlockLayout(block, tiles, density)
-    for _ in range(2):
-        assert torch.equal(
-            multiplied(x, w, layout.pairs(False)), x @ z.t()
-        )  # the kernel would get z: the rest is unread
+    for _ in range(2):  # with w, of which only the kept tiles may be read
+        assert torch.equal(multiplied(x, w, layout.pairs(False)), x @ z.t())
         assert torch.equal(multiplied(dy, w, layout.pairs(True), input_grad=True), dy @ z)
         layout.settle()
 
@@ -477,6 +477,19 @@ def test_rows_that_have_much_in_common_are_pairs():
     assert int(pair_list(occupied, 64).starts[-1]) > 1.5 * int(half.sum())
     assert int(pair_list(occupied, 64, settled=True).starts[-1]) == int(half.sum())
     assert torch.equal(block_sparse.match(torch.zeros(1000, 5, dtype=torch.bool))[0], torch.tensor([0, 1]))
+
+
+def test_without_measurements_outputs_take_more_tiles_than_weight_gradients(monkeypatch):
+    device, structure = torch.device("cpu"), dispatch.Structure(((64, 0.8),))
+    monkeypatch.setattr(gpu, "DEVICES", {"cpu"})
+    monkeypatch.setattr(dispatch.measurements, "times", lambda *_: {})
+    for runs, wanted in ((True, "block"), (False, "dense")):
+        monkeypatch.setattr(cuda_block_sparse, "runs", lambda *_, runs=runs: runs)
+        dispatch._choose_product.cache_clear()
+        arguments = torch.bfloat16, device, 512, (256, 256), structure
+        assert dispatch.choose_product("forward", *arguments)[0].name == wanted
+        assert dispatch.choose_product("weight_grad", *arguments)[0].name == "dense"
+    dispatch._choose_product.cache_clear()
 
 
 def test_a_mask_settles_when_it_stays(monkeypatch):

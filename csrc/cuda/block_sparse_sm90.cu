@@ -20,12 +20,12 @@
 namespace sparsebilevel {
 namespace {
 
-constexpr int kSide = 64;                        // of what is multiplied at a time, and of 128 bytes: a swizzled row
-constexpr int kTileBytes = kSide * kSide * 2;    // one of 64 x 64
-constexpr int kGroup = 128;                      // threads of a warpgroup
-constexpr int kPairThreads = 2 * kGroup + 32;    // two that multiply, and a warp that loads
-constexpr int kSharedLimit = 227 * 1024;         // of a block
-constexpr int kGroupRows = 1024;                 // of 4096 features 8 MiB of an L2 cache of 50
+constexpr int kSide = 64;                      // of what is multiplied at a time, and of 128 bytes: a swizzled row
+constexpr int kTileBytes = kSide * kSide * 2;  // one of 64 x 64
+constexpr int kGroup = 128;                    // threads of a warpgroup
+constexpr int kPairThreads = 2 * kGroup + 32;  // two that multiply, and a warp that loads
+constexpr int kSharedLimit = 227 * 1024;       // of a block
+constexpr int kGroupRows = 1024;               // of 4096 features 8 MiB of an L2 cache of 50
 
 // -- instructions ---------------------------------------------------------------------------------------------------
 
@@ -85,9 +85,8 @@ __device__ inline void wait_until_stores_have_read() {
 
 // Where a warpgroup finds an operand whose rows of 64 elements are swizzled in 128 bytes, eight rows in 1024. Rows hold
 // what is summed over; or, transposed, there is a row for each summand, and the next 64 columns are a tile further on.
-template <int kTile = kTileBytes>
 __device__ inline uint64_t operand(const void* start) {
-  constexpr uint64_t kEightRows = 1024 >> 4, kNextTile = kTile >> 4, kSwizzle128 = 1;
+  constexpr uint64_t kEightRows = 1024 >> 4, kNextTile = kTileBytes >> 4, kSwizzle128 = 1;
   return (shared_address(start) & 0x3ffff) >> 4 | kNextTile << 16 | kEightRows << 32 | kSwizzle128 << 62;
 }
 // From one 16 summands to the next, in units of 16 bytes.
@@ -99,22 +98,17 @@ constexpr uint64_t kNext16 = kTransposed ? 16 * 128 >> 4 : 16 * 2 >> 4;
       f(i + 11), f(i + 12), f(i + 13), f(i + 14), f(i + 15)
 #define SPARSEBILEVEL_32(f, i) SPARSEBILEVEL_16(f, i), SPARSEBILEVEL_16(f, i + 16)
 #define SPARSEBILEVEL_64(f) SPARSEBILEVEL_32(f, 0), SPARSEBILEVEL_32(f, 32)
-#define SPARSEBILEVEL_96(f) SPARSEBILEVEL_64(f), SPARSEBILEVEL_32(f, 64)
-#define SPARSEBILEVEL_128(f) SPARSEBILEVEL_96(f), SPARSEBILEVEL_32(f, 96)
+#define SPARSEBILEVEL_128(f) SPARSEBILEVEL_64(f), SPARSEBILEVEL_32(f, 64), SPARSEBILEVEL_32(f, 96)
 #define SPARSEBILEVEL_SUM(i) "+f"(sums[i])
-#define SPARSEBILEVEL_NAMES_32                                                                                        \
-  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,"     \
-  "%30,%31"
 #define SPARSEBILEVEL_NAMES_64                                                                                        \
-  SPARSEBILEVEL_NAMES_32                                                                                              \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,"     \
+  "%30,%31"                                                                                                           \
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,"  \
   "%60,%61,%62,%63"
-#define SPARSEBILEVEL_NAMES_96                                                                                        \
+#define SPARSEBILEVEL_NAMES_128                                                                                       \
   SPARSEBILEVEL_NAMES_64                                                                                              \
   ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,"  \
-  "%92,%93,%94,%95"
-#define SPARSEBILEVEL_NAMES_128                                                                                       \
-  SPARSEBILEVEL_NAMES_96                                                                                              \
+  "%92,%93,%94,%95"                                                                                                   \
   ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,"   \
   "%119,%120,%121,%122,%123,%124,%125,%126,%127"
 // count: registers of sums; n: columns; a to tb: numbers of what follows the sums.
@@ -124,23 +118,17 @@ constexpr uint64_t kNext16 = kTransposed ? 16 * 128 >> 4 : 16 * 2 >> 4;
                : SPARSEBILEVEL_##count(SPARSEBILEVEL_SUM)                                                             \
                : "l"(left), "l"(right), "r"(add), "n"(static_cast<int>(kLeft)), "n"(static_cast<int>(kRight)))
 #define SPARSEBILEVEL_WGMMA_OF(type)                                                            \
-  if constexpr (kColumns == 64) {                                                               \
-    SPARSEBILEVEL_WGMMA(32_, "64", type, "32", "33", "34", "35", "36");                         \
-  } else if constexpr (kColumns == 128) {                                                       \
+  if constexpr (kColumns == 128) {                                                              \
     SPARSEBILEVEL_WGMMA(64, "128", type, "64", "65", "66", "67", "68");                         \
-  } else if constexpr (kColumns == 192) {                                                       \
-    SPARSEBILEVEL_WGMMA(96, "192", type, "96", "97", "98", "99", "100");                        \
   } else {                                                                                      \
     static_assert(kColumns == 256);                                                             \
     SPARSEBILEVEL_WGMMA(128, "256", type, "128", "129", "130", "131", "132");                   \
   }
-#define SPARSEBILEVEL_NAMES_32_ SPARSEBILEVEL_NAMES_32
-#define SPARSEBILEVEL_32_(f) SPARSEBILEVEL_32(f, 0)
 
 // sums [64, kColumns] += left [64, 16] @ right [16, kColumns], in the background; without `add` they begin with it.
 template <class Element, int kColumns, bool kLeft, bool kRight, int kSums>
 __device__ inline void multiply(float (&sums)[kSums], uint64_t left, uint64_t right, int add) {
-  static_assert(2 * kSums >= kColumns);
+  static_assert(2 * kSums == kColumns);
   if constexpr (std::is_same_v<Element, __half>) {
     SPARSEBILEVEL_WGMMA_OF("f16")
   } else {

@@ -103,7 +103,8 @@ class Config:
     )
     distribution: str = option("uniform", "how layers share it", ("uniform", "er", "erk", "global"))
     pattern: str = option(
-        "unstructured", "weights that live together: unstructured, filter, channel, block:BHxBW, nm:N:M"
+        "unstructured",
+        "weights that live together: unstructured, filter[:MULTIPLE], channel[:MULTIPLE], block:BHxBW, nm:N:M",
     )
     dense_first: bool = option(False, "keep the first layer dense")
     exclude: tuple[str, ...] = option((), "layers to leave dense: names or glob patterns")
