@@ -272,8 +272,9 @@ class TorchCommunicator(Communicator):
         self.lost.add(other)
         if self.on_failure == "error":
             raise CommunicationError(
-                f"worker {self.rank}: worker {other} does not answer ({reason}; the limit is {self.timeout:g} s). "
-                "With on_failure='drop' the others would go on without it"
+                f"worker {self.rank}: worker {other} does not answer ({reason}; the limit is {self.timeout:g} s). If "
+                "it ended with such an error too, that one says who was lost before. With on_failure='drop' the others "
+                "would go on without it"
             )
         if other == 0:
             raise CommunicationError(f"worker {self.rank}: worker 0, which keeps the log, does not answer ({reason})")
