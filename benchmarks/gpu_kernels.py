@@ -352,10 +352,9 @@ def _time_steps(
         try:
             run()
             runs[name, "eager"] = run
-            if pattern == "unstructured":
-                runs[name, "graph"] = _graph(run)
-            else:  # a graph would not look at the tiles; what the device has to do, however long launching takes
+            if pattern != "unstructured":  # whose launches take longer than they run
                 runs[name, "device"] = run
+            runs[name, "graph"] = _graph(run)
         except Exception as error:  # the other rows are still wanted
             rows[name]["error"] = f"{type(error).__name__}: {str(error)[:200]}"
     taken: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
@@ -373,6 +372,14 @@ def _time_steps(
     for (name, kind), times in taken.items():
         rows[name]["seconds" if kind == "eager" else kind] = statistics.median(times)
     return list(rows.values())
+
+
+def _lists(occupied: Tensor) -> None:
+    """All that a step of a linear layer needs of a mask."""
+    layout = BlockLayout(64, occupied, 0.1)
+    for side in (False, True):
+        layout.pairs(input_grad=side)
+    assert layout.by_row
 
 
 def time(device: torch.device, *, quick: bool = False, budget: float = 240.0) -> list[dict[str, Any]]:
@@ -444,6 +451,9 @@ def time(device: torch.device, *, quick: bool = False, budget: float = 240.0) ->
                 note(f"conv3x3 block{block} {product}, sparsity {sparsity}, {name}", run, floor)
     layers = [torch.randn(WIDTH, WIDTH, device=device) for _ in range(4)]
     masks = [torch.rand(WIDTH, WIDTH, device=device) < 0.1 for _ in layers]
+    note("which tiles a mask holds", lambda: occupied_tiles(masks[0], 64), WIDTH * WIDTH / bandwidth)
+    held = torch.rand(WIDTH // 64, WIDTH // 64, device=device) < 0.1
+    note("lists of its tiles, and of pairs of both sides", lambda: _lists(held), 0.0)
     copies = [torch.empty_like(w, dtype=torch.bfloat16) for w in layers]
     grads = [torch.randn_like(w) for w in layers]
     buffers = [torch.zeros_like(w) for w in layers]
@@ -456,12 +466,12 @@ def time(device: torch.device, *, quick: bool = False, budget: float = 240.0) ->
     step = triton_elementwise.sgd_step
     run = lambda: step(layers, grads, masks, copies, buffers, fresh=False, **settings)  # noqa: E731
     note("sgd_step", run, 23 * size / bandwidth)
-    scores, held = ([torch.zeros_like(w) for w in layers] for _ in range(2))
-    of_scores = triton_elementwise.Scores(scores, [held], settings)
+    scores, moments = ([torch.zeros_like(w) for w in layers] for _ in range(2))
+    of_scores = triton_elementwise.Scores(scores, [moments], settings)
     run = lambda: step(layers, grads, masks, copies, buffers, of_scores, fresh=False, **settings)  # noqa: E731
     note("sgd_step of weights and scores from one gradient", run, 39 * size / bandwidth)
     by_torch = torch.optim.SGD(scores, **settings, fused=True)
-    for tensor, grad, buffer in zip(scores, outs[1], held, strict=True):
+    for tensor, grad, buffer in zip(scores, outs[1], moments, strict=True):
         tensor.grad, by_torch.state[tensor]["momentum_buffer"] = grad, buffer
 
     def apart() -> None:

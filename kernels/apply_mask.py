@@ -6,11 +6,10 @@ made when the first product asks for it, and again when weight or mask have chan
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -153,26 +152,6 @@ _NO_COPIES: dict[torch.dtype, Any] = {}
 _lock = threading.RLock()
 
 
-class _Shared(threading.local):
-    copies: dict[torch.dtype, Tensor] | None = None
-
-
-_shared = _Shared()
-
-
-@contextlib.contextmanager
-def shared_copies(copies: dict[torch.dtype, Tensor] | None) -> Iterator[None]:
-    """Within, what is made of the one weight of a layer, and not kept, is put into ``copies``, and taken from there.
-
-    So that in a captured graph the backward of a layer takes the copy of its forward.
-    """
-    before, _shared.copies = _shared.copies, copies
-    try:
-        yield
-    finally:
-        _shared.copies = before
-
-
 def compute_copy(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """``mask * weight`` in ``dtype``, not to be written to: the copy that is kept, on devices with our kernels.
 
@@ -188,7 +167,7 @@ def compute_copy(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
         if not gpu.is_capturing(weight.device):
             return copy.use()
     if not _may_keep(weight, mask):
-        made = _shared.copies
+        made = gpu.shared()
         if made is not None and dtype in made:
             return made[dtype]
         if gpu.available(weight.device) and _strides(mask) == _strides(weight) and is_dense(weight):

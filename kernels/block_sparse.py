@@ -7,6 +7,7 @@ the device, have the same length whatever the mask is, and are kept until the ma
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import cuda_block_sparse, gpu
+from . import cuda_block_sparse, gpu, reference
 from .dispatch import Structure
 
 _SETTLED = 500  # products after which a mask seems to stay: pairing its rows well takes as long as it saves in so many
@@ -33,16 +34,13 @@ class TileList(NamedTuple):
         starts: ``[rows + 1]``, where those of a row begin in ``tiles``; the last is how many there are.
         tiles: ``[rows * cols]``, column of each kept tile: of a convolution that of its channels times the number of
             taps, plus the tap. What comes after the last is not to be used.
+        rows: ``[rows * cols]``, row of each kept tile.
     """
 
     order: Tensor
     starts: Tensor
     tiles: Tensor
-
-
-def tile_list(occupied: Tensor) -> TileList:
-    """The list of ``occupied`` (bool ``[rows, cols]``), without waiting for the device."""
-    return _list(occupied, torch.arange(occupied.shape[1], device=occupied.device).expand_as(occupied))
+    rows: Tensor
 
 
 class PairList(NamedTuple):
@@ -60,60 +58,61 @@ class PairList(NamedTuple):
     members: Tensor
 
 
+def occupied_tiles(mask: Tensor, block: int, sides: Tensor | None = None) -> Tensor:
+    """Which tiles of a bool mask ``[N, K, ...]`` hold a True: bool ``[ceil(N / block), ceil(K / block), ...]``.
+
+    Outputs and inputs that hold one are marked in ``sides``, bool ``[N + K]``.
+    """
+    if gpu.available(mask.device):
+        from . import triton_tiles
+
+        return triton_tiles.occupied_tiles(mask, block, sides)
+    return reference.tiles_of(mask, block, sides)
+
+
+def tile_list(occupied: Tensor) -> TileList:
+    """The list of ``occupied`` (bool ``[rows, cols]``), without waiting for the device."""
+    if gpu.available(occupied.device):
+        from . import triton_tiles
+
+        return TileList(*triton_tiles.tile_list(occupied))
+    return TileList(*reference.tile_list(occupied))
+
+
 def pair_list(occupied: Tensor, block: int, *, settled: bool = False) -> PairList:
     """The list of ``occupied`` tiles of side 64 or 128, of rows side by side.
 
     If the mask has ``settled``, of those that have much in common (:func:`match`). Results are the same to the bit.
     """
-    for dim in (0, 1):
-        occupied = occupied.repeat_interleave(block // 64, dim)
-    if len(occupied) % 2:
-        occupied = F.pad(occupied, (0, 0, 0, 1))
-    members = torch.arange(len(occupied), device=occupied.device).view(-1, 2)
-    if settled and block == 64:
-        members = match(occupied)
-    first, second = occupied[members].unbind(1)
-    columns = torch.arange(occupied.shape[1], device=occupied.device)
-    return PairList(*_list(first | second, 4 * columns + first + 2 * second), members.int())
+    members = match(occupied) if settled and block == 64 else None
+    if gpu.available(occupied.device):
+        from . import triton_tiles
+
+        return PairList(*triton_tiles.pair_list(occupied, block // 64, members))
+    return PairList(*reference.pair_list(occupied, block // 64, members))
 
 
 def match(occupied: Tensor) -> Tensor:
-    """Pairs of an even number of rows that have many columns in common: int64 ``[rows / 2, 2]``.
+    """Pairs of rows that have many columns in common: int32 ``[ceil(rows / 2), 2]``.
 
     Greedy: in each round those are paired who like each other the best of all that are left. That takes the host some
     milliseconds, and waits for the device.
     """
-    rows = occupied.cpu().numpy().astype(np.float32)
+    rows = F.pad(occupied, (0, 0, 0, len(occupied) % 2)).cpu().numpy().astype(np.float32)
     index = np.arange(len(rows))
     # Of those who are liked as well the neighbour, else anyone: there is always a pair then, and mostly many.
     lots = np.triu(np.random.default_rng(0).random((len(rows), len(rows)), np.float32) / 2, 1)
     liking = rows @ rows.T + (lots + lots.T)
     liking[index, index ^ 1] += 0.5
     np.fill_diagonal(liking, -np.inf)
-    pairs, left = [], index
+    pairs, left = [np.zeros((0, 2), np.int64)], index
     while len(left):
         best = liking[np.ix_(left, left)].argmax(1)
         mutual = (best[best] == np.arange(len(left))) & (np.arange(len(left)) < best)
         chosen = np.stack([left[mutual], left[best[mutual]]], 1)
         pairs.append(chosen)
         left = np.setdiff1d(left, chosen)
-    return torch.from_numpy(np.concatenate(pairs)).to(occupied.device)
-
-
-def _list(occupied: Tensor, tiles: Tensor) -> TileList:
-    counts = occupied.sum(1)
-    starts = F.pad(counts.cumsum(0), (1, 0))
-    # The occupied ones first, each group in row-major order.
-    index = torch.sort(occupied.reshape(-1), descending=True, stable=True).indices
-    order = torch.sort(counts, descending=True, stable=True).indices
-    return TileList(order.int(), starts.int(), tiles.reshape(-1)[index].int())
-
-
-def occupied_tiles(mask: Tensor, block: int) -> Tensor:
-    """Which tiles of a bool mask ``[N, K, ...]`` hold a True: bool ``[ceil(N / block), ceil(K / block), ...]``."""
-    n, k, *taps = mask.shape
-    padded = F.pad(mask, (*[0, 0] * len(taps), 0, -k % block, 0, -n % block))
-    return padded.view(-(-n // block), block, -(-k // block), block, *taps).any(3).any(1)
+    return torch.from_numpy(np.concatenate(pairs).astype(np.int32)).to(occupied.device)
 
 
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
@@ -127,18 +126,18 @@ class BlockLayout:
         block: the side.
         density: fraction of tiles that are kept; a hint, of how many parts the weight gradient is summed in.
         occupied: bool, which tiles are kept: ``[ceil(N / block), ceil(K / block)]``, of a convolution with taps.
-        by_row: list of the mask.
-        row_of: int32, the row of each tile of ``by_row``.
     """
 
     def __init__(self, block: int, occupied: Tensor, density: float) -> None:
         self.block, self.density, self.occupied = block, density, occupied
-        self.by_row = tile_list(occupied.flatten(1))
-        kept = torch.arange(occupied.numel(), device=occupied.device, dtype=torch.int32)
-        self.row_of = torch.searchsorted(self.by_row.starts, kept, right=True, out_int32=True) - 1
         self._by_column: dict[tuple, TileList] = {}
         self._pairs: dict[tuple[bool, bool], PairList] = {}
         self._products = 0
+
+    @functools.cached_property
+    def by_row(self) -> TileList:
+        """List of the mask."""
+        return tile_list(self.occupied.flatten(1))
 
     @property
     def by_column(self) -> TileList:
@@ -176,12 +175,13 @@ class BlockLayout:
         if key not in self._by_column:
             kept = self.occupied.transpose(0, 1)
             if key:
+                arange = functools.partial(torch.arange, device=kept.device)
                 down, across = (
-                    (torch.arange(stride)[:, None] + padding - torch.arange(taps) * dilation) % stride == 0
+                    (arange(stride)[:, None] + padding - arange(taps) * dilation) % stride == 0
                     for stride, padding, dilation, taps in zip(*geometry[:3], kept.shape[2:], strict=True)
                 )
                 reached = down[:, None, :, None] & across[None, :, None, :]  # [phase, phase, tap, tap]
-                kept = (reached[:, :, None, None].to(kept.device) & kept).flatten(0, 2)
+                kept = (reached[:, :, None, None] & kept).flatten(0, 2)
             self._by_column[key] = tile_list(kept.flatten(1))
         return self._by_column[key]
 
@@ -191,7 +191,7 @@ class BlockLayout:
 
         if cuda_block_sparse.takes(self.block, x, weight):
             return cuda_block_sparse.block_matmul(x, weight, self.pairs(input_grad=False), bias)
-        return triton_block_sparse.block_matmul(x, weight, self.block, *self.by_row, bias)
+        return triton_block_sparse.block_matmul(x, weight, self.block, self.by_row, bias)
 
     def input_grad(self, dy: Tensor, weight: Tensor) -> Tensor:
         """``dy [T, N] @ weight``."""
@@ -199,7 +199,7 @@ class BlockLayout:
 
         if cuda_block_sparse.takes(self.block, dy, weight):
             return cuda_block_sparse.block_matmul(dy, weight, self.pairs(input_grad=True), input_grad=True)
-        return triton_block_sparse.block_matmul(dy, weight, self.block, *self.by_column, input_grad=True)
+        return triton_block_sparse.block_matmul(dy, weight, self.block, self.by_column, input_grad=True)
 
     def weight_grad(self, dy: Tensor, x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
         """``mask * (dy.T @ x)`` in ``dtype``; without a mask ``dy.T @ x`` in the kept tiles, and zero elsewhere."""
@@ -210,14 +210,14 @@ class BlockLayout:
         from . import triton_block_sparse, triton_conv2d
 
         size = triton_conv2d.output_size(x, weight, geometry)
-        return triton_block_sparse.block_conv2d(x, weight, self.block, *self.by_row, bias, size, geometry)
+        return triton_block_sparse.block_conv2d(x, weight, self.block, self.by_row, bias, size, geometry)
 
     def conv2d_input_grad(self, dy: Tensor, weight: Tensor, size: Sequence[int], geometry: Geometry) -> Tensor:
         """Gradient of its input, of ``size``, from that of its output."""
         from . import triton_block_sparse
 
         lists = self.for_input_grad(geometry)
-        return triton_block_sparse.block_conv2d(dy, weight, self.block, *lists, None, size, geometry, input_grad=True)
+        return triton_block_sparse.block_conv2d(dy, weight, self.block, lists, None, size, geometry, input_grad=True)
 
     def conv2d_weight_grad(
         self, dy: Tensor, x: Tensor, mask: Tensor | None, taps: Sequence[int], dtype: torch.dtype, geometry: Geometry
@@ -239,9 +239,8 @@ class BlockLayout:
         # Few tiles leave most of the device idle, unless the rows are split between several programs.
         kept, rows = max(round(self.density * self.occupied.numel()), 1), dy.numel() // max(shape[0], 1)
         splits = max(1, min(8, 2 * gpu.processors(x.device) // kept, rows // 512))
-        lists = self.by_row.starts, self.by_row.tiles, self.row_of
         return triton_block_sparse.block_weight_grad(
-            dy, x, mask, shape, self.block, *lists, dtype, geometry, splits=splits
+            dy, x, mask, shape, self.block, self.by_row, dtype, geometry, splits=splits
         )
 
 
@@ -307,14 +306,19 @@ def _expand(tensor: Tensor, dim: int, index: Tensor | None, size: int, channels_
 class Occupancy:
     """Where a mask holds a True: by tiles, by outputs and by inputs; or a mask and the positions that learn beside it.
 
+    Args:
+        tiles: of the smallest side, see :func:`occupied_tiles`.
+        sides: bool ``[N + K]``, outputs and inputs.
+        counts: by :func:`_tally`.
+
     Attributes:
         densities: fraction of tiles of each of :data:`BLOCKS` that hold one.
     """
 
-    def __init__(self, occupied: dict[int, Tensor], sides: tuple[Tensor, Tensor], counts: Sequence[int]) -> None:
-        *tiles, rows, columns = counts
-        self.densities = {block: n / occupied[block].numel() for block, n in zip(occupied, tiles, strict=True)}
-        self.counts, self._occupied, self._sides, self._kept = counts, occupied, sides, (rows, columns)
+    def __init__(self, tiles: Tensor, sides: Tensor, outputs: int, counts: Sequence[int]) -> None:
+        self.tiles, self.sides, self.counts = tiles, sides, counts
+        self._sizes = [_fold_shape(tiles, block).numel() for block in BLOCKS] + [outputs, len(sides) - outputs]
+        self.densities = {block: n / size for block, n, size in zip(BLOCKS, counts, self._sizes, strict=False)}
         self._layouts: dict[int, BlockLayout] = {}
         self._structures: dict[bool, Structure] = {}
         self._slices: Slices | None = None
@@ -322,28 +326,54 @@ class Occupancy:
     @property
     def drops_nothing(self) -> bool:
         """Whether no tile, output or input is empty."""
-        sizes = [*(tiles.numel() for tiles in self._occupied.values()), *(len(side) for side in self._sides)]
-        return sizes == list(self.counts)
+        return self._sizes == list(self.counts)
 
     def structure(self, tiles: bool = True) -> Structure:
         """For the choice of a kernel, of those for ``tiles`` too or not."""
         if tiles not in self._structures:
-            rows, columns = self._sides
-            slices = self._kept[0] * self._kept[1] / (len(rows) * len(columns))
+            slices = self.counts[-2] * self.counts[-1] / (self._sizes[-2] * self._sizes[-1])
             self._structures[tiles] = Structure(tuple(self.densities.items()) if tiles else (), slices)
         return self._structures[tiles]
 
     def layout(self, block: int) -> BlockLayout:
         """The lists of its tiles; kept."""
         if block not in self._layouts:
-            self._layouts[block] = BlockLayout(block, self._occupied[block], self.densities[block])
+            self._layouts[block] = BlockLayout(block, _fold(self.tiles, block), self.densities[block])
         return self._layouts[block]
 
     def slices(self) -> Slices:
         """What is left without dropped outputs and inputs; kept."""
         if self._slices is None:
-            self._slices = Slices(self._sides, self._kept)
+            sides = self.sides[: self._sizes[-2]], self.sides[self._sizes[-2] :]
+            self._slices = Slices(sides, (self.counts[-2], self.counts[-1]))
         return self._slices
+
+
+class _Captured:
+    """The tiles of a mask for a CUDA graph, which looks at it anew in every replay.
+
+    Which kernels the graph has was decided by what the mask held when it was ``last`` looked at.
+    """
+
+    def __init__(self, mask: Tensor, positions: Tensor | None, last: Occupancy) -> None:
+        self.mask, self.positions, self.densities = mask, positions, last.densities
+        self._layouts: dict[int, BlockLayout] = {}
+
+    def structure(self, tiles: bool = True) -> Structure:
+        """As of an :class:`Occupancy`; how much could be cut out may change, and so would the sizes of tensors."""
+        return Structure(tuple(self.densities.items()) if tiles else ())
+
+    def layout(self, block: int) -> BlockLayout:
+        """Lists that the graph makes."""
+        if block not in self._layouts:
+            tiles, sides = _survey(self.mask)
+            if self.positions is not None:
+                _mark(self.positions, self.mask, tiles, sides)
+            self._layouts[block] = BlockLayout(block, _fold(tiles, block), self.densities[block])
+        return self._layouts[block]
+
+    def slices(self) -> Slices:
+        raise AssertionError("a graph cuts nothing out")
 
 
 class _Seen(NamedTuple):
@@ -356,26 +386,27 @@ class _Seen(NamedTuple):
 _seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def look(mask: Tensor, positions: Tensor | None = None) -> Occupancy | None:
+def look(mask: Tensor, positions: Tensor | None = None) -> Occupancy | _Captured | None:
     """What a bool mask ``[N, K, ...]`` holds, and the ``positions`` beside it; None if that may not be asked for.
 
-    Asked for once for every change of mask or positions, since it waits for the device; not while a CUDA graph is
-    captured. Kept as long as they are.
+    Asked for once for every change of mask or positions, since it waits for the device. Kept as long as they are. For a
+    mask that was looked at before, a CUDA graph that is captured finds its tiles itself.
 
     Args:
         mask: of a layer.
         positions: int64, flat and row-major in the mask; negative ones are padding.
     """
-    # A graph would go on with lists that a change of the mask frees.
-    if mask.is_inference() or not mask.numel() or gpu.is_capturing(mask.device):
+    if mask.is_inference() or not mask.numel():  # it may change unseen
         return None
+    if gpu.is_capturing(mask.device):
+        return _look_in_graph(mask, positions)
     seen = _seen.get(mask)
     if seen is None or seen.state != _state(mask):
         _look_again(mask)
         seen = _seen[mask]
     if positions is None or seen.occupancy.drops_nothing:
         return seen.occupancy
-    if positions.is_inference():  # it may change unseen
+    if positions.is_inference():
         return None
     found = seen.learning.get(positions)
     if found is None or found[0] != _state(positions):
@@ -383,16 +414,49 @@ def look(mask: Tensor, positions: Tensor | None = None) -> Occupancy | None:
     return found[1]
 
 
+def _look_in_graph(mask: Tensor, positions: Tensor | None) -> _Captured | None:
+    """What forward and backward of a layer share in a graph; None if the mask dropped nothing, or was never seen."""
+    seen, made = _seen.get(mask), gpu.shared()
+    if seen is None or seen.occupancy.drops_nothing:
+        return None
+    last = seen.occupancy if positions is None else seen.learning.get(positions, (None, seen.occupancy))[1]
+    if last.drops_nothing:
+        return None
+    found = _Captured(mask, positions, last)
+    return found if made is None else made.setdefault(("tiles", positions is not None), found)
+
+
 def _state(tensor: Tensor) -> tuple:
     return tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
-def _tally(mask: Tensor) -> tuple[dict[int, Tensor], tuple[Tensor, Tensor], Tensor]:
-    """Occupied tiles by their side, outputs, inputs, and how many there are of each, on the device."""
-    small = occupied_tiles(mask, BLOCKS[-1])
-    occupied = {block: small if block == BLOCKS[-1] else occupied_tiles(small, block // BLOCKS[-1]) for block in BLOCKS}
-    sides = mask.flatten(1).any(1), mask.transpose(0, 1).flatten(1).any(1)
-    return occupied, sides, torch.stack([held.sum() for held in (*occupied.values(), *sides)])
+def _survey(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Occupied tiles of the smallest side; outputs and inputs, one after the other."""
+    sides = torch.zeros(mask.shape[0] + mask.shape[1], dtype=torch.bool, device=mask.device)
+    return occupied_tiles(mask, BLOCKS[-1], sides), sides
+
+
+def _mark(positions: Tensor, mask: Tensor, tiles: Tensor, sides: Tensor) -> None:
+    """Count positions among what the mask holds."""
+    from . import triton_tiles
+
+    triton_tiles.mark_positions(positions, mask.shape, tiles, sides, BLOCKS[-1])
+
+
+def _fold_shape(tiles: Tensor, block: int) -> torch.Size:
+    times = block // BLOCKS[-1]
+    return torch.Size([-(-tiles.shape[0] // times), -(-tiles.shape[1] // times), *tiles.shape[2:]])
+
+
+def _fold(tiles: Tensor, block: int) -> Tensor:
+    """Tiles of side ``block`` of those of the smallest side."""
+    return tiles if block == BLOCKS[-1] else occupied_tiles(tiles, block // BLOCKS[-1])
+
+
+def _tally(tiles: Tensor, sides: Tensor, outputs: int) -> Tensor:
+    """How many tiles of each of :data:`BLOCKS`, outputs and inputs are occupied, on the device."""
+    parts = *(_fold(tiles, block) for block in BLOCKS), sides[:outputs], sides[outputs:]
+    return torch.stack([part.sum() for part in parts])
 
 
 def _look_again(asked: Tensor) -> None:
@@ -400,16 +464,14 @@ def _look_again(asked: Tensor) -> None:
     stream = gpu.stream(asked.device)
     stale = [m for m, seen in list(_seen.items()) if seen.stream == stream and seen.state != _state(m)]
     masks = [asked, *(m for m in stale if m is not asked and m.device == asked.device and m.numel())]
-    tallies = [_tally(mask) for mask in masks]
-    counts = torch.stack([tally[2] for tally in tallies]).tolist()
-    for mask, (occupied, sides, _), numbers in zip(masks, tallies, counts, strict=True):
-        _seen[mask] = _Seen(_state(mask), stream, Occupancy(occupied, sides, numbers), WeakTensorKeyDictionary())
+    surveys = [_survey(mask) for mask in masks]
+    counts = torch.stack([_tally(*survey, len(mask)) for mask, survey in zip(masks, surveys, strict=True)]).tolist()
+    for mask, survey, numbers in zip(masks, surveys, counts, strict=True):
+        _seen[mask] = _Seen(_state(mask), stream, Occupancy(*survey, len(mask), numbers), WeakTensorKeyDictionary())
 
 
 def _look_beside(mask: Tensor, positions: Tensor, without: Occupancy) -> Occupancy:
-    size = mask.numel()
-    held = F.pad(mask.reshape(-1), (0, 1))
-    held.index_fill_(0, torch.where(positions < 0, size, positions), True)  # what comes after the last is cut off
-    occupied, sides, counts = _tally(held[:size].view(mask.shape))
-    numbers = counts.tolist()
-    return without if numbers == without.counts else Occupancy(occupied, sides, numbers)
+    tiles, sides = without.tiles.clone(), without.sides.clone()
+    _mark(positions, mask, tiles, sides)
+    numbers = _tally(tiles, sides, len(mask)).tolist()
+    return without if numbers == without.counts else Occupancy(tiles, sides, len(mask), numbers)

@@ -9,6 +9,8 @@ import contextlib
 import functools
 import importlib.util
 import os
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -63,6 +65,31 @@ def stream(device: torch.device) -> Any:
 def is_capturing(device: torch.device) -> bool:
     """Whether what is launched now goes into a CUDA graph, to run later on what the memory holds then."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class _Shared(threading.local):
+    made: dict[Any, Any] | None = None
+
+
+_shared = _Shared()
+
+
+@contextlib.contextmanager
+def sharing(made: dict[Any, Any] | None) -> Iterator[None]:
+    """Within, :func:`shared` is ``made``."""
+    before, _shared.made = _shared.made, made
+    try:
+        yield
+    finally:
+        _shared.made = before
+
+
+def shared() -> dict[Any, Any] | None:
+    """What forward and backward of one layer share while a CUDA graph is captured, in which nothing else may be kept.
+
+    Copies of the weight by their dtype, and lists of tiles; None elsewhere.
+    """
+    return _shared.made
 
 
 def on_device(device: torch.device) -> Any:

@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from . import gpu, native
-from .apply_mask import shared_copies
 from .reference import effective_weight, gather_support
 
 
@@ -176,10 +175,10 @@ def eager_function(
     """What is registered with ``torch.library`` as one op, as a function of autograd."""
 
     def run(ctx: Any, *inputs: Any) -> Tensor:
-        ctx.copies = None
+        ctx.shared = None
         if gpu.is_capturing(inputs[0].device):
-            ctx.copies = {}
-            with shared_copies(ctx.copies):
+            ctx.shared = {}
+            with gpu.sharing(ctx.shared):
                 output = forward(*inputs)
         else:
             output = forward(*inputs)
@@ -187,9 +186,9 @@ def eager_function(
         return output
 
     def run_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.copies is None:
+        if ctx.shared is None:
             return backward(ctx, grad_output)
-        with shared_copies(ctx.copies):
+        with gpu.sharing(ctx.shared):
             return backward(ctx, grad_output)
 
     return type("Eager", (Function,), {"forward": staticmethod(run), "backward": staticmethod(run_backward)})

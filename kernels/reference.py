@@ -115,6 +115,44 @@ def mask_words(mask: Tensor) -> tuple[Tensor, Tensor]:
     return (bits << torch.arange(64, device=mask.device)).sum(1), F.pad(counts, (1, 0))
 
 
+def tiles_of(mask: Tensor, block: int, sides: Tensor | None = None) -> Tensor:
+    """Which tiles of a bool mask ``[N, K, ...]`` hold a True: bool ``[ceil(N / block), ceil(K / block), ...]``.
+
+    Outputs and inputs that hold one are marked in ``sides``, bool ``[N + K]``.
+    """
+    n, k, *taps = mask.shape
+    if sides is not None:
+        sides |= torch.cat([mask.flatten(1).any(1), mask.transpose(0, 1).flatten(1).any(1)])
+    padded = F.pad(mask, (*[0, 0] * len(taps), 0, -k % block, 0, -n % block))
+    return padded.view(-(-n // block), block, -(-k // block), block, *taps).any(3).any(1)
+
+
+def tile_list(occupied: Tensor) -> tuple[Tensor, ...]:
+    """The fields of a ``TileList`` of bool ``[rows, cols]``."""
+    rows, cols = (torch.arange(size, device=occupied.device) for size in occupied.shape)
+    return _sorted_lists(occupied, cols.expand_as(occupied), rows[:, None].expand_as(occupied))
+
+
+def pair_list(occupied: Tensor, repeat: int, members: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The fields of a ``PairList``; of each tile ``repeat`` by ``repeat``, and without ``members`` of neighbours."""
+    occupied = occupied.repeat_interleave(repeat, 0).repeat_interleave(repeat, 1)
+    occupied = F.pad(occupied, (0, 0, 0, len(occupied) % 2))
+    if members is None:
+        members = torch.arange(len(occupied), device=occupied.device, dtype=torch.int32).view(-1, 2)
+    first, second = occupied[members.long()].unbind(1)
+    columns = torch.arange(occupied.shape[1], device=occupied.device)
+    return *_sorted_lists(first | second, 4 * columns + first + 2 * second), members
+
+
+def _sorted_lists(occupied: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+    """Rows by how many are occupied, where each begins, and ``values`` of the occupied ones in row-major order."""
+    counts = occupied.sum(1)
+    starts = F.pad(counts.cumsum(0), (1, 0))
+    index = torch.sort(occupied.reshape(-1), descending=True, stable=True).indices
+    order = torch.sort(counts, descending=True, stable=True).indices
+    return order.int(), starts.int(), *(value.reshape(-1)[index].int() for value in values)
+
+
 def occupied_tiles(words: Tensor, height: int, width: int, rows: int, cols: int) -> Tensor:
     """Which tiles ``[rows, cols]`` of a mask ``[height, width]``, given as words, hold a True."""
     bits = words[:, None] >> torch.arange(64, device=words.device) & 1

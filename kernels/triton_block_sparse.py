@@ -8,7 +8,7 @@ the other operand are pixels, gathered where the tap looks. Imported where it is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -19,6 +19,9 @@ from . import gpu
 from .gpu import on_device
 from .triton_conv2d import Geometry, empty_maps
 from .triton_matmul import add_in_turn, block_c, load_tile, operand, operands, precision, start, upcast
+
+if TYPE_CHECKING:
+    from .block_sparse import TileList
 
 BLOCK_T = 128
 _GROUP_ROWS = 2048  # of 4096 features in 16 bits: 16 MiB of an L2 cache of 40 to 60
@@ -272,9 +275,7 @@ def block_matmul(
     x: Tensor,
     weight: Tensor,
     block: int,
-    order: Tensor,
-    starts: Tensor,
-    index: Tensor,
+    lists: TileList,
     bias: Tensor | None = None,
     *,
     input_grad: bool = False,
@@ -284,7 +285,7 @@ def block_matmul(
     Args:
         x, weight: contiguous, of one type: float32, bfloat16 or float16; weight ``[N, K]``, zeros in place.
         block: side of a tile: 128, 64 or 32.
-        order, starts, index: a ``TileList`` of rows of tiles, or with ``input_grad`` of columns.
+        lists: of rows of tiles, or with ``input_grad`` of columns.
         bias: ``[N]`` or None.
     """
     n, k = weight.shape
@@ -294,7 +295,6 @@ def block_matmul(
     summed = min(block, block_c(x.dtype))
     tile = (summed, block) if input_grad else (block, summed)
     (x_operand, w_operand), is_descriptor = operands((x, tile_rows(x.dtype, False, block), summed), (weight, *tile))
-    lists = order, starts, index
     sizes = x.shape[0], n, k
     _launch(
         x_operand, w_operand, _contiguous(bias), out, lists, sizes, block, input_grad, is_descriptor, _NO_MAPS | _MATRIX
@@ -306,9 +306,7 @@ def block_conv2d(
     source: Tensor,
     weight: Tensor,
     block: int,
-    order: Tensor,
-    starts: Tensor,
-    index: Tensor,
+    lists: TileList,
     bias: Tensor | None,
     size: Sequence[int],
     geometry: Geometry,
@@ -321,7 +319,7 @@ def block_conv2d(
         source: ``[B, K, H, W]``, or the gradient of the output; in channels_last, float32, bfloat16 or float16.
         weight: ``[N, K, R, S]`` in channels_last, of the type of ``source``, zeros in place.
         block: side of a tile: 128, 64 or 32.
-        order, starts, index: a ``TileList`` of rows of tiles; with ``input_grad`` of columns, phase by phase.
+        lists: of rows of tiles; with ``input_grad`` of columns, phase by phase.
         bias: ``[N]`` or None.
         size: of the result.
         geometry: one group.
@@ -337,7 +335,6 @@ def block_conv2d(
     matrix = _pixels_of(weight).view(n, -1)
     w_operand, is_descriptor = operand(matrix, *tile) if k % summed == 0 else (matrix, False)
     maps = _maps(out, source, taps, geometry)
-    lists = order, starts, index
     _launch(source, w_operand, _contiguous(bias), out, lists, (rows, n, k), block, input_grad, is_descriptor, maps)
     return out
 
@@ -351,7 +348,7 @@ def _launch(
     weight: Any,
     bias: Tensor | None,
     out: Tensor,
-    lists: tuple[Tensor, Tensor, Tensor],
+    lists: TileList,
     sizes: tuple[int, int, int],
     block: int,
     input_grad: bool,
@@ -360,8 +357,8 @@ def _launch(
 ) -> None:
     block_t = tile_rows(out.dtype, maps["CONV"], block)
     with on_device(out.device):
-        _block_matmul[(triton.cdiv(sizes[0], block_t) * len(lists[0]),)](
-            *(x, weight, bias, out, *lists, *sizes),
+        _block_matmul[(triton.cdiv(sizes[0], block_t) * len(lists.order),)](
+            *(x, weight, bias, out, lists.order, lists.starts, lists.tiles, *sizes),
             **maps,
             INPUT_GRAD=input_grad,
             HAS_BIAS=bias is not None,
@@ -382,9 +379,7 @@ def block_weight_grad(
     mask: Tensor | None,
     weight_shape: Sequence[int],
     block: int,
-    starts: Tensor,
-    index: Tensor,
-    rows: Tensor,
+    lists: TileList,
     dtype: torch.dtype,
     geometry: Geometry | None = None,
     *,
@@ -397,8 +392,7 @@ def block_weight_grad(
             in channels_last.
         mask: bool, contiguous or in channels_last, or None.
         weight_shape: ``[N, K]``, or of a convolution ``[N, K, R, S]``.
-        block, starts, index: as in :func:`block_matmul`, of rows of tiles.
-        rows: of each tile of the list, the row.
+        block, lists: as in :func:`block_matmul`, of rows of tiles.
         geometry: of a convolution with one group.
         splits: parts of T that are summed side by side.
     """
@@ -419,15 +413,15 @@ def block_weight_grad(
     maps = {name: value for name, value in maps.items() if name != "images"}
     t = dy.numel() // n
     workspace = turns = None
-    programs = min(len(index), 2 * gpu.processors(x.device))
+    programs = min(len(lists.tiles), 2 * gpu.processors(x.device))
     if splits > 1:
-        programs = len(index) * splits
-        workspace = torch.empty(len(index) * block * block, dtype=torch.float32, device=x.device)
-        turns = torch.zeros(len(index), dtype=torch.int32, device=x.device)
+        programs = len(lists.tiles) * splits
+        workspace = torch.empty(len(lists.tiles) * block * block, dtype=torch.float32, device=x.device)
+        turns = torch.zeros(len(lists.tiles), dtype=torch.int32, device=x.device)
     with on_device(x.device):
         _block_weight_grad[(programs,)](
             *(dy_operand, x_operand, None if mask is None else mask.view(torch.int8), grad, workspace, turns),
-            *(starts, index, rows, t, n, k, triton.cdiv(triton.cdiv(t, splits), summed) * summed),
+            *(lists.starts, lists.tiles, lists.rows, t, n, k, triton.cdiv(triton.cdiv(t, splits), summed) * summed),
             **maps,
             SPLITS=splits,
             HAS_MASK=mask is not None,

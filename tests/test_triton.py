@@ -14,7 +14,13 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from ahead_of_time import MOST_SHARED, compile_kernel  # noqa: E402
 
-from sparsebilevel.kernels import triton_block_sparse, triton_conv2d, triton_elementwise, triton_matmul  # noqa: E402
+from sparsebilevel.kernels import (  # noqa: E402
+    triton_block_sparse,
+    triton_conv2d,
+    triton_elementwise,
+    triton_matmul,
+    triton_tiles,
+)
 from sparsebilevel.kernels.block_sparse import BLOCKS  # noqa: E402
 
 # Spills depend on the version of the compiler: with these numbers of registers, version 3.6 has none.
@@ -168,7 +174,35 @@ def _masked(input_grad=False, bits=True, descriptor=False, rows=None, block_t=12
     return Kernel(triton_matmul._masked_matmul, *fixed, 255, needs, 8)
 
 
+def _list(kernel, pairs, settled=False):
+    pointers = "occupied=*i8 counts=*i32" + (" members=*i32" if pairs else "")
+    constants = {"REPEAT": 1, "PAIRED": pairs, "HAS_MEMBERS": settled, "WIDTH": triton_tiles._WIDTH, "stride_col": 1}
+    constants |= {} if pairs else {"members": None}
+    if kernel is triton_tiles._list_tiles:
+        pointers += " order=*i32 starts=*i32 tiles=*i32 rows=*i32"
+    return Kernel(kernel, _types(pointers, "height cols stride_row"), constants, 96)
+
+
 KERNELS = {
+    "occupied_tiles": Kernel(
+        triton_tiles._occupied_tiles,
+        _types("mask=*i8 tiles=*i8 sides=*i8", "N K stride_n"),
+        {"TAPS": 1, "stride_k": 1, "stride_tap": 1, "BLOCK": 32, "ABREAST": triton_tiles._ABREAST, "SIDES": True},
+        128,
+        (r"LDG\.E\.128",),
+    ),
+    "mark_positions": Kernel(
+        triton_tiles._mark_positions,
+        _types("positions=*i64 tiles=*i8 sides=*i8", "size N K", i32="limit") | {"limit": "i64"},
+        {"TAPS": 1, "BLOCK": 32, "WIDTH": triton_tiles._WIDTH},
+        96,
+        (r"LDG\.E\.128",),
+    ),
+    "count_tiles": _list(triton_tiles._count_tiles, pairs=False),
+    "list_tiles": _list(triton_tiles._list_tiles, pairs=False),
+    "count_tiles_of_pairs": _list(triton_tiles._count_tiles, pairs=True),
+    "list_tiles_of_pairs": _list(triton_tiles._list_tiles, pairs=True),
+    "list_tiles_of_settled_pairs": _list(triton_tiles._list_tiles, pairs=True, settled=True),
     "apply_mask": Kernel(
         triton_elementwise._apply_mask,
         _types(TABLE),
@@ -286,7 +320,13 @@ KERNELS |= {
 # Of those the others are much alike.
 FEW = {"apply_mask", "split_gradient", "adamw_step_scores", "masked_matmul_descriptor", "masked_matmul_input_grad"}
 FEW |= {"weight_grad_split", "weight_grad_descriptor", "block_matmul_64_input_grad_descriptor", "block_weight_grad_64"}
-FEW |= {"masked_conv2d", "conv2d_weight_grad", "masked_matmul_16_rows_descriptor"}
+FEW |= {
+    "occupied_tiles",
+    "list_tiles_of_pairs",
+    "masked_conv2d",
+    "conv2d_weight_grad",
+    "masked_matmul_16_rows_descriptor",
+}
 FEW |= {"block_conv2d_64_descriptor", "block_conv2d_64_input_grad_stride_2", "block_conv2d_weight_grad_64_descriptor"}
 
 
