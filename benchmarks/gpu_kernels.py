@@ -30,6 +30,7 @@ from torch import Tensor
 
 from sparsebilevel.kernels import (
     cuda_block_sparse,
+    cuda_weight_grad,
     masked_linear,
     measurements,
     reference,
@@ -55,6 +56,9 @@ WIDTH = 4096
 
 
 # -- correctness -------------------------------------------------------------------------------------------------------
+
+
+_NEEDS = ("need_weight", "need_scores", "need_sink")
 
 
 def _poison(device: torch.device, elements: int) -> None:
@@ -108,6 +112,21 @@ def check(device: torch.device, *, small: bool = False, shard: tuple[int, int] =
                 note(f"weight_grad {label}", dw, g * m, g_scale)
                 note(f"weight_grad scores {label}", ds, g * w64, g_scale * w64.abs())
                 note(f"weight_grad sink {label}", sink, g, g_scale)
+            for master in (w, w.float()):
+                if not cuda_weight_grad.takes(dy, x, master, mask):
+                    continue
+                _poison(device, 4 * n * k)
+                dw, ds, sink = cuda_weight_grad.weight_grad(dy, x, master, mask, need_sink=True)
+                alone = [
+                    cuda_weight_grad.weight_grad(dy, x, master, mask, **dict(zip(_NEEDS, only, strict=True)))
+                    for only in itertools.permutations((True, False, False))
+                ]
+                for i, all_three in enumerate((dw, ds, sink)):
+                    if not all(torch.equal(outs[i], all_three) for outs in alone if outs[i] is not None):
+                        errors[f"CUDA weight_grad {label} differs between two runs"] = float("inf")
+                note(f"CUDA weight_grad {label}", dw, g * m, g_scale)
+                note(f"CUDA weight_grad scores {label}", ds, g * w64, g_scale * w64.abs())
+                note(f"CUDA weight_grad sink {label}", sink, g, g_scale)
             out = torch.full_like(w, float("nan"))
             triton_elementwise.apply_mask([w], [mask], [out])
             note(f"apply_mask {label}", out, z, z.abs())

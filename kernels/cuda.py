@@ -56,6 +56,7 @@ def declare(library: Any) -> Any:
         ("scatter_values", number, pointer, number, pointer, pointer, size, pointer, number, pointer),
         ("accumulate_values", number, pointer, number, real, pointer, pointer, size, pointer, pointer),
         ("block_matmul", number, *[pointer] * 3, number, *[pointer] * 5, number, *[size] * 3, *[number] * 4, pointer),
+        ("weight_grad", number, *[pointer] * 7, *[number] * 6, pointer),
         ("error_text", ctypes.c_char_p, number),
     ):
         function = getattr(library, f"sparsebilevel_{name}")

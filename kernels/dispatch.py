@@ -144,7 +144,7 @@ def _choose_product(
     how = "measured on this device" if measured else "by an estimate, not measured on this device"
     dense = measured.get("dense", 1.0)
     if ours and forced in ("auto", "fused") and (measured.get("fused") or forced == "fused"):
-        candidates.append((measured.get("fused", 1.0), Backend("fused", f"masked Triton product, {how}"), 0))
+        candidates.append((measured.get("fused", 1.0), Backend("fused", f"masked product in one kernel, {how}"), 0))
     if forced in ("auto", "block"):
         for block, kept in tiles:
             name = f"block{block}"
@@ -179,10 +179,13 @@ def _choose_product(
 def library_is_best(device: torch.device) -> bool:
     """Whether all products of masks that drop nothing as a whole go to the dense library on a GPU.
 
-    So it is unless another backend is forced, or was measured there to be faster for some of them.
+    So it is unless another backend is forced; or, while a CUDA graph is captured, was measured there to be faster for
+    some of them. Elsewhere such a layer waits for Python more than a fused kernel saves.
     """
+    if gpu.setting("SPARSEBILEVEL_BACKEND", "auto") not in ("auto", "dense"):
+        return False
     file = gpu.setting("SPARSEBILEVEL_MEASUREMENTS"), measurements.generation()
-    return gpu.setting("SPARSEBILEVEL_BACKEND", "auto") in ("auto", "dense") and not _is_fused_faster(file, device)
+    return not (gpu.is_capturing(device) and _is_fused_faster(file, device))
 
 
 @functools.lru_cache

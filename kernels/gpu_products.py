@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import block_sparse, dense, gpu
+from . import block_sparse, cuda_weight_grad, dense, gpu
 from .dispatch import Backend, Structure, choose_product
 from .gradient import Needs
 from .measurements import Window
@@ -117,13 +117,19 @@ def linear_weight_grad(
         grad = cut.expand_inputs(cut.expand_outputs(grad, 0, weight.shape[0]), 1, weight.shape[1])
         return dense.distribute(grad.view(weight.shape), weight, mask, positions, needs)
     if backend.name == "fused" and positions is None and _is_plain(weight, mask):
-        from . import triton_matmul
-
         wanted = {"need_weight": needs.weight, "need_scores": needs.scores, "need_sink": needs.sink}
-        dy, x = dy.contiguous(), x.contiguous()
-        grads = triton_matmul.weight_grad(dy, x, weight.flatten(1), mask.flatten(1), **wanted)
+        grads = fused_weight_grad(dy.contiguous(), x.contiguous(), weight.flatten(1), mask.flatten(1), **wanted)
         return tuple(None if grad is None else grad.view(weight.shape) for grad in grads)  # type: ignore[return-value]
     return dense.distribute(torch.mm(dy.t(), x).view(weight.shape), weight, mask, positions, needs)
+
+
+def fused_weight_grad(dy: Tensor, x: Tensor, weight: Tensor, mask: Tensor, **wanted: bool) -> Grads:
+    """:func:`.triton_matmul.weight_grad`, in CUDA where there is a kernel for it."""
+    if cuda_weight_grad.takes(dy, x, weight, mask):
+        return cuda_weight_grad.weight_grad(dy, x, weight, mask, **wanted)
+    from . import triton_matmul
+
+    return triton_matmul.weight_grad(dy, x, weight, mask, **wanted)
 
 
 def _block_grad(mask: Tensor, weight: Tensor, needs: Needs) -> tuple[Tensor | None, torch.dtype]:

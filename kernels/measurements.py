@@ -149,16 +149,17 @@ def products(
         geometry: stride, padding, dilation and groups.
     """
     from . import triton_conv2d, triton_matmul
+    from .gpu_products import fused_weight_grad
     from .split_gradient import split_gradient
 
     if geometry is None:
-        masked = triton_matmul.masked_matmul
+        masked, master = triton_matmul.masked_matmul, w.float()  # as under autocast
         return {
             "forward": {"dense": lambda: x @ w.t(), "fused": functools.partial(masked, x, w, mask)},
             "input_grad": {"dense": lambda: dy @ w, "fused": functools.partial(masked, dy, w, mask, input_grad=True)},
             "weight_grad": {
-                "dense": lambda: split_gradient([dy.t() @ x], [w], [mask]),
-                "fused": functools.partial(triton_matmul.weight_grad, dy, x, w, mask),
+                "dense": lambda: split_gradient([dy.t() @ x], [master], [mask]),
+                "fused": functools.partial(fused_weight_grad, dy, x, master, mask),
             },
         }
     stride, padding, dilation, groups = geometry

@@ -26,6 +26,7 @@ from sparsebilevel.kernels import (
     block_sparse,
     cuda_block_sparse,
     gpu,
+    gpu_products,
     make_grad_sink,
     masked_conv2d,
     masked_linear,
@@ -520,6 +521,25 @@ def test_a_captured_graph_finds_the_tiles_of_a_mask_itself(kind, monkeypatch):
     if pairs:
         held = reference.tiles_of(m, sides[-1])
         assert pairs[2:] == [int(reference.pair_list(tiles, sides[-1] // 64)[1][-1]) for tiles in (held, held.t())]
+
+
+def test_a_layer_takes_the_fused_gradient_in_a_graph_where_that_was_measured(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSEBILEVEL_MEASUREMENTS", str(tmp_path / "gpu.json"))
+    layer, x = sb.SparseMaskedLinear(64, 32, bias=False, sparsity=0.5), torch.randn(16, 64)
+    layer.set_mask_scores(torch.nn.Parameter(torch.zeros(32, 64)))
+    name = measurements.key("weight_grad", torch.float32, 16, 32, 64)
+    measurements.save(x.device, {name: {"dense": 2.0, "fused": 1.0}})
+    launched = []
+    fused = gpu_products.fused_weight_grad
+    monkeypatch.setattr(gpu_products, "fused_weight_grad", lambda *a, **k: (launched.append(k), fused(*a, **k))[1])
+    for captures in (False, True):
+        monkeypatch.setattr(gpu, "is_capturing", lambda device, captures=captures: captures)
+        layer.zero_grad()
+        layer(x).sum().backward()
+        assert len(launched) == captures  # without a graph the layer would wait for Python longer than it saves
+        g = x.sum(0).expand(32, 64)
+        assert_close(layer.weight.grad, g * layer.mask)
+        assert_close(layer.mask_scores.grad, g * layer.weight)
 
 
 def test_a_layer_that_cuts_out_what_is_dropped_is_dense_in_a_graph(monkeypatch):
@@ -1416,7 +1436,8 @@ def test_the_checks_for_gpus_pass_here(monkeypatch):
 
     errors = gpu_kernels.check(DEVICE, small=True)
     x = torch.zeros(8, 64, dtype=torch.bfloat16, device=DEVICE)
-    assert len(errors) == (93 if cuda_block_sparse.takes(64, x, x) else 85)
+    # Of two types: two products of tiles of two sides more, and three gradients.
+    assert len(errors) == (85 + 2 * (4 + 3) if cuda_block_sparse.takes(64, x, x) else 85)
     assert max(errors.values()) <= 4, errors
 
 

@@ -21,7 +21,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparsebilevel as sb
 from sparsebilevel.distributed import SparseAllReduce
-from sparsebilevel.kernels import BinaryMask, binarize, block_sparse, cuda, cuda_block_sparse, dispatch, gpu, reference
+from sparsebilevel.kernels import (
+    BinaryMask,
+    binarize,
+    block_sparse,
+    cuda,
+    cuda_block_sparse,
+    cuda_weight_grad,
+    dispatch,
+    gpu,
+    reference,
+)
 from sparsebilevel.kernels.block_sparse import BlockLayout, pair_list
 from sparsebilevel.kernels.pack import pack, unpack
 
@@ -46,7 +56,8 @@ def library(tmp_path_factory):
         pytest.skip("no C++ compiler, or none for the emulation")
     folder = tmp_path_factory.mktemp("cuda")
     target, missing = folder / "emulated.so", folder / "missing.cpp"
-    missing.write_text('extern "C" int sparsebilevel_block_matmul() { return 1; }')  # an error, whatever it is given
+    names = "block_matmul", "weight_grad"  # an error, whatever they are given
+    missing.write_text("".join(f'extern "C" int sparsebilevel_{name}() {{ return 1; }}' for name in names))
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
     flags += ["-DSPARSEBILEVEL_CHUNKS_AT_A_TIME=16"]  # so that few scores are enough for several chunks of a warp
     command = [*compiler, *flags, "-include", EMULATION, "-x", "c++", *EMULATED, missing, "-o", target]
@@ -509,6 +520,15 @@ def test_a_mask_settles_when_it_stays(monkeypatch):
 # -- the library that nvcc built -------------------------------------------------------------------------------------
 
 
+def disassembled(name):
+    """The kernels of a name, for Hopper."""
+    triton = pytest.importorskip("triton")
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    command = [shutil.which("cuobjdump") or tools / "cuobjdump", "-sass", "-arch", "sm_90a", cuda.load()[0]._name]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [part for part in text.split("Function : ")[1:] if name in part.split("\n")[0]]
+
+
 @needs_library
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_library_loads_without_a_driver_and_says_what_is_missing():
@@ -519,16 +539,51 @@ def test_library_loads_without_a_driver_and_says_what_is_missing():
     x, lists = torch.zeros(8, 64, dtype=torch.bfloat16), pair_list(torch.ones(1, 1, dtype=torch.bool), 64)
     with pytest.raises(RuntimeError, match="CUDA kernel block_matmul: "):
         cuda_block_sparse.block_matmul(x, x, lists)
+    with pytest.raises(RuntimeError, match="CUDA kernel weight_grad: "):
+        cuda_weight_grad.weight_grad(x, x, torch.zeros(64, 64), torch.zeros(64, 64, dtype=torch.bool))
+
+
+def test_which_weight_gradients_are_for_hopper(monkeypatch):
+    monkeypatch.setattr(cuda, "available", lambda device: True)
+    dy, x, w, m = (torch.zeros(8, 16), torch.zeros(8, 24), torch.zeros(16, 24), torch.zeros(16, 24, dtype=torch.bool))
+    half, other = torch.bfloat16, torch.float16
+
+    operands = {"dy": dy.to(half), "x": x.to(half), "weight": w, "mask": m}
+
+    def takes(**others):
+        return cuda_weight_grad.takes(**operands | others)
+
+    assert not takes()  # no such GPU
+    monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
+    assert takes()
+    assert takes(weight=w.to(half))
+    assert takes(dy=dy.to(other), x=x.to(other), weight=w.to(other))
+    assert not takes(dy=dy, x=x)
+    assert not takes(weight=w.to(other))
+    assert not takes(weight=w.double())
+    assert not takes(mask=torch.zeros(6, dtype=torch.int64))
+    assert not takes(dy=dy[:0].to(half), x=x[:0].to(half))
+    assert not takes(x=torch.zeros(8, 20, dtype=half), weight=torch.zeros(16, 20))
+    assert not takes(x=torch.zeros(8 * 24 + 1, dtype=half)[1:].view(8, 24))
+
+
+@needs_library
+def test_the_weight_gradient_uses_hoppers_instructions():
+    kernels = disassembled("weight_grad")
+    assert len(kernels) == 4
+    for kernel in kernels:
+        for instruction in (
+            r"HGMMA\.64x128x16\.F32\S* gdesc\[\S+\]\.tnspA\.tnspB|HGMMA",
+            "UTMALDG",
+            r"LDG\.E\.EF",
+            r"STG\.E\.EF\.128",
+        ):
+            assert re.search(instruction, kernel), instruction
 
 
 @needs_library
 def test_products_of_tiles_use_hoppers_instructions():
-    triton = pytest.importorskip("triton")
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    tool = shutil.which("cuobjdump") or tools / "cuobjdump"
-    command = [tool, "-sass", "-arch", "sm_90a", cuda.load()[0]._name]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    kernels = [part for part in text.split("Function : ")[1:] if "block_matmul" in part.split("\n")[0]]
+    kernels = disassembled("block_matmul")
     assert len(kernels) == 8
     for kernel in kernels:
         for instruction in ("HGMMA", "UTMALDG", "UTMASTG", "STSM"):
@@ -556,7 +611,9 @@ def test_kernels_fit_into_registers():
     assert {arch for arch, _ in usage} == {"sm_80", "sm_90a"}
     for (arch, name), (registers, stack) in usage.items():
         # A block of 1024 threads fits with 64 registers each, three of 256 with 80, and one of nine warps with 168.
-        assert registers <= (64 if "sample" in name else 168 if "block_matmul" in name else 80), (arch, name)
+        # And two blocks of nine warps with 96 each.
+        limits = {"sample": 64, "block_matmul": 168, "weight_grad": 96}
+        assert registers <= next((most for part, most in limits.items() if part in name), 80), (arch, name)
         assert stack == 0, (arch, name)
 
 
