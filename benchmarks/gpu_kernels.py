@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsebilevel import optim
 from sparsebilevel.kernels import (
     cuda_block_sparse,
     cuda_weight_grad,
@@ -356,22 +357,78 @@ def _steps(t: int, device: torch.device, master: torch.dtype, pattern: str) -> d
     return {name: functools.partial(step, forward) for name, forward in forwards.items()}
 
 
+def _whole_steps(t: int, device: torch.device) -> dict[str, Callable[[], Any]]:
+    """The step of :func:`_steps` with unstructured masks and float32 weights, and then SGD on weights and scores."""
+    x = torch.randn(t, WIDTH, device=device, dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(t, WIDTH, device=device, dtype=torch.bfloat16)
+
+    def made(scores: bool) -> SparseMaskedLinear:
+        layer = SparseMaskedLinear(WIDTH, WIDTH, False, device, sparsity=0.9)
+        if scores:
+            layer.set_mask_scores(torch.nn.Parameter(torch.zeros_like(layer.weight)))
+        return layer
+
+    def by_hand(layer: SparseMaskedLinear, x: Tensor) -> Tensor:
+        scores = layer.mask_scores
+        return F.linear(x, layer.weight * (layer.mask.float() + (scores - scores.detach())))
+
+    compiled = torch.compile(by_hand, dynamic=False)
+    dense, unfused, unfused_compiled, ours, together = made(False), *(made(True) for _ in range(4))
+    optim.share_gradient(together)
+    variants = {
+        "dense": (dense, lambda: F.linear(x, dense.weight), torch.optim.SGD),
+        "unfused": (unfused, lambda: by_hand(unfused, x), torch.optim.SGD),
+        "torch.compile": (unfused_compiled, lambda: compiled(unfused_compiled, x), torch.optim.SGD),
+        "ours": (ours, lambda: ours(x), optim.SGD),
+        "ours, one gradient": (together, lambda: together(x), optim.SGD),
+    }
+
+    def step(layer: SparseMaskedLinear, forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        x.grad = None
+        with torch.autocast(device.type, torch.bfloat16):
+            y = forward()
+        y.backward(dy)
+        optimizer.step()
+
+    runs = {}
+    for name, (layer, forward, kind) in variants.items():
+        optimizer = kind(layer.parameters(), lr=1e-5, momentum=0.9, fused=True)
+        runs[name] = functools.partial(step, layer, forward, optimizer)
+    return runs
+
+
 def _time_steps(
     t: int, device: torch.device, master: torch.dtype, pattern: str, floor: float, rounds: int = 10
 ) -> list[dict[str, Any]]:
-    """Rows of the variants of a step, which run in turn so that the clock is the same for all."""
+    """Rows of the variants of :func:`_steps`."""
     steps, label = _steps(t, device, master, pattern), str(master).removeprefix("torch.")
     left = {}  # of the products, where the mask drops tiles
     if pattern != "unstructured":
         left = {"ours": 0.4, "ours, frozen mask": 0.1, SEARCHING: (0.1 + 0.1 + 0.1 + 0.9 * SEARCHED) / 3}
     what = f"{'' if pattern == 'unstructured' else f'{pattern}, '}{label} weights, {t} tokens"
     rows = {name: {"what": f"step {name}, {what}", "floor": floor * left.get(name, 1.0)} for name in steps}
+    return _in_turn(steps, rows, device, rounds, in_queue=pattern != "unstructured")
+
+
+def _in_turn(
+    steps: dict[str, Callable[[], Any]],
+    rows: dict[str, dict[str, Any]],
+    device: torch.device,
+    rounds: int,
+    *,
+    in_queue: bool = False,
+) -> list[dict[str, Any]]:
+    """Adds the times of the variants of a step, which run in turn so that the clock is the same for all.
+
+    Eager and in a graph; ``in_queue``: and what the device takes, for steps whose launches take longer than they run.
+    """
     runs: dict[tuple[str, str], Callable[[], Any]] = {}
     for name, run in steps.items():
         try:
             run()
             runs[name, "eager"] = run
-            if pattern != "unstructured":  # whose launches take longer than they run
+            if in_queue:
                 runs[name, "device"] = run
             runs[name, "graph"] = _graph(run)
         except Exception as error:  # the other rows are still wanted
@@ -431,6 +488,12 @@ def time(device: torch.device, *, quick: bool = False, budget: float = 240.0) ->
     for master, t in itertools.product((torch.float32, torch.bfloat16), TOKENS[-1:] if quick else TOKENS[-2:]):
         if clock.monotonic() - begin < budget:
             rows += _time_steps(t, device, master, "block:64x64", 3 * 2 * t * WIDTH * WIDTH / flops)
+    for t in TOKENS[-1:] if quick else TOKENS[1::2]:
+        if clock.monotonic() - begin < budget:
+            floor = 3 * 2 * t * WIDTH * WIDTH / flops
+            runs = _whole_steps(t, device)
+            names = {name: {"what": f"step and optimizer {name}, {t} tokens", "floor": floor} for name in runs}
+            rows += _in_turn(runs, names, device, 10)
     for t, block in itertools.product(TOKENS[-1:] if quick else TOKENS, BLOCKS):
         x, dy, w = (torch.randn(size, WIDTH, device=device).bfloat16() for size in (t, t, WIDTH))
         note(f"dense forward, {t} tokens", lambda x=x, w=w: x @ w.t(), 2 * t * WIDTH * WIDTH / flops)

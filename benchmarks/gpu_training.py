@@ -1,12 +1,12 @@
 """Whole training steps of masked networks on a GPU, beside dense ones, plain masked ones and torch.compile.
 
-    python benchmarks/gpu_training.py [--rows a,b,c,d,e] [--budget SECONDS] [--output FILE] [--quick] [--device cpu]
+    python benchmarks/gpu_training.py [--rows a,b,c,d,e,f] [--budget SECONDS] [--output FILE] [--quick] [--device cpu]
 
 a. ResNet-50, unstructured masks at 90 % in every layer, frozen and with learned scores;
 b. ResNet-50 at half of its FLOPs by channel masks: inner channels of the bottlenecks, and tied widths of whole stages;
 c. memory beyond the dense network, in bytes a weight: linear layers 4096 x 4096 and few tokens;
 d. the MLP of a transformer, 4096 -> 16384 -> 4096: unstructured masks and blocks of 64 x 64 at 90 %;
-e. the networks of a under torch.compile, last since compiling takes longer than all the rest.
+e, f. networks of a, and of b, under torch.compile, last since compiling takes longer than all the rest.
 
 A step is: gradients to none, forward under bfloat16 autocast, loss, backward, and SGD with momentum on float32 weights
 (fused). The variants of a row take turns in one process; times are medians, of steps one after another, and ratios are
@@ -53,6 +53,7 @@ STARTED = time.monotonic()
 SPARSITY = 0.9
 # Fractions of channels that leave half of ResNet-50's FLOPs, with numbers of them that are multiples of 8, 32 or 64.
 INNER_ONLY = {"inner": 0.56, "stages": 1.0}
+INNER_32 = {"inner": 0.6, "stages": 1.0, "multiple": 32}
 TIED = {"inner": 0.7, "stages": 0.7}
 TIED_32 = {"inner": 0.7, "stages": 0.7, "multiple": 32}
 TIED_64 = {"inner": 0.62, "stages": 0.75, "multiple": 64}
@@ -342,11 +343,13 @@ def unstructured(bench: Bench) -> None:
     compare_resnets(bench, "a", "unstructured masks", variants)
 
 
-def channels(bench: Bench) -> None:
-    def sliced(model: nn.Module, **cut: Any) -> nn.Module:
-        # On the CPU: there TF32 does not disturb the check that the smaller network computes the same.
-        return slice_model(channel_masks(model.cpu(), **cut), torch.zeros(1, 3, 64, 64))
+def sliced(model: nn.Module, **cut: Any) -> nn.Module:
+    """The smaller network that channel masks leave."""
+    # On the CPU: there TF32 does not disturb the check that the smaller network computes the same.
+    return slice_model(channel_masks(model.cpu(), **cut), torch.zeros(1, 3, 64, 64))
 
+
+def channels(bench: Bench) -> None:
     example = channel_masks(resnet50(bench.sizes.depths, bench.device), **INNER_ONLY)
     costs = count_costs(example, (3, bench.sizes.image, bench.sizes.image))
     left = costs.flops_theoretical / costs.flops_dense
@@ -354,6 +357,7 @@ def channels(bench: Bench) -> None:
         "dense": Variant(),
         "inner channels, masks": Variant(functools.partial(channel_masks, **INNER_ONLY), shares=(left, left, left)),
         "inner channels, sliced": Variant(functools.partial(sliced, **INNER_ONLY)),
+        "inner channels in multiples of 32, sliced": Variant(functools.partial(sliced, **INNER_32)),
         "tied stages, sliced": Variant(functools.partial(sliced, **TIED)),
         "tied stages in multiples of 32, sliced": Variant(functools.partial(sliced, **TIED_32)),
         "tied stages in multiples of 64, sliced": Variant(functools.partial(sliced, **TIED_64)),
@@ -450,7 +454,16 @@ def compiled(bench: Bench) -> None:
     compare_resnets(bench, "e", "torch.compile", variants)
 
 
-ROWS = {"a": unstructured, "b": channels, "c": memory, "d": mlp, "e": compiled}
+def compiled_channels(bench: Bench) -> None:
+    variants = {
+        "dense": Variant(compiled=True),
+        "inner channels in multiples of 32, sliced": Variant(functools.partial(sliced, **INNER_32), compiled=True),
+        "tied stages in multiples of 32, sliced": Variant(functools.partial(sliced, **TIED_32), compiled=True),
+    }
+    compare_resnets(bench, "f", "channel masks, torch.compile", variants)
+
+
+ROWS = {"a": unstructured, "b": channels, "c": memory, "d": mlp, "e": compiled, "f": compiled_channels}
 
 
 def main() -> None:
