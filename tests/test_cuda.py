@@ -1,9 +1,10 @@
-"""The CUDA kernels, exactly as they are written, on the CPU (tests/csrc/cuda_emulation.h); what nvcc makes of them;
-and, where there is a GPU, the same results there."""
+"""The CUDA kernels, exactly as they are written, on the CPU (tests/csrc/cuda_emulation.h and hopper_emulation.h); what
+nvcc makes of them; and, where there is a GPU, the same results there."""
 
 import ctypes
 import math
 import os
+import random
 import re
 import shlex
 import shutil
@@ -37,8 +38,7 @@ from sparsebilevel.kernels.pack import pack, unpack
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-EMULATED = [source for source in SOURCES if not source.stem.endswith("_sm90")]  # but for tensor cores
-EMULATION = ROOT / "tests" / "csrc" / "cuda_emulation.h"
+EMULATION = ROOT / "tests" / "csrc" / "hopper_emulation.h"  # and cuda_emulation.h
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 VALUES = [-math.inf, -2.5, -1.0, -0.0, 0.0, 1e-45, 1.0, 1.0000001, 3.0, math.inf]
 
@@ -55,12 +55,10 @@ def library(tmp_path_factory):
     if not compiler[0] or sys.platform != "linux":
         pytest.skip("no C++ compiler, or none for the emulation")
     folder = tmp_path_factory.mktemp("cuda")
-    target, missing = folder / "emulated.so", folder / "missing.cpp"
-    names = "block_matmul", "weight_grad"  # an error, whatever they are given
-    missing.write_text("".join(f'extern "C" int sparsebilevel_{name}() {{ return 1; }}' for name in names))
+    target = folder / "emulated.so"
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
     flags += ["-DSPARSEBILEVEL_CHUNKS_AT_A_TIME=16"]  # so that few scores are enough for several chunks of a warp
-    command = [*compiler, *flags, "-include", EMULATION, "-x", "c++", *EMULATED, missing, "-o", target]
+    command = [*compiler, *flags, "-include", EMULATION, "-x", "c++", *SOURCES, "-o", target]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-4000:]
     return cuda.declare(ctypes.CDLL(str(target)))
@@ -445,7 +443,52 @@ def test_a_missing_barrier_is_found(tmp_path):
     assert "a barrier that not all threads reach" in ran.stderr
 
 
-# -- lists for products of tiles; benchmarks/gpu_kernels.py checks the products themselves, on a GPU -------------------
+# -- Hopper's tensor cores ---------------------------------------------------------------------------------------------
+
+
+def small_integers(*shape, dtype):
+    """Of which all sums are exact."""
+    return torch.randint(-3, 4, shape).to(dtype)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("master", [True, False], ids=["float32", "halves"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("t", "n", "k"), [(1, 8, 8), (64, 128, 136), (70, 136, 264), (300, 72, 40)])
+def test_weight_gradients(t, n, k, dtype, master, seed, emulated):
+    torch.manual_seed(seed)
+    emulated(seed)
+    dy, x = small_integers(t, n, dtype=dtype), small_integers(t, k, dtype=dtype)
+    w, m = small_integers(n, k, dtype=torch.float32 if master else dtype), torch.rand(n, k) < 0.4
+    needs = [bool(int(bit)) for bit in f"{random.Random(seed).randrange(1, 8):03b}"] if seed else [True] * 3
+    named = dict(zip(("need_weight", "need_scores", "need_sink"), needs, strict=True))
+    outs = cuda_weight_grad.weight_grad(dy, x, w, m, **named)
+    for out, want in zip(outs, reference.split_gradient(dy.float().t() @ x.float(), w, m, tuple(needs)), strict=True):
+        assert (out is None) == (want is None)
+        assert out is None or (out.dtype == want.dtype and torch.equal(out, want))
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize(("t", "n", "k"), [(1, 8, 8), (9, 72, 136), (300, 136, 264), (513, 256, 64)])
+def test_products_of_tiles(t, n, k, block, dtype, seed, emulated):
+    torch.manual_seed(seed)
+    emulated(seed)
+    tiles = torch.rand(-(-n // block), -(-k // block)) < 0.5
+    x, dy, w = (small_integers(*size, dtype=dtype) for size in ((t, k), (t, n), (n, k)))
+    w *= tiles.repeat_interleave(block, 0).repeat_interleave(block, 1)[:n, :k]
+    bias = [None, small_integers(n, dtype=dtype), small_integers(n, dtype=torch.float32)][(t + seed) % 3]
+    layout = BlockLayout(block, tiles, 0.5)
+    if seed:
+        layout.settle()
+    y = cuda_block_sparse.block_matmul(x, w, layout.pairs(False), bias)
+    assert torch.equal(y, (x.float() @ w.float().t() + (0 if bias is None else bias.float())).to(dtype))
+    dx = cuda_block_sparse.block_matmul(dy, w, layout.pairs(True), input_grad=True)
+    assert torch.equal(dx, (dy.float() @ w.float()).to(dtype))
+
+
+# -- lists for products of tiles ---------------------------------------------------------------------------------------
 
 
 def multiplied(x, weight, lists, *, input_grad=False):

@@ -140,8 +140,8 @@ __global__ void __launch_bounds__(kPairThreads, 1)
       sync_group(group);
 #pragma unroll
       for (int j = 0; j < kOutRows / 8; j += 2) {
-        // Four matrices of 8 x 8, transposed; a lane has the address of a row of one: which lies in 16 bytes of the 128
-        // that are swizzled as the copy engine does.
+        // A lane has the address of eight elements that lie in 16 bytes of the 128 that are swizzled as the copy engine
+        // does.
         uint32_t packed[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -150,10 +150,7 @@ __global__ void __launch_bounds__(kPairThreads, 1)
           packed[i] = pack<Element>(low + bias[i % 2], high + bias[i % 2]);
         }
         const int line = 8 * (j + lane / 16) + lane % 8, chunk = warp % 4 * 2 + lane / 8 % 2;
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                         shared_address(staging) + line * 128 + ((chunk ^ line % 8) << 4)),
-                     "r"(packed[0]), "r"(packed[1]), "r"(packed[2]), "r"(packed[3])
-                     : "memory");
+        store_transposed(staging, line * 128 + ((chunk ^ line % 8) << 4), packed);
       }
       fence_stores();
       sync_group(group);

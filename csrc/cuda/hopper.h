@@ -1,16 +1,18 @@
 // What the kernels for Hopper's tensor cores share: the copy engine (TMA) brings tiles of matrices to shared memory, where
-// warpgroups multiply them (wgmma). Not for the emulation of tests/: see device.h for what that takes.
+// warpgroups multiply them (wgmma). The tests have both emulated (tests/csrc/hopper_emulation.h), and what has another
+// form there stands between the lines with __CUDACC__.
 #pragma once
-
-#include <cuda.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <type_traits>
 
 #include "device.h"
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#ifdef __CUDACC__
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDACC__)
 #define SPARSEBILEVEL_SM90 1
 #endif
 
@@ -22,6 +24,7 @@ constexpr int kTileBytes = kSide * kSide * 2;  // one of 64 x 64
 constexpr int kGroup = 128;                    // threads of a warpgroup
 constexpr int kSharedLimit = 227 * 1024;       // of a block
 
+#ifdef __CUDACC__
 // -- instructions ---------------------------------------------------------------------------------------------------
 
 __device__ inline uint32_t shared_address(const void* pointer) {
@@ -84,9 +87,6 @@ __device__ inline uint64_t operand(const void* start) {
   constexpr uint64_t kEightRows = 1024 >> 4, kNextTile = kTileBytes >> 4, kSwizzle128 = 1;
   return (shared_address(start) & 0x3ffff) >> 4 | kNextTile << 16 | kEightRows << 32 | kSwizzle128 << 62;
 }
-// From one 16 summands to the next, in units of 16 bytes.
-template <bool kTransposed>
-constexpr uint64_t kNext16 = kTransposed ? 16 * 128 >> 4 : 16 * 2 >> 4;
 
 #define SPARSEBILEVEL_16(f, i)                                                                                       \
   f(i), f(i + 1), f(i + 2), f(i + 3), f(i + 4), f(i + 5), f(i + 6), f(i + 7), f(i + 8), f(i + 9), f(i + 10),          \
@@ -144,15 +144,14 @@ __device__ inline void take(float (&sums)[kSums]) {
   for (int i = 0; i < kSums; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
-// A place in a ring of stages, and the phase of its barriers.
-struct Place {
-  int stage = 0;
-  uint32_t phase = 0;
-
-  __device__ void advance(int stages) {
-    if (++stage == stages) stage = 0, phase ^= 1;
-  }
-};
+// Four matrices of 8 x 8, transposed: a lane has two elements of each, and says where eight in a row of one go.
+__device__ inline void store_transposed(void* to, int offset, const uint32_t (&packed)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(to) + offset),
+               "r"(packed[0]), "r"(packed[1]), "r"(packed[2]), "r"(packed[3])
+               : "memory");
+}
+// After it the compiler does not know the value.
+__device__ inline void forget(int64_t& value) { asm volatile("" : "+l"(value)); }
 
 template <class Shared>
 __device__ inline Shared& shared_memory() {
@@ -160,11 +159,6 @@ __device__ inline Shared& shared_memory() {
   return *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(bytes) + 1023) & ~uintptr_t{1023});
 }
 
-__device__ inline float value_of(const void* values, int type, int i) {
-  if (type == 0) return half_to_float(static_cast<const uint16_t*>(values)[i]);
-  if (type == 1) return __uint_as_float(static_cast<uint32_t>(static_cast<const uint16_t*>(values)[i]) << 16);
-  return static_cast<const float*>(values)[i];
-}
 template <class Element>
 __device__ inline uint32_t pack(float low, float high) {
   if constexpr (std::is_same_v<Element, __half>) {
@@ -175,7 +169,28 @@ __device__ inline uint32_t pack(float low, float high) {
     return reinterpret_cast<const uint32_t&>(both);
   }
 }
+#endif
 
+// A place in a ring of stages, and the phase of its barriers.
+struct Place {
+  int stage = 0;
+  uint32_t phase = 0;
+
+  __device__ void advance(int stages) {
+    if (++stage == stages) stage = 0, phase ^= 1;
+  }
+};
+
+// From one 16 summands of an operand to the next, in units of 16 bytes.
+template <bool kTransposed>
+constexpr uint64_t kNext16 = kTransposed ? 16 * 128 >> 4 : 16 * 2 >> 4;
+
+__device__ inline float value_of(const void* values, int type, int i) {
+  if (type == 0) return half_to_float(static_cast<const uint16_t*>(values)[i]);
+  if (type == 1) return __uint_as_float(static_cast<uint32_t>(static_cast<const uint16_t*>(values)[i]) << 16);
+  return static_cast<const float*>(values)[i];
+}
+#ifdef __CUDACC__
 // -- launches -------------------------------------------------------------------------------------------------------
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -214,6 +229,7 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, s
   kernel<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
   return cudaGetLastError();
 }
+#endif
 
 }  // namespace
 }  // namespace sparsebilevel

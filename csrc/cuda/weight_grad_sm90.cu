@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kGradThreads, kGradBlocks)
     int64_t from = static_cast<int64_t>(row) * arguments.k + col;
 #pragma unroll
     for (int j = 0; j < kTile / 16; ++j, from += 16) {
-      asm volatile("" : "+l"(from));  // else all addresses are computed first, and sums go to memory
+      forget(from);  // else all addresses are computed first, and sums go to memory
       float4 theta[2];
       uint32_t keep[2];
 #pragma unroll

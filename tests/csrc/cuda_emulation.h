@@ -75,7 +75,9 @@ struct Warp {
 struct Block {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Warp> warps;
-  std::vector<unsigned> runnable;
+  std::vector<unsigned> runnable, idle;           // idle ones look again when something has happened: see wake
+  std::vector<std::function<void()>> background;  // what goes on beside the threads
+  std::vector<char> dynamic_shared;
   std::map<std::pair<const char*, int>, std::unique_ptr<char[]>> shared;  // by the line of its declaration
   unsigned waiting = 0;
   ucontext_t scheduler;
@@ -116,6 +118,12 @@ inline void pause() {
   begin_switch(&fake_stack, block.scheduler_stack, block.scheduler_stack_size);
   swapcontext(&fiber.context, &block.scheduler);
   end_switch(fake_stack, nullptr, nullptr);
+}
+
+// Has the threads that wait for something look again.
+inline void wake() {
+  block.runnable.insert(block.runnable.end(), block.idle.begin(), block.idle.end());
+  block.idle.clear();
 }
 
 inline void run_fiber() {
@@ -175,6 +183,8 @@ inline void run_block(unsigned threads) {
   block.shared.clear();
   block.waiting = 0;
   block.runnable.clear();
+  block.idle.clear();
+  std::fill(block.dynamic_shared.begin(), block.dynamic_shared.end(), kRubbish);
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& fiber = *block.fibers[i];
     fiber.wait = Wait::nothing;
@@ -189,7 +199,14 @@ inline void run_block(unsigned threads) {
     makecontext(&fiber.context, run_fiber, 0);
     block.runnable.push_back(i);
   }
-  while (!block.runnable.empty()) {
+  while (!block.runnable.empty() || !block.background.empty()) {
+    if (block.runnable.empty() || (!block.background.empty() && random_order() % 1024 == 0)) {  // late, mostly
+      const auto at = block.background.begin() + static_cast<std::ptrdiff_t>(random_order() % block.background.size());
+      const auto operation = std::move(*at);
+      block.background.erase(at);
+      operation();
+      continue;
+    }
     const size_t drawn = random_order() % block.runnable.size();
     threadIdx.x = block.runnable[drawn];
     block.runnable[drawn] = block.runnable.back();
@@ -204,12 +221,13 @@ inline void run_block(unsigned threads) {
     if (fiber->wait != Wait::finished) fail("a barrier that not all threads reach");
 }
 
-inline void launch(int64_t blocks, unsigned threads, std::function<void()> kernel) {
+inline void launch(int64_t blocks, unsigned threads, std::function<void()> kernel, size_t shared = 0) {
   if (blocks < 1 || blocks > 0x7fffffff || threads < 1 || threads > 1024 || threads % kLanes) fail("bad launch");
   std::vector<unsigned> order(blocks);
   for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), random_order);
   block.kernel = std::move(kernel);
+  block.dynamic_shared.resize(shared);
   gridDim.x = static_cast<unsigned>(blocks);
   blockDim.x = threads;
   for (const unsigned b : order) {

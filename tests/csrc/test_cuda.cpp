@@ -1,10 +1,12 @@
 // The CUDA kernels in their emulation, in buffers of exactly the sizes they are told, so that a sanitizer sees a step
 // outside; against std::sort.
 #define SPARSEBILEVEL_CHUNKS_AT_A_TIME 16  // so that few scores are enough for several chunks of a warp
-#include "cuda_emulation.h"
+#include "hopper_emulation.h"
 
 #include "../../csrc/cuda/binarize.cu"
+#include "../../csrc/cuda/block_sparse_sm90.cu"
 #include "../../csrc/cuda/pack.cu"
+#include "../../csrc/cuda/weight_grad_sm90.cu"
 
 #include <numeric>
 
@@ -139,6 +141,68 @@ void check_words(int64_t n) {
   for (int64_t i = 0; i < n; ++i) require(back[i] == (mask[i] ? dense[i] : 0), "there and back", n, 0);
 }
 
+// Small integers, of which all sums are exact.
+Array<uint16_t> drawn_halves(int64_t n) {
+  Array<uint16_t> values(n);
+  for (int64_t i = 0; i < n; ++i) values[i] = float_to_half(static_cast<float>(draw(-3, 3)));
+  return values;
+}
+
+void check_weight_grad(int t, int n, int k) {
+  auto dy = drawn_halves(int64_t{t} * n), x = drawn_halves(int64_t{t} * k);
+  Array<float> weight(int64_t{n} * k), grad_weight(int64_t{n} * k), grad_scores(int64_t{n} * k), sink(int64_t{n} * k);
+  Array<uint8_t> mask(int64_t{n} * k);
+  for (int64_t i = 0; i < weight.size; ++i) weight[i] = static_cast<float>(draw(-3, 3)), mask[i] = draw(0, 1);
+  set_emulation_seed(random_bits());
+  sparsebilevel_weight_grad(dy.data(), x.data(), weight.data(), mask.data(), grad_weight.data(), grad_scores.data(),
+                            sink.data(), t, n, k, 0, 2, static_cast<int>(draw(1, 3)), nullptr);
+  for (int row = 0; row < n; ++row) {
+    for (int col = 0; col < k; ++col) {
+      float g = 0;
+      for (int i = 0; i < t; ++i) g += half_to_float(dy[i * n + row]) * half_to_float(x[i * k + col]);
+      const int64_t at = int64_t{row} * k + col;
+      require(sink[at] == g, "G", n, k);
+      require(grad_scores[at] == g * weight[at], "gradient of scores", n, k);
+      require(grad_weight[at] == (mask[at] ? g : 0), "gradient of weights", n, k);
+    }
+  }
+}
+
+// Tiles of 64, of rows in pairs side by side; out = x @ weight.T.
+void check_tiles(int t, int n, int k, int rows) {
+  const int down = (n + 63) / 64, across = (k + 63) / 64, pairs = (down + 1) / 2;
+  auto x = drawn_halves(int64_t{t} * k), weight = drawn_halves(int64_t{n} * k);
+  Array<uint16_t> out(int64_t{t} * n);
+  Array<float> bias(n);
+  for (int i = 0; i < n; ++i) bias[i] = static_cast<float>(draw(-3, 3));
+  std::vector<int> kept(int64_t{down} * across), entries;
+  Array<int> order(pairs), starts(pairs + 1), members(2 * pairs);
+  for (int& tile : kept) tile = static_cast<int>(draw(0, 1));
+  for (int pair = 0; pair < pairs; ++pair) {
+    order[pair] = pair, starts[pair] = static_cast<int>(entries.size());
+    members[2 * pair] = 2 * pair, members[2 * pair + 1] = 2 * pair + 1;
+    for (int c = 0; c < across; ++c) {
+      const int second = 2 * pair + 1 < down ? kept[(2 * pair + 1) * across + c] : 0;
+      const int what = kept[2 * pair * across + c] + 2 * second;
+      if (what) entries.push_back(4 * c + what);
+    }
+  }
+  starts[pairs] = static_cast<int>(entries.size());
+  set_emulation_seed(random_bits());
+  sparsebilevel_block_matmul(x.data(), weight.data(), bias.data(), 2, out.data(), order.data(), starts.data(),
+                             entries.data(), members.data(), pairs, t, n, k, 0, 0, rows, static_cast<int>(draw(1, 3)),
+                             nullptr);
+  for (int row = 0; row < t; ++row) {
+    for (int col = 0; col < n; ++col) {
+      float y = bias[col];
+      for (int i = 0; i < k; ++i) {
+        if (kept[col / 64 * across + i / 64]) y += half_to_float(x[row * k + i]) * half_to_float(weight[col * k + i]);
+      }
+      require(out[int64_t{row} * n + col] == float_to_half(y), "product of tiles", n, k);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -154,5 +218,8 @@ int main() {
   for (const int64_t length : {17, 64, 65, 700, 1024, 2049, 5000})
     for (int i = 0; i < 4; ++i) check_rows(draw(1, 3), length, 1, i);
   for (const int64_t n : {1, 63, 64, 1000, 1024, 1025, 20'000}) check_words(n);
+  for (const int t : {1, 200}) check_weight_grad(t, 8 * draw(1, 20), 8 * draw(1, 20));
+  check_tiles(1, 8 * draw(1, 30), 8 * draw(1, 30), 256);
+  check_tiles(150, 8 * draw(1, 20), 8 * draw(1, 20), 128);
   std::puts("ok");
 }
