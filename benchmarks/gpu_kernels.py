@@ -418,10 +418,12 @@ def _in_turn(
     rounds: int,
     *,
     in_queue: bool = False,
+    captured: dict[str, Callable[[], Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Adds the times of the variants of a step, which run in turn so that the clock is the same for all.
 
-    Eager and in a graph; ``in_queue``: and what the device takes, for steps whose launches take longer than they run.
+    Eager and in a graph, of ``captured`` if these are others; ``in_queue``: and what the device takes, for steps whose
+    launches take longer than they run.
     """
     runs: dict[tuple[str, str], Callable[[], Any]] = {}
     for name, run in steps.items():
@@ -430,7 +432,7 @@ def _in_turn(
             runs[name, "eager"] = run
             if in_queue:
                 runs[name, "device"] = run
-            runs[name, "graph"] = _graph(run)
+            runs[name, "graph"] = _graph(run if captured is None else captured[name])
         except Exception as error:  # the other rows are still wanted
             rows[name]["error"] = f"{type(error).__name__}: {str(error)[:200]}"
     taken: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
@@ -491,9 +493,12 @@ def time(device: torch.device, *, quick: bool = False, budget: float = 240.0) ->
     for t in TOKENS[-1:] if quick else TOKENS[1::2]:
         if clock.monotonic() - begin < budget:
             floor = 3 * 2 * t * WIDTH * WIDTH / flops
-            runs = _whole_steps(t, device)
+            runs, captured = (
+                _whole_steps(t, device),
+                _whole_steps(t, device),
+            )  # no copies are kept of what a graph steps
             names = {name: {"what": f"step and optimizer {name}, {t} tokens", "floor": floor} for name in runs}
-            rows += _in_turn(runs, names, device, 10)
+            rows += _in_turn(runs, names, device, 10, captured=captured)
     for t, block in itertools.product(TOKENS[-1:] if quick else TOKENS, BLOCKS):
         x, dy, w = (torch.randn(size, WIDTH, device=device).bfloat16() for size in (t, t, WIDTH))
         note(f"dense forward, {t} tokens", lambda x=x, w=w: x @ w.t(), 2 * t * WIDTH * WIDTH / flops)

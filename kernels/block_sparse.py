@@ -350,14 +350,22 @@ class Occupancy:
 
 
 class _Captured:
-    """The tiles of a mask for a CUDA graph, which looks at it anew in every replay.
+    """The tiles of a mask, and of ``positions`` beside it, for a CUDA graph, which looks anew in every replay.
 
-    Which kernels the graph has was decided by what the mask held when it was ``last`` looked at.
+    Which kernels the graph has was decided by what the mask held when it was ``last`` looked at. ``without`` is the
+    same without the positions, if it is there.
     """
 
-    def __init__(self, mask: Tensor, positions: Tensor | None, last: Occupancy) -> None:
-        self.mask, self.positions, self.densities = mask, positions, last.densities
+    def __init__(self, mask: Tensor, positions: Tensor | None, last: Occupancy, without: _Captured | None) -> None:
+        self._mask, self._positions, self._without, self.densities = mask, positions, without, last.densities
         self._layouts: dict[int, BlockLayout] = {}
+
+    @functools.cached_property
+    def _tiles(self) -> Tensor:
+        tiles, sides = _survey(self._mask) if self._without is None else (self._without._tiles.clone(), None)
+        if self._positions is not None:
+            _mark(self._positions, self._mask, tiles, sides)
+        return tiles
 
     def structure(self, tiles: bool = True) -> Structure:
         """As of an :class:`Occupancy`; how much could be cut out may change, and so would the sizes of tensors."""
@@ -366,10 +374,7 @@ class _Captured:
     def layout(self, block: int) -> BlockLayout:
         """Lists that the graph makes."""
         if block not in self._layouts:
-            tiles, sides = _survey(self.mask)
-            if self.positions is not None:
-                _mark(self.positions, self.mask, tiles, sides)
-            self._layouts[block] = BlockLayout(block, _fold(tiles, block), self.densities[block])
+            self._layouts[block] = BlockLayout(block, _fold(self._tiles, block), self.densities[block])
         return self._layouts[block]
 
     def slices(self) -> Slices:
@@ -378,11 +383,12 @@ class _Captured:
 
 class _Seen(NamedTuple):
     state: tuple
-    stream: Any
     occupancy: Occupancy
     learning: WeakTensorKeyDictionary  # of positions: (their state, the occupancy with them)
 
 
+# Of masks: what was seen, by the stream that looked. Each has its own: it makes lists when they are asked for, and has
+# their memory back when the mask has changed.
 _seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -400,10 +406,11 @@ def look(mask: Tensor, positions: Tensor | None = None) -> Occupancy | _Captured
         return None
     if gpu.is_capturing(mask.device):
         return _look_in_graph(mask, positions)
-    seen = _seen.get(mask)
+    stream = gpu.stream(mask.device)
+    seen = _seen.get(mask, _NOTHING).get(stream)
     if seen is None or seen.state != _state(mask):
-        _look_again(mask)
-        seen = _seen[mask]
+        _look_again(mask, stream)
+        seen = _seen[mask][stream]
     if positions is None or seen.occupancy.drops_nothing:
         return seen.occupancy
     if positions.is_inference():
@@ -414,16 +421,23 @@ def look(mask: Tensor, positions: Tensor | None = None) -> Occupancy | _Captured
     return found[1]
 
 
+_NOTHING: dict[Any, _Seen] = {}
+
+
 def _look_in_graph(mask: Tensor, positions: Tensor | None) -> _Captured | None:
     """What forward and backward of a layer share in a graph; None if the mask dropped nothing, or was never seen."""
-    seen, made = _seen.get(mask), gpu.shared()
-    if seen is None or seen.occupancy.drops_nothing:
+    by_stream, made = _seen.get(mask, _NOTHING), gpu.shared()
+    if not by_stream:
         return None
+    seen = [*by_stream.values()][-1]  # whichever stream it was
     last = seen.occupancy if positions is None else seen.learning.get(positions, (None, seen.occupancy))[1]
-    if last.drops_nothing:
+    if seen.occupancy.drops_nothing or last.drops_nothing:
         return None
-    found = _Captured(mask, positions, last)
-    return found if made is None else made.setdefault(("tiles", positions is not None), found)
+    made = {} if made is None else made
+    key = "tiles", positions is not None
+    if key not in made:
+        made[key] = _Captured(mask, positions, last, made.get(("tiles", False)))
+    return made[key]
 
 
 def _state(tensor: Tensor) -> tuple:
@@ -436,7 +450,7 @@ def _survey(mask: Tensor) -> tuple[Tensor, Tensor]:
     return occupied_tiles(mask, BLOCKS[-1], sides), sides
 
 
-def _mark(positions: Tensor, mask: Tensor, tiles: Tensor, sides: Tensor) -> None:
+def _mark(positions: Tensor, mask: Tensor, tiles: Tensor, sides: Tensor | None) -> None:
     """Count positions among what the mask holds."""
     from . import triton_tiles
 
@@ -459,15 +473,17 @@ def _tally(tiles: Tensor, sides: Tensor, outputs: int) -> Tensor:
     return torch.stack([part.sum() for part in parts])
 
 
-def _look_again(asked: Tensor) -> None:
-    """Look at a mask, and at every other that has changed and was last looked at in this stream: with a single wait."""
-    stream = gpu.stream(asked.device)
-    stale = [m for m, seen in list(_seen.items()) if seen.stream == stream and seen.state != _state(m)]
+def _look_again(asked: Tensor, stream: Any) -> None:
+    """Look at a mask, and at every other that this stream has seen and that has changed: with a single wait."""
+    seen = [(mask, by_stream.get(stream)) for mask, by_stream in list(_seen.items())]
+    stale = [mask for mask, found in seen if found is not None and found.state != _state(mask)]
     masks = [asked, *(m for m in stale if m is not asked and m.device == asked.device and m.numel())]
     surveys = [_survey(mask) for mask in masks]
     counts = torch.stack([_tally(*survey, len(mask)) for mask, survey in zip(masks, surveys, strict=True)]).tolist()
     for mask, survey, numbers in zip(masks, surveys, counts, strict=True):
-        _seen[mask] = _Seen(_state(mask), stream, Occupancy(*survey, len(mask), numbers), WeakTensorKeyDictionary())
+        by_stream = _seen.setdefault(mask, {})
+        by_stream.pop(stream, None)  # the latest is the last
+        by_stream[stream] = _Seen(_state(mask), Occupancy(*survey, len(mask), numbers), WeakTensorKeyDictionary())
 
 
 def _look_beside(mask: Tensor, positions: Tensor, without: Occupancy) -> Occupancy:

@@ -7,7 +7,6 @@ No function waits for the device, and what one allocates comes from torch: all c
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import os
@@ -18,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import gpu
 
 DEVICES = frozenset({"cuda"})
 """Types of devices that the kernels run on. The tests have them emulated on the CPU."""
@@ -39,7 +40,7 @@ def load() -> tuple[Any, str]:
         return None, "it was not built"
     try:
         return declare(ctypes.CDLL(str(paths[0]))), "loaded"
-    except OSError as error:
+    except (OSError, AttributeError) as error:  # or it is of another version
         return None, f"it does not load ({error})"
 
 
@@ -70,9 +71,8 @@ def available(device: torch.device) -> bool:
 
 
 def launch(name: str, device: torch.device, *arguments: Any) -> None:
-    is_cuda = device.type == "cuda"
-    with torch.cuda.device(device) if is_cuda else contextlib.nullcontext():
-        stream = torch.cuda.current_stream().cuda_stream if is_cuda else None
+    with gpu.on_device(device):
+        stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else None
         error = getattr(load()[0], f"sparsebilevel_{name}")(*arguments, stream)
     if error:
         raise RuntimeError(f"CUDA kernel {name}: {load()[0].sparsebilevel_error_text(error).decode()}")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import os
@@ -93,5 +94,31 @@ def shared() -> dict[Any, Any] | None:
 
 
 def on_device(device: torch.device) -> Any:
-    """Context in which Triton launches on ``device``."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    """Context in which kernels are launched on ``device``."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return _capturing_on(device) if torch.cuda.is_current_stream_capturing() else torch.cuda.device(device)
+
+
+@contextlib.contextmanager
+def _capturing_on(device: torch.device) -> Iterator[None]:
+    """The same while a CUDA graph is captured: a kernel that was not launched before is loaded first.
+
+    That could be a kernel which only graphs have. Captures refuse it to threads that do not ask for it.
+    """
+    mode, exchange = ctypes.c_int(_RELAXED), _exchange_capture_mode()
+    with torch.cuda.device(device):
+        exchange(ctypes.byref(mode))
+        try:
+            yield
+        finally:
+            exchange(ctypes.byref(mode))
+
+
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+
+
+@functools.cache
+def _exchange_capture_mode() -> Any:
+    """Swaps the mode of this thread, an int, for another."""
+    return ctypes.CDLL("libcuda.so.1" if os.name == "posix" else "nvcuda.dll").cuThreadExchangeStreamCaptureMode

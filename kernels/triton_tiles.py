@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .gpu import on_device
 
-_ABREAST = 8  # tiles of a row that a program looks at: of bytes side by side, lines of the cache
+_ABREAST = 8  # tiles of a row that a program looks at, where their bytes are side by side: lines of the cache
 _WIDTH = 1024  # entries of a list, or positions
 
 
@@ -53,7 +53,9 @@ def _occupied_tiles(
 
 
 @triton.jit
-def _mark_positions(positions, tiles, sides, size, limit, N, K, TAPS, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+def _mark_positions(
+    positions, tiles, sides, size, limit, N, K, TAPS, BLOCK: tl.constexpr, WIDTH: tl.constexpr, SIDES: tl.constexpr
+):
     """Marks the tiles, outputs and inputs of flat positions in a mask of ``limit`` weights; negative ones are none."""
     i = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     position = tl.load(positions + i, mask=i < size, other=-1)
@@ -62,8 +64,9 @@ def _mark_positions(positions, tiles, sides, size, limit, N, K, TAPS, BLOCK: tl.
     n, k = place // K, place % K
     one = tl.full([WIDTH], 1, tl.int8)
     tl.store(tiles + (n // BLOCK * tl.cdiv(K, BLOCK) + k // BLOCK) * TAPS + tap, one, mask=given)
-    tl.store(sides + n, one, mask=given)
-    tl.store(sides + N + k, one, mask=given)
+    if SIDES:
+        tl.store(sides + n, one, mask=given)
+        tl.store(sides + N + k, one, mask=given)
 
 
 @triton.jit
@@ -175,19 +178,20 @@ def occupied_tiles(mask: Tensor, block: int, sides: Tensor | None = None) -> Ten
     matrix = mask.view(torch.int8).flatten(2) if taps else mask.view(torch.int8)[..., None]
     tiles = torch.empty(-(-n // block), -(-k // block), *taps, dtype=torch.bool, device=mask.device)
     marked = None if sides is None else sides.view(torch.int8)
+    abreast = _ABREAST if matrix.stride(1) == 1 else 1
     if tiles.numel():
         with on_device(mask.device):
-            _occupied_tiles[(tiles.shape[0] * triton.cdiv(tiles.shape[1], _ABREAST),)](
+            _occupied_tiles[(tiles.shape[0] * triton.cdiv(tiles.shape[1], abreast),)](
                 *(matrix, tiles.view(torch.int8), marked, n, k, matrix.shape[2], *matrix.stride()),
                 BLOCK=block,
-                ABREAST=_ABREAST,
+                ABREAST=abreast,
                 SIDES=sides is not None,
             )
     return tiles
 
 
-def mark_positions(positions: Tensor, shape: torch.Size, tiles: Tensor, sides: Tensor, block: int) -> None:
-    """Marks what holds a position: in ``tiles``, as of :func:`occupied_tiles`, and in ``sides`` ``[N + K]``.
+def mark_positions(positions: Tensor, shape: torch.Size, tiles: Tensor, sides: Tensor | None, block: int) -> None:
+    """Marks what holds a position: in ``tiles``, as of :func:`occupied_tiles`, and in ``sides`` ``[N + K]`` or None.
 
     Args:
         positions: int64, flat and row-major in a mask of ``shape``; negative ones are padding.
@@ -198,10 +202,11 @@ def mark_positions(positions: Tensor, shape: torch.Size, tiles: Tensor, sides: T
         taps = shape[2:].numel()
         with on_device(tiles.device):
             _mark_positions[(triton.cdiv(positions.numel(), _WIDTH),)](
-                *(positions, tiles.view(torch.int8), sides.view(torch.int8)),
+                *(positions, tiles.view(torch.int8), None if sides is None else sides.view(torch.int8)),
                 *(positions.numel(), n * k * taps, n, k, taps),
                 BLOCK=block,
                 WIDTH=_WIDTH,
+                SIDES=sides is not None,
             )
 
 

@@ -222,7 +222,7 @@ class SparseMaskedModule(nn.Module):
             looks = self._drops_in_groups or not library_is_best(device)
             tiles = window is None or weight.is_contiguous(memory_format=torch.channels_last)
             structure = structure_of(self.mask, tiles, positions) if looks else Structure()
-        return choose_backend(
+        chosen = choose_backend(
             *(self._op, tuple(weight.shape), weight.dtype, device, max(non_zeros, learning)),
             structure=structure,
             window=window,
@@ -231,6 +231,9 @@ class SparseMaskedModule(nn.Module):
             passes=passes,
             dense_grad=dense_grad,
         )
+        if chosen.name == "fused" and not self._drops_in_groups and library_is_best(device):
+            return Backend("dense", f"PyTorch's own layer on m*theta; in a CUDA graph {chosen.reason}", 1.0)
+        return chosen
 
     def _window(self) -> Window | None:
         """What the choice on a GPU knows of a convolution; None if it is a product of matrices."""

@@ -504,11 +504,11 @@ def test_a_captured_graph_finds_the_tiles_of_a_mask_itself(kind, monkeypatch):
     m.copy_(block_mask(shape, block, 0.7) if not kernel else block_mask(shape, block, 0.7).contiguous(**last))
     if positions is not None:
         positions.copy_(torch.randint(-1, w.numel(), (9,)))
-    seen = block_sparse._seen[m]
+    seen = dict(block_sparse._seen[m])
     with monkeypatch.context() as capture, NoWaiting() if DEVICE.type == "cpu" and not pairs else nullcontext():
         capture.setattr(gpu, "is_capturing", lambda device: True)
         y, x_grad, w_grad, sink_grad = step()
-    assert block_sparse._seen[m] is seen  # nothing is kept
+    assert block_sparse._seen[m] == seen  # nothing is kept
     assert launched == before
     x2, z = x.detach().requires_grad_(), torch.where(m, w, 0).detach().requires_grad_()
     expected = plain(x2, z, **options)
@@ -540,6 +540,11 @@ def test_a_layer_takes_the_fused_gradient_in_a_graph_where_that_was_measured(mon
         g = x.sum(0).expand(32, 64)
         assert_close(layer.weight.grad, g * layer.mask)
         assert_close(layer.mask_scores.grad, g * layer.weight)
+    monkeypatch.setattr(gpu, "is_capturing", lambda device: False)
+    measurements.save(x.device, {name: {"dense": 2.0, "fused": 1.0}})
+    shown = layer.backends["weight_grad"]
+    assert shown.name == "dense"
+    assert "in a CUDA graph masked product in one kernel, measured" in shown.reason
 
 
 def test_a_layer_that_cuts_out_what_is_dropped_is_dense_in_a_graph(monkeypatch):
@@ -553,8 +558,12 @@ def test_a_layer_that_cuts_out_what_is_dropped_is_dense_in_a_graph(monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs CUDA graphs")
-@pytest.mark.parametrize("op", ["linear", "conv", "tiles", "tiles in CUDA", "tiles search", "conv tiles"])
-def test_a_captured_step_follows_weight_and_mask(op, monkeypatch):
+@pytest.mark.parametrize(
+    "op",
+    ["linear", "conv", "tiles", "tiles in CUDA", "tiles in CUDA settled", "tiles search", "conv tiles"]
+    + ["linear fused", "linear fused in CUDA"],
+)
+def test_a_captured_step_follows_weight_and_mask(op, monkeypatch, tmp_path):
     is_linear, dtype = "conv" not in op, torch.bfloat16 if "CUDA" in op else torch.float32
     shape = (256, 128) if is_linear else (64, 32, 3, 3)
     x = torch.randn(16, 128) if is_linear else torch.randn(2, 32, 8, 8)
@@ -568,13 +577,23 @@ def test_a_captured_step_follows_weight_and_mask(op, monkeypatch):
     s = None if s is None else s.requires_grad_()
     positions = torch.randint(-1, w.numel(), (40,)) if "search" in op else None
     sink = None if positions is None else make_grad_sink(w, positions)
+    if "settled" in op:  # the graph lists pairs of neighbours, which nobody has asked for before
+        look(m).layout(64).settle()
     masked, plain = (masked_linear, F.linear) if is_linear else (masked_conv2d, F.conv2d)
+    if "fused" in op:  # which the layer is in graphs alone, so that its kernels are loaded there
+        monkeypatch.setenv("SPARSEBILEVEL_MEASUREMENTS", str(tmp_path / "gpu.json"))
+        names = [measurements.key(name, dtype, 16, 256, 128) for name in PASSES]
+        measurements.save(DEVICE, dict.fromkeys(names, {"dense": 2.0, "fused": 1.0}))
+        layer = sb.SparseMaskedLinear(128, 256, bias=False, device=DEVICE)
+        layer.weight, layer.mask = torch.nn.Parameter(w.detach()), m
+        layer.set_mask_scores(torch.nn.Parameter(s.detach()))
+        w, s = layer.weight, layer.mask_scores
     leaves = [leaf for leaf in (x, w, s, sink) if leaf is not None]
 
     def step():
         for leaf in leaves:
             leaf.grad = None
-        y = masked(x, w, m, mask_scores=s, grad_sink=sink, positions=positions)
+        y = layer(x) if "fused" in op else masked(x, w, m, mask_scores=s, grad_sink=sink, positions=positions)
         y.square().sum().backward()
         return y
 
@@ -1052,7 +1071,7 @@ def test_masks_that_changed_together_are_looked_at_together(monkeypatch):
         look(mask)
     waits = []
     original = block_sparse._look_again
-    monkeypatch.setattr(block_sparse, "_look_again", lambda mask: (waits.append(mask), original(mask)))
+    monkeypatch.setattr(block_sparse, "_look_again", lambda *given: (waits.append(given), original(*given)))
     for mask in masks[:2]:
         mask.zero_()
     masks[0][40, 40] = True
@@ -1067,6 +1086,18 @@ def test_masks_that_changed_together_are_looked_at_together(monkeypatch):
     assert look(masks[0]).densities[32] == 1.0
     assert look(masks[1]).densities[32] == 1.0
     assert len(waits) == 3
+
+
+def test_each_stream_has_its_own_lists(monkeypatch):
+    mask = torch.rand(64, 64) < 0.5
+    first, second = object(), object()
+    found = []
+    for stream in (first, second, first, second):
+        monkeypatch.setattr(gpu, "stream", lambda device, stream=stream: stream)
+        found.append(look(mask).layout(32).by_row.tiles)
+    assert found[0] is found[2]
+    assert found[1] is found[3]
+    assert found[0].data_ptr() != found[1].data_ptr()
 
 
 # -- backends ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The CUDA kernels, exactly as they are written, on the CPU (tests/csrc/cuda_emulation.h and hopper_emulation.h); what
 nvcc makes of them; and, where there is a GPU, the same results there."""
 
+import contextlib
 import ctypes
 import math
 import os
@@ -584,6 +585,31 @@ def test_library_loads_without_a_driver_and_says_what_is_missing():
         cuda_block_sparse.block_matmul(x, x, lists)
     with pytest.raises(RuntimeError, match="CUDA kernel weight_grad: "):
         cuda_weight_grad.weight_grad(x, x, torch.zeros(64, 64), torch.zeros(64, 64, dtype=torch.bool))
+
+
+def test_kernels_may_be_loaded_while_a_graph_is_captured(monkeypatch):
+    mode = [0]  # of this thread: global
+
+    def exchange(given):
+        given._obj.value, mode[0] = mode[0], given._obj.value
+
+    monkeypatch.setattr(gpu, "_exchange_capture_mode", lambda: exchange)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for error in (None, RuntimeError("a launch that failed")):
+        with contextlib.suppress(RuntimeError), gpu.on_device(torch.device("cuda", 0)):
+            assert mode == [2]  # relaxed
+            if error:
+                raise error
+        assert mode == [0]
+
+
+@needs_library
+def test_a_library_of_another_version_is_not_taken(monkeypatch):
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda path: object())
+    library, reason = cuda.load.__wrapped__()
+    assert library is None
+    assert "it does not load" in reason
 
 
 def test_which_weight_gradients_are_for_hopper(monkeypatch):

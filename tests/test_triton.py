@@ -191,10 +191,16 @@ KERNELS = {
         128,
         (r"LDG\.E\.128",),
     ),
+    "occupied_tiles_rows_of_taps": Kernel(
+        triton_tiles._occupied_tiles,
+        _types("mask=*i8 tiles=*i8 sides=*i8", "N K stride_n", i32="TAPS stride_k"),
+        {"stride_tap": 1, "BLOCK": 32, "ABREAST": 1, "SIDES": True},
+        128,
+    ),
     "mark_positions": Kernel(
         triton_tiles._mark_positions,
         _types("positions=*i64 tiles=*i8 sides=*i8", "size N K", i32="limit") | {"limit": "i64"},
-        {"TAPS": 1, "BLOCK": 32, "WIDTH": triton_tiles._WIDTH},
+        {"TAPS": 1, "BLOCK": 32, "WIDTH": triton_tiles._WIDTH, "SIDES": True},
         96,
         (r"LDG\.E\.128",),
     ),
