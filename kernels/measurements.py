@@ -1,8 +1,8 @@
 """Times of products on a GPU, measured once on a machine and kept in a file: what :mod:`.dispatch` chooses by.
 
 Nothing is measured on the way, since near the break-even one run would go one way and the next another. ``measure``
-does it when somebody asks (``benchmarks/gpu_kernels.py tune``), and a process reads the file once. It lies in
-``~/.cache/sparsebilevel/gpu.json``, or where ``SPARSEBILEVEL_MEASUREMENTS`` says.
+does it when somebody asks (``costs.tune_layers``, ``sparsebilevel bench --tune``), and a process reads the file once.
+It lies in ``~/.cache/sparsebilevel/gpu.json``, or where ``SPARSEBILEVEL_MEASUREMENTS`` says.
 """
 
 from __future__ import annotations
@@ -229,11 +229,17 @@ class Convolution(NamedTuple):
 
 
 def measure(
-    shapes: Iterable[tuple[int, int, int] | Convolution], dtype: torch.dtype, device: torch.device, repeats: int = 20
+    shapes: Iterable[tuple[int, int, int] | Convolution],
+    dtype: torch.dtype,
+    device: torch.device,
+    repeats: int = 20,
+    *,
+    tiles: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Time every backend on products of ``rows`` with weights ``[n, k]``, for each (rows, n, k); and save the times.
 
-    Of a :class:`Convolution` too. Random values: zeros would let the clock go faster.
+    Of a :class:`Convolution` too. Random values: zeros would let the clock go faster. Without ``tiles`` only what masks
+    that drop none of them could take.
     """
     from .block_sparse import BLOCKS, BlockLayout
 
@@ -254,10 +260,10 @@ def measure(
         for product, by_backend in runs.items():
             for name, run in by_backend.items():
                 entries[product][name] = seconds(run, device, repeats)
-        for block in BLOCKS:
-            tiles = torch.rand(-(-n // block), -(-k // block), *w.shape[2:], device=device)
+        for block in BLOCKS if tiles else ():
+            drawn = torch.rand(-(-n // block), -(-k // block), *w.shape[2:], device=device)
             for density in DENSITIES:
-                blocks = BlockLayout(block, tiles <= tiles.flatten().quantile(density), density)
+                blocks = BlockLayout(block, drawn <= drawn.flatten().quantile(density), density)
                 for product, run in block_products(blocks, x, dy, w, mask, geometry).items():
                     entries[product].setdefault(f"block{block}", []).append(seconds(run, device, repeats))
     save(device, found)

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
-from .kernels import describe
+from .kernels import describe, gpu, measurements
 from .layout import optimize_for_cpu
 from .methods.base import unwrap
-from .nn import SparseMaskedModule, densify, sparse_layers
+from .nn import SparseMaskedConv2d, SparseMaskedModule, densify, sparse_layers
 
-__all__ = ["Costs", "count_costs", "measure_layers", "measure_step"]
+__all__ = ["Costs", "count_costs", "measure_layers", "measure_step", "tune_layers"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,6 +368,72 @@ def measure_layers(
             facts |= {"sparsity": sparse.sparsity, "backend": describe(backends), "reason": reason}
             rows.append(facts | whole | {"repeats": taken, "passes": passes})
     return rows
+
+
+def tune_layers(
+    model: nn.Module, example_input: Tensor, dtype: torch.dtype | None = None, *, repeats: int = 20
+) -> dict[str, dict[str, Any]]:
+    """Measure, on a GPU, the kernels that the sparse layers of a model could take, and have layers choose by the times.
+
+    Without them layers choose by a rule that was found on one GPU. The times are kept for later processes on the same
+    GPU with the same torch (``~/.cache/sparsebilevel/gpu.json``, or where ``SPARSEBILEVEL_MEASUREMENTS`` says), and
+    hold for any layer of these shapes. Measured are linear layers and 1x1 convolutions, and where the pattern drops
+    tiles or channels the other convolutions of one group; convolutions if weights and maps are channels_last.
+
+    Args:
+        model: with sparse layers, on the GPU.
+        example_input: a batch that the model takes, as large as those it will be trained on.
+        dtype: that the products are computed in; by default that of autocast, if it is enabled, or the input's.
+        repeats: how often each kernel is timed.
+
+    Returns:
+        What was measured, with seconds by kernel: see :func:`.kernels.measurements.times`.
+
+    Raises:
+        ValueError: our kernels do not run on the device of ``example_input``.
+    """
+    device = example_input.device
+    if not gpu.available(device):
+        raise ValueError(
+            f"example_input is on {device}, where no kernel has to be measured; expected a GPU with Triton, of compute "
+            "capability 8.0 or more"
+        )
+    if dtype is None:
+        is_cast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if is_cast else example_input.dtype
+    layers = dict(sparse_layers(unwrap(model)))
+    with _kept_random_state(device), torch.enable_grad():
+        inputs = _layer_inputs(unwrap(model), example_input)
+        shapes: dict[Any, bool] = {}  # and whether a layer of it drops tiles
+        for name, x in inputs.items():
+            layer = layers[name]
+            if (shape := _product_shape(layer, x)) is not None:
+                shapes[shape] = shapes.get(shape, False) or layer._drops_in_groups
+        found: dict[str, dict[str, Any]] = {}
+        for tiles in (False, True):
+            wanted = [shape for shape, drops in shapes.items() if drops == tiles]
+            wanted = [s for s in wanted if tiles or not isinstance(s, measurements.Convolution)]
+            found |= measurements.measure(wanted, dtype, device, repeats, tiles=tiles)
+    return found
+
+
+def _product_shape(layer: SparseMaskedModule, x: Tensor) -> tuple[int, int, int] | measurements.Convolution | None:
+    """What a layer computes of an input, as it is measured; None if there is nothing to choose."""
+    n, k = layer.weight.shape[:2]
+    if not isinstance(layer, SparseMaskedConv2d):
+        return x.numel() // max(k, 1), n, k
+    last = torch.channels_last
+    left, right, top, bottom = layer._reversed_padding_repeated_twice
+    is_ours = x.dim() == 4 and x.is_contiguous(memory_format=last) and layer.weight.is_contiguous(memory_format=last)
+    if not is_ours or layer.groups != 1 or (left, top) != (right, bottom):
+        return None
+    if layer._window() is None:
+        return x.numel() // max(k, 1), n, k
+    height, width, padding = *x.shape[2:], (top, left)
+    if layer.padding_mode != "zeros":  # the layer pads before it convolves
+        height, width, padding = height + 2 * top, width + 2 * left, (0, 0)
+    pairs: Any = (layer.kernel_size, layer.stride, padding, layer.dilation)
+    return measurements.Convolution(x.shape[0], height, width, n, k, *map(tuple, pairs))
 
 
 def _against_dense(sparse_ms: float, dense_ms: float) -> dict[str, float]:

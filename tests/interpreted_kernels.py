@@ -1304,6 +1304,52 @@ def test_convolutions_go_by_tiles_where_that_was_measured(monkeypatch, tmp_path)
     assert choose(window=window).name == "block"
 
 
+def test_tuning_measures_what_the_layers_of_a_model_compute(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSEBILEVEL_MEASUREMENTS", str(tmp_path / "gpu.json"))
+    last = {"memory_format": torch.channels_last}
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 32, 3, padding=1),
+        torch.nn.Conv2d(32, 32, 3, 2, padding=1, padding_mode="circular"),
+        torch.nn.Conv2d(32, 32, 3, padding="same"),
+        torch.nn.Conv2d(32, 40, 1),
+        torch.nn.Conv2d(40, 40, 3, groups=2),
+        torch.nn.Flatten(),
+        torch.nn.Linear(40, 8),
+        torch.nn.Linear(8, 8),
+        torch.nn.Linear(8, 8),
+    ).to(**last)
+    sb.sparsify(model, 0.5, pattern="block:4x4", include=["1", "2", "3", "4"])
+    for i in (6, 7, 8):
+        model[i] = sb.SparseMaskedLinear.from_dense(model[i], 0.5)
+    x = torch.randn(2, 3, 6, 6).contiguous(**last)
+    asked, measure = [], measurements.measure
+
+    def small_ones(shapes, dtype, device, repeats, *, tiles):
+        asked.append((set(shapes), dtype, tiles))
+        return measure(
+            [shape for shape in shapes if isinstance(shape, tuple) and len(shape) == 3][:1], dtype, device, 1
+        )
+
+    monkeypatch.setattr(measurements, "measure", small_ones)
+    state = torch.get_rng_state()
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        found = sb.costs.tune_layers(model, x)
+    assert torch.equal(torch.get_rng_state(), state)
+    convolutions = {
+        measurements.Convolution(2, 8, 8, 32, 32, stride=(2, 2), padding=(0, 0)),
+        measurements.Convolution(2, 3, 3, 32, 32),
+    }
+    linear, others = {(2, 8, 40), (2, 8, 8)}, {(18, 40, 32)}
+    assert asked == [(linear, torch.bfloat16, False), (others | convolutions, torch.bfloat16, True)]
+    assert {"forward bfloat16 2 8 40", "weight_grad bfloat16 32 40 32"} <= set(found)
+    assert set(measurements.of_device(x.device)) == set(found)
+    assert "measured on this device" in model[3].backends["forward"].reason
+    with pytest.raises(
+        ValueError, match="example_input is on meta, where no kernel has to be measured; expected a GPU"
+    ):
+        sb.costs.tune_layers(model, x.to("meta"))
+
+
 def test_choices_without_and_with_measurements(monkeypatch, tmp_path):
     monkeypatch.setenv("SPARSEBILEVEL_MEASUREMENTS", str(tmp_path / "deep/gpu.json"))
     cpu = DEVICE

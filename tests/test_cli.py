@@ -309,6 +309,12 @@ def test_bench(tmp_path, capsys):
     assert "optimize_for_cpu" not in capsys.readouterr().out  # it has no convolution
 
 
+def test_bench_tunes_on_gpus_only(capsys):
+    assert "tune='int8' is not known; allowed: fp32, bf16, fp16" in refused(capsys, "bench", "mlp", "--tune", "int8")
+    message = refused(capsys, "bench", "mlp", "--tune", "bf16", "--device", "cpu")
+    assert "example_input is on cpu, where no kernel has to be measured; expected a GPU" in message
+
+
 def test_bench_of_a_network_that_takes_one_image_size_only(capsys):
     try:
         sparsebilevel._torchvision.import_torchvision()

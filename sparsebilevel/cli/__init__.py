@@ -105,6 +105,9 @@ def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     bench.add_argument("--num-classes", type=int, default=10, help="size of the output")
     bench.add_argument("--device", default="auto", help="cpu, cuda or auto")
     bench.add_argument("--threads", type=int, help="CPU threads")
+    bench.add_argument(
+        "--tune", metavar="TYPE", help="fp32, bf16 or fp16: first measure the GPU's kernels for it, and keep the times"
+    )
 
     help = "Workers on a graph learn one sparse model (torchrun ... --no-python sparsebilevel decentralized ...)"
     decentralized = command("decentralized", run_decentralized, help)

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 
 from .. import SparseMaskedConv2d, Static, sparse_layers, sparsify
-from ..costs import measure_layers, measure_step
+from ..costs import measure_layers, measure_step, tune_layers
 from ..data import load_data
-from ..kernels import native
+from ..kernels import measurements, native
 from ..models import create_model
 from ..training.checkpoint import check_architecture, load_checkpoint
 from ..training.config import Config, read_config
 from ..training.runtime import choose_device
 
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SIZES = {
     "digits_cnn": (1, 8),
     "mlp": (1, 8),
@@ -32,6 +33,7 @@ def bench(
     num_classes: int = 10,
     device: str = "auto",
     threads: int | None = None,
+    tune: str | None = None,
 ) -> dict[str, float]:
     """Print the layer table with measured times, and the time of a whole training step, which is returned.
 
@@ -43,11 +45,15 @@ def bench(
         batch_size: images in a batch.
         image_size: their height and width, of a named model; by default what it was made for.
         device, threads: where to measure.
+        tune: fp32, bf16 or fp16: on a GPU, measure first which kernels suit the layers when they compute in that type,
+            and keep the times (:func:`~sparsebilevel.costs.tune_layers`).
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} is not allowed; expected at least 1")
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size={image_size} is not allowed; expected at least 1")
+    if tune is not None and tune not in _TYPES:
+        raise ValueError(f"tune={tune!r} is not known; allowed: {', '.join(_TYPES)}")
     if threads:
         torch.set_num_threads(threads)
     place = choose_device(device)
@@ -58,7 +64,15 @@ def bench(
         sparsify(network, sparsity, distribution, pattern, seed=0)
     network.to(place)
     masks = Static(network)
-    measure_layers(network, torch.randn(batch_size, *shape, device=place))
+    x = torch.randn(batch_size, *shape, device=place)
+    if tune is not None:
+        if len(shape) == 3:  # as the kernels for convolutions want both
+            last: dict[str, Any] = {"memory_format": torch.channels_last}
+            network.to(**last)
+            x = x.contiguous(**last)
+        found = tune_layers(network, x, _TYPES[tune])
+        print(f"{len(found)} products measured; {measurements.path()}")
+    measure_layers(network, x)
     print(masks)
     times = measure_step(network, (batch_size, *shape), num_classes, in_layout=_has_layout(network, place))
     where = (
