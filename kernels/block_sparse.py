@@ -377,9 +377,6 @@ class _Captured:
             self._layouts[block] = BlockLayout(block, _fold(self._tiles, block), self.densities[block])
         return self._layouts[block]
 
-    def slices(self) -> Slices:
-        raise AssertionError("a graph cuts nothing out")
-
 
 class _Seen(NamedTuple):
     state: tuple
