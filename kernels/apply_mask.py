@@ -109,7 +109,9 @@ class _Copy:
         self.tensor = torch.empty_like(weight, dtype=dtype, requires_grad=False)
         self.seen: tuple | None = None
         self.written = False  # by the optimizer whose step is not yet over
-        self.streams: list[Any] = []  # the one that wrote it last, and those that have waited for it
+        self.streams: list[int] = []  # the one that wrote it last, and those that have waited for it
+        self.writer: Any = None  # the first of them
+        self.is_plain = lies_alike(weight, mask, self.tensor)
 
     def is_of(self, weight: Tensor, mask: Tensor) -> bool:
         """Whether these are the tensors, where they were and as they were laid out."""
@@ -126,18 +128,20 @@ class _Copy:
 
     def wrote(self, weight: Tensor, mask: Tensor) -> None:
         """Say that the current stream has written ``mask * weight`` as it is now."""
-        stream = gpu.stream(weight.device)
-        if self.streams and stream not in self.streams:
-            self.tensor.record_stream(stream)
+        stream = gpu.stream_id(self.tensor.device)
+        if self.streams[:1] != [stream]:
+            self.writer = gpu.stream(self.tensor.device)
+            if self.streams and stream not in self.streams:
+                self.tensor.record_stream(self.writer)
         self.seen, self.streams = _state(weight, mask), [stream]
 
     def use(self) -> Tensor:
         """The copy, for the current stream, which waits for the one that wrote it if that is another."""
-        stream = gpu.stream(self.tensor.device)
-        if stream not in self.streams:
+        if (number := gpu.stream_id(self.tensor.device)) not in self.streams:
+            stream = gpu.stream(self.tensor.device)
             self.tensor.record_stream(stream)
-            stream.wait_stream(self.streams[0])
-            self.streams.append(stream)
+            stream.wait_stream(self.writer)
+            self.streams.append(number)
         return self.tensor
 
 
@@ -163,9 +167,14 @@ def compute_copy(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     step of an optimizer.
     """
     copy = _copies.get(weight, _NO_COPIES).get(dtype)
-    if copy is not None and copy.is_fresh(weight, mask) and copy.is_of(weight, mask):
-        if not gpu.is_capturing(weight.device):
+    if copy is not None and copy.is_of(weight, mask) and not gpu.is_capturing(weight.device):
+        if copy.is_fresh(weight, mask):
             return copy.use()
+        if _keeps():  # what else is to be known of the two was seen when the copy was first made
+            with _lock:
+                if not copy.is_fresh(weight, mask):
+                    _refresh(copy)
+                return copy.use()
     if not _may_keep(weight, mask):
         made = gpu.shared()
         if made is not None and dtype in made:
@@ -211,10 +220,14 @@ def _watch_optimizers() -> None:
     register_optimizer_step_post_hook(forget)
 
 
+def _keeps() -> bool:
+    return gpu.setting("SPARSEBILEVEL_COMPUTE_COPY") != "0"
+
+
 def _may_keep(weight: Tensor, mask: Tensor) -> bool:
     return (
         gpu.available(weight.device)
-        and gpu.setting("SPARSEBILEVEL_COMPUTE_COPY") != "0"
+        and _keeps()
         and weight.is_leaf
         and is_dense(weight)
         and weight not in _in_graphs
@@ -228,24 +241,32 @@ def _refresh(asked: _Copy) -> None:
 
     What another stream wrote is left to it, since it may be writing the weight just now.
     """
+    from . import triton_elementwise
+
     device = asked.tensor.device
-    stream = gpu.stream(device)
-    stale: list[tuple[Tensor, Tensor, _Copy]] = []
+    stream = gpu.stream_id(device)
+    stale: dict[tuple, list[tuple[Tensor, Tensor, _Copy]]] = {}  # by what one launch takes
     for copies in list(_copies.values()):
         for copy in copies.values():
-            weight, mask = copy.weight(), copy.mask()
-            if weight is None or mask is None:
+            is_ours = copy.streams[:1] == [stream] and copy.tensor.device == device
+            if not (is_ours or copy is asked):
                 continue
-            ours = weight.device == device and copy.streams[:1] == [stream] and copy.is_of(weight, mask)
-            if (ours or copy is asked) and not copy.is_fresh(weight, mask):
-                stale.append((weight, mask, copy))
-    with torch.no_grad():
-        masks = [
-            m if _strides(m) == _strides(w) else torch.empty_like(w, dtype=torch.bool).copy_(m) for w, m, _ in stale
-        ]
-        apply_mask([w for w, _, _ in stale], masks, [c.tensor for _, _, c in stale])
-    for weight, mask, copy in stale:
-        copy.wrote(weight, mask)
+            weight, mask = copy.weight(), copy.mask()
+            if weight is None or mask is None or not copy.is_of(weight, mask) or copy.is_fresh(weight, mask):
+                continue
+            kind = copy.is_plain, weight.dtype, copy.tensor.dtype
+            stale.setdefault(kind, []).append((weight, mask, copy))
+    for (is_plain, *_), group in stale.items():
+        weights, masks, copies_ = zip(*group, strict=True)
+        outs = [copy.tensor for copy in copies_]
+        if is_plain:
+            triton_elementwise.apply_mask(weights, masks, outs)
+        else:
+            with torch.no_grad():
+                alike = [torch.empty_like(w, dtype=torch.bool).copy_(m) for w, m in zip(weights, masks, strict=True)]
+            apply_mask(weights, alike, outs)
+        for weight, mask, copy in group:
+            copy.wrote(weight, mask)
 
 
 def kept_copy(weight: Tensor, mask: Tensor) -> Tensor | None:

@@ -403,7 +403,7 @@ def look(mask: Tensor, positions: Tensor | None = None) -> Occupancy | _Captured
         return None
     if gpu.is_capturing(mask.device):
         return _look_in_graph(mask, positions)
-    stream = gpu.stream(mask.device)
+    stream = gpu.stream_id(mask.device)
     seen = _seen.get(mask, _NOTHING).get(stream)
     if seen is None or seen.state != _state(mask):
         _look_again(mask, stream)
@@ -470,7 +470,7 @@ def _tally(tiles: Tensor, sides: Tensor, outputs: int) -> Tensor:
     return torch.stack([part.sum() for part in parts])
 
 
-def _look_again(asked: Tensor, stream: Any) -> None:
+def _look_again(asked: Tensor, stream: int) -> None:
     """Look at a mask, and at every other that this stream has seen and that has changed: with a single wait."""
     seen = [(mask, by_stream.get(stream)) for mask, by_stream in list(_seen.items())]
     stale = [mask for mask, found in seen if found is not None and found.state != _state(mask)]

@@ -20,6 +20,9 @@ from .split_gradient import split_one
 
 _SMALL = 1 << 14  # elements up to which plain torch, in fewer calls, is faster
 _LARGE = 1 << 18  # elements from which on memory is worth keeping: malloc would fetch new pages at every step
+# Elements up to which a layer on a GPU leaves all of it to torch. That moves 12 bytes more of each than a kept copy and
+# our gradient do: of so many in less time than one launch takes, and the host has many microseconds less to do.
+_SMALL_ON_GPU = 1 << 20
 
 
 def effective_weight(weight: Tensor, mask: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -92,7 +95,8 @@ def layer_weight(
 
     That is so on a GPU, for masks that drop nothing as a whole. The gradient ``G`` that torch finds for it goes out
     under the contract of :mod:`.gradient`. A masked op costs more time on the host, and what stands around it cannot
-    be fused with it.
+    be fused with it. What a small layer waits for is the host, and so torch selects and splits for it, where nobody
+    but the weight asks for a gradient.
 
     Args:
         input: what the layer is called with.
@@ -107,6 +111,9 @@ def layer_weight(
     if not library_is_best(weight.device):
         return None
     check_masked_operands(weight, mask, mask_scores, grad_sink, positions)
+    is_plain = mask_scores is None and grad_sink is None
+    if is_plain and not is_traced and weight.numel() <= _SMALL_ON_GPU and not gpu.is_capturing(weight.device):
+        return reference.effective_weight(weight, mask)
     dtype = weight.dtype
     if dtype != torch.float64 and torch.is_autocast_enabled(weight.device.type):
         dtype = torch.get_autocast_dtype(weight.device.type)

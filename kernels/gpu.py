@@ -30,8 +30,11 @@ def setting(name: str, default: str = "") -> str:
     """
     if _environment is None:
         return os.environ.get(name, default)
-    value = _environment.get(name.encode())
+    value = _environment.get(_encoded(name))
     return default if value is None else os.fsdecode(value)
+
+
+_encoded = functools.cache(os.fsencode)
 
 
 def available(device: torch.device) -> bool:
@@ -61,6 +64,11 @@ def processors(device: torch.device) -> int:
 def stream(device: torch.device) -> Any:
     """The current stream; None of what is no GPU."""
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def stream_id(device: torch.device) -> int:
+    """The current stream as a number, which takes a tenth of the time of :func:`stream`; 0 of what is no GPU."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -96,8 +104,13 @@ def shared() -> dict[Any, Any] | None:
 def on_device(device: torch.device) -> Any:
     """Context in which kernels are launched on ``device``."""
     if device.type != "cuda":
-        return contextlib.nullcontext()
-    return _capturing_on(device) if torch.cuda.is_current_stream_capturing() else torch.cuda.device(device)
+        return _HERE
+    if torch.cuda.is_current_stream_capturing():
+        return _capturing_on(device)
+    return _HERE if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+
+
+_HERE = contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -79,15 +79,14 @@ def split_one(
     """:func:`split_gradient` of a single tensor with a bool mask, of which the callers know that all fit."""
     if not any(needs):
         return None, None, None
-    with torch.no_grad():
-        if not (gpu.available(grad.device) and lies_alike(weight, mask, grad)):
+    if not (gpu.available(grad.device) and lies_alike(weight, mask, grad)):
+        with torch.no_grad():
             return reference.split_gradient(grad, weight, mask, needs)
-        from . import triton_elementwise
+    from . import triton_elementwise
 
-        dtypes = weight.dtype, torch.float32, torch.float32
-        outs = [
-            torch.empty_like(grad, dtype=dtype) if need else None for need, dtype in zip(needs, dtypes, strict=True)
-        ]
-        columns = [None if out is None else [out] for out in outs]
-        triton_elementwise.split_gradient([grad], [weight], [mask], *columns)
-        return outs[0], outs[1], outs[2]
+    need_weight, need_scores, need_sink = needs
+    grad_weight = torch.empty_like(grad, dtype=weight.dtype) if need_weight else None
+    grad_scores = torch.empty_like(grad, dtype=torch.float32) if need_scores else None
+    sink = torch.empty_like(grad, dtype=torch.float32) if need_sink else None
+    triton_elementwise.split_one(grad, weight, mask, grad_weight, grad_scores, sink)
+    return grad_weight, grad_scores, sink

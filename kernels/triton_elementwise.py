@@ -490,7 +490,7 @@ def _kept(key: tuple, make: Callable[[], Tensor], device: torch.device) -> Tenso
     What it is copied from is not kept: torch gives the pinned memory out again once the copy is over, and to get more
     from the driver would wait for the device.
     """
-    key = (device, gpu.stream(device), key)
+    key = (device, gpu.stream_id(device), key)
     found = _tables.get(key)
     if found is None:
         made = make()
@@ -556,10 +556,9 @@ def apply_mask(weights: Sequence[Tensor], masks: Sequence[Tensor], outs: Sequenc
     """Writes ``outs = masks * weights``: of one type a column, of equal strides and without gaps a row."""
     if _one_by_one(weights):
         for weight, mask, out in zip(weights, masks, outs, strict=True):
-            if weight.numel():
+            if size := weight.numel():
                 with on_device(weight.device):
-                    grid = (triton.cdiv(weight.numel(), CHUNK),)
-                    _apply_mask_one[grid](weight, _mask_argument(mask), out, weight.numel(), **_FIXED)
+                    _apply_mask_one[(-(-size // CHUNK),)](weight, _mask_argument(mask), out, size, **_FIXED)
         torch.autograd.graph.increment_version(list(outs))
         return
     table, chunks, align = _table([weights, masks, outs])
@@ -580,20 +579,40 @@ def split_gradient(
 ) -> None:
     """Writes ``masks * grads``, ``weights * grads`` and ``grads`` to the outputs that are not None."""
     outs = [_column(column, len(grads)) for column in (grad_weights, grad_scores, sinks)]
-    wanted = {"HAS_WEIGHT": bool(grad_weights), "HAS_SCORES": bool(grad_scores), "HAS_SINK": bool(sinks)}
     if _one_by_one(grads):
-        for grad, weight, mask, *given in zip(grads, weights, masks, *outs, strict=True):
-            if grad.numel():
-                with on_device(grad.device):
-                    grid = (triton.cdiv(grad.numel(), CHUNK),)
-                    operands = grad, weight, _mask_argument(mask), *given, grad.numel()
-                    _split_gradient_one[grid](*operands, **wanted, **_FIXED)
+        for tensors in zip(grads, weights, masks, *outs, strict=True):
+            split_one(*tensors)
         return
+    wanted = _wanted(*(column or None for column in (grad_weights, grad_scores, sinks)))
     table, chunks, align = _table([grads, weights, masks, *outs])
     types = {"GRAD": _type(grads), "WEIGHT": _type(weights), "MASK": _type(masks), "GRAD_WEIGHT": _type(outs[0])}
     if len(chunks):
         with on_device(table.device):
             _split_gradient[(len(chunks),)](table, chunks, ALIGN=align, **_FIXED, **types, **wanted)
+
+
+def split_one(
+    grad: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    grad_weight: Tensor | None,
+    grad_scores: Tensor | None,
+    sink: Tensor | None,
+) -> None:
+    """:func:`split_gradient` of one tensor."""
+    if size := grad.numel():
+        operands = grad, weight, _mask_argument(mask), grad_weight, grad_scores, sink, size
+        with on_device(grad.device):
+            _split_gradient_one[(-(-size // CHUNK),)](*operands, **_wanted(grad_weight, grad_scores, sink), **_FIXED)
+
+
+def _wanted(grad_weight: Any, grad_scores: Any, sink: Any) -> dict[str, bool]:
+    """Which outputs there are, for a kernel."""
+    return {
+        "HAS_WEIGHT": grad_weight is not None,
+        "HAS_SCORES": grad_scores is not None,
+        "HAS_SINK": sink is not None,
+    }
 
 
 class Scores(NamedTuple):

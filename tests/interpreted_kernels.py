@@ -25,6 +25,7 @@ from sparsebilevel.kernels import (
     PASSES,
     block_sparse,
     cuda_block_sparse,
+    dense,
     gpu,
     gpu_products,
     make_grad_sink,
@@ -55,6 +56,7 @@ SIZES = [(5,), (64, 3), (2, 3, 3, 3), (0, 4), (1,), (4096,), (33, 130)]
 def on_device(monkeypatch):
     """Tensors are made on the device; the CPU counts as one of the kernels: layers and optimizers go as on a GPU."""
     monkeypatch.setattr(gpu, "DEVICES", {"cpu", "cuda"})
+    monkeypatch.setattr(dense, "_SMALL_ON_GPU", -1)  # or most layers here were left to torch
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # what is compared with is exact
     with DEVICE:
         yield
@@ -326,12 +328,18 @@ class Stream:
         self.waits.append(other)
 
 
+def use_stream(monkeypatch, stream):
+    """Make it the current one."""
+    monkeypatch.setattr(gpu, "stream", lambda device: stream)
+    monkeypatch.setattr(gpu, "stream_id", lambda device: id(stream))
+
+
 def test_another_stream_waits_for_the_one_that_wrote_a_copy(launches, monkeypatch):
     first, second = Stream(), Stream()
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
 
     def on(stream, w):
-        monkeypatch.setattr(gpu, "stream", lambda device: stream)
+        use_stream(monkeypatch, stream)
         assert torch.equal(compute_copy(w, masks[w], torch.float32), torch.where(masks[w], w, 0))
 
     one, other = (torch.nn.Parameter(torch.randn(6, 8)) for _ in range(2))
@@ -719,6 +727,43 @@ def test_layers_with_unstructured_masks_are_the_dense_library(kind, sink, launch
     assert len(launches) == 2  # a copy each time
 
 
+@pytest.mark.parametrize("cast", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_small_layers_are_left_to_torch(kind, cast, launches, monkeypatch):
+    """To the same numbers; what more than the weight wants a gradient of is not."""
+    tolerance = {"rtol": 0.02, "atol": 0.05} if cast == torch.bfloat16 else {}  # the interpreter cuts off what is rounded
+    layer = torch.nn.Linear(12, 8) if kind == "linear" else torch.nn.Conv2d(3, 8, 2)
+    layer = sb.sparsify(torch.nn.Sequential(layer), 0.5)[0]
+    with torch.no_grad():
+        layer.weight.masked_fill_(~layer.mask, float("nan"))  # hidden
+    x = torch.randn(2, 5, 12) if kind == "linear" else torch.randn(2, 3, 6, 6)
+
+    def step():
+        x2 = x.detach().requires_grad_()
+        with torch.autocast(DEVICE.type, cast or torch.bfloat16, enabled=cast is not None):
+            y = layer(x2)
+        y.square().sum().backward()
+        grads = layer.weight.grad, layer.bias.grad, x2.grad
+        layer.zero_grad()
+        return y, *grads
+
+    ours, n = step(), layer.weight.numel()
+    assert launches == [1]
+    torch.autograd.graph.increment_version(layer.weight)  # or the copy were still good
+    for most, by_torch in ((n, True), (n - 1, False)):
+        monkeypatch.setattr(dense, "_SMALL_ON_GPU", most)
+        for got, expected in zip(step(), ours, strict=True):
+            assert got.dtype == expected.dtype
+            assert_close(got, expected, **tolerance)
+        assert len(launches) == (1 if by_torch else 2)
+    monkeypatch.setattr(dense, "_SMALL_ON_GPU", n)
+    layer.collect("all")
+    torch.autograd.graph.increment_version(layer.weight)
+    step()
+    assert len(launches) == 3
+    assert layer.effective_grad.isfinite().all()
+
+
 def test_gradients_of_gradients_of_a_layer(monkeypatch):
     monkeypatch.setenv("SPARSEBILEVEL_COMPUTE_COPY", "0")  # what is compared with changes weights through .data
     for layer, x in ((torch.nn.Linear(4, 3), torch.randn(5, 4)), (torch.nn.Conv2d(2, 3, 2), torch.randn(2, 2, 3, 3))):
@@ -1079,8 +1124,8 @@ def test_masks_that_changed_together_are_looked_at_together(monkeypatch):
     assert look(masks[1]).densities == {128: 0.0, 64: 0.0, 32: 0.0}
     assert look(masks[2]).densities[32] == 1.0
     assert len(waits) == 1
-    stream = object()
-    monkeypatch.setattr(gpu, "stream", lambda device: stream)  # another: it may be writing the others just now
+    another = object()
+    use_stream(monkeypatch, another)  # it may be writing the others just now
     for mask in masks:
         mask.logical_not_()
     assert look(masks[0]).densities[32] == 1.0
@@ -1093,7 +1138,7 @@ def test_each_stream_has_its_own_lists(monkeypatch):
     first, second = object(), object()
     found = []
     for stream in (first, second, first, second):
-        monkeypatch.setattr(gpu, "stream", lambda device, stream=stream: stream)
+        use_stream(monkeypatch, stream)
         found.append(look(mask).layout(32).by_row.tiles)
     assert found[0] is found[2]
     assert found[1] is found[3]
