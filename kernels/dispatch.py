@@ -84,6 +84,10 @@ _MOST_TILES_CUDA = 0.85
 # FLOPs in the time in which a byte is moved: 150 to 240 with tensor cores (A100, H200, H100), and without them.
 _BALANCE = {torch.float32: 16, torch.bfloat16: 200, torch.float16: 200}
 _MOST_SLICED = 0.8  # of the estimated time of the dense product: an estimate is no measurement
+# Host time of a step with kernels of tiles, or of a sliced product, at the least (benchmarks/gpu_host.py), in seconds.
+_HOST_S = 500e-6
+# FLOP/s that a multiprocessor reaches in dense products of 16 and of 32 bits, about: before Hopper, and from there on.
+_FLOPS = {False: (2.5e12, 0.2e12), True: (6e12, 0.5e12)}
 # What may stand between two times that are to count as different.
 _MARGIN = 0.97
 
@@ -186,6 +190,15 @@ def library_is_best(device: torch.device) -> bool:
         return False
     file = gpu.setting("SPARSEBILEVEL_MEASUREMENTS"), measurements.generation()
     return not (gpu.is_capturing(device) and _is_fused_faster(file, device))
+
+
+def waits_for_host(rows: int, weight_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a GPU does a dense layer's step in less time than the host takes to launch kernels of ours for one.
+
+    Such a layer is faster dense, whatever its mask drops, if all launches come from Python: not in a CUDA graph.
+    """
+    speed = _FLOPS[gpu.capability(device) >= (9, 0)][dtype.itemsize > 2] * gpu.processors(device)
+    return 6 * rows * math.prod(weight_shape) < _HOST_S * speed
 
 
 @functools.lru_cache

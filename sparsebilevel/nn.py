@@ -26,9 +26,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .kernels import PASSES, Backend, choose_backend, describe, gpu, make_grad_sink, masked_conv2d, masked_linear
 from .kernels.batch_norm import batch_norm_for_uses
+from .kernels.block_sparse import look
 from .kernels.dense import layer_weight
-from .kernels.dispatch import Structure, library_is_best
+from .kernels.dispatch import Structure, library_is_best, waits_for_host
 from .kernels.gpu_products import structure_of, window_of
+from .kernels.gradient import runs_directly
 from .kernels.measurements import Window
 from .kernels.reference import effective_weight
 from .masks import NM, Pattern, Unstructured, global_masks, parse_pattern, random_mask
@@ -233,6 +235,8 @@ class SparseMaskedModule(nn.Module):
         )
         if chosen.name == "fused" and not self._drops_in_groups and library_is_best(device):
             return Backend("dense", f"PyTorch's own layer on m*theta; in a CUDA graph {chosen.reason}", 1.0)
+        if chosen.name in ("block", "slice") and library_is_best(device):  # not forced
+            return chosen._replace(reason=f"{chosen.reason}; PyTorch's own layer in eager steps of little work")
         return chosen
 
     def _window(self) -> Window | None:
@@ -316,9 +320,27 @@ class SparseMaskedModule(nn.Module):
 
         What an unstructured mask drops as a whole is not looked for: that would wait for the device at every change.
         """
-        if self._drops_in_groups:
+        if self._drops_in_groups and not self._is_brief(input):
             return None
         return layer_weight(input, self.weight, self.mask, **self._sink_arguments())
+
+    def _is_brief(self, input: Tensor) -> bool:
+        """Whether a step takes so little work on a GPU that kernels of ours would come too late for it."""
+        device = self.weight.device
+        if device.type not in gpu.DEVICES or not runs_directly(input, self.weight, self.mask):
+            return False
+        if gpu.is_capturing(device) or not library_is_best(device):
+            return False
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else input.dtype
+        if not waits_for_host(self._rows(input), tuple(self.weight.shape), dtype, device):
+            return False
+        if getattr(self, "groups", 1) == 1:
+            look(self.mask, self._positions)  # for a CUDA graph that may be captured after this, and must not wait
+        return True
+
+    def _rows(self, input: Tensor) -> int:
+        """Rows of the product: tokens, or pixels of the output, at most."""
+        return input.numel() // max(self.weight.shape[1], 1)
 
     def _sink_arguments(self) -> dict[str, Any]:
         if self.shares_gradient:
@@ -402,6 +424,9 @@ class SparseMaskedConv2d(SparseMaskedModule, nn.Conv2d):  # type: ignore[misc]
         if (weight := self._library_weight(input)) is not None:
             return F.conv2d(input, weight, self.bias, *geometry)
         return masked_conv2d(input, self.weight, self.mask, self.bias, *geometry, **self._sink_arguments())
+
+    def _rows(self, input: Tensor) -> int:
+        return super()._rows(input) // (self.groups * math.prod(self.stride))
 
     def _window(self) -> Window | None:
         padding = (0, 0) if isinstance(self.padding, str) else self.padding  # "same" pads no 1x1

@@ -26,6 +26,7 @@ from sparsebilevel.kernels import (
     block_sparse,
     cuda_block_sparse,
     dense,
+    dispatch,
     gpu,
     gpu_products,
     make_grad_sink,
@@ -56,7 +57,9 @@ SIZES = [(5,), (64, 3), (2, 3, 3, 3), (0, 4), (1,), (4096,), (33, 130)]
 def on_device(monkeypatch):
     """Tensors are made on the device; the CPU counts as one of the kernels: layers and optimizers go as on a GPU."""
     monkeypatch.setattr(gpu, "DEVICES", {"cpu", "cuda"})
-    monkeypatch.setattr(dense, "_SMALL_ON_GPU", -1)  # or most layers here were left to torch
+    # Or all layers were left to torch: there is nothing that is not small here.
+    monkeypatch.setattr(dense, "_SMALL_ON_GPU", -1)
+    monkeypatch.setattr(dispatch, "_HOST_S", 0.0)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # what is compared with is exact
     with DEVICE:
         yield
@@ -727,11 +730,76 @@ def test_layers_with_unstructured_masks_are_the_dense_library(kind, sink, launch
     assert len(launches) == 2  # a copy each time
 
 
+@pytest.mark.parametrize("sink", ["none", "search", "all", "scores", "shared"])
+@pytest.mark.parametrize("kind", ["linear", "conv", "groups"])
+def test_layers_with_little_work_are_left_to_torch(kind, sink, monkeypatch):
+    """Whatever the mask drops; it is looked at, for a graph that may be captured later."""
+    groups = 2 if kind == "groups" else 1
+    layer = torch.nn.Linear(64, 64) if kind == "linear" else torch.nn.Conv2d(64, 64, 3, stride=2, groups=groups)
+    layer = sb.sparsify(torch.nn.Sequential(layer), 0.75, pattern="filter")[0]
+    if sink in ("scores", "shared"):
+        layer.set_mask_scores(torch.nn.Parameter(torch.randn_like(layer.weight)))
+    if sink == "shared":
+        share_gradient(layer)
+    where = torch.tensor([3, 7, -1, 0])
+    x = torch.randn(8, 64) if kind == "linear" else torch.randn(2, 64, 5, 5)
+
+    def step():
+        if sink in ("search", "all"):
+            layer.collect(sink, where if sink == "search" else None)
+        x2 = x.detach().requires_grad_()
+        y = layer(x2)
+        y.square().sum().backward()
+        grads = [x2.grad, layer.weight.grad, layer.bias.grad, layer.effective_grad]
+        grads += [layer.mask_scores.grad] if sink == "scores" else []
+        layer.zero_grad()
+        return y, *grads
+
+    ours = step()
+    products = []
+    choose = gpu_products._choose
+    monkeypatch.setattr(gpu_products, "_choose", lambda *given, **kw: (products.append(given), choose(*given, **kw))[1])
+    for most, by_torch in ((1.0, True), (0.0, False)):
+        monkeypatch.setattr(dispatch, "_HOST_S", most)
+        layer.set_mask(layer.mask)  # as if it had changed
+        for got, expected in zip(step(), ours, strict=True):
+            assert_close(got, expected)
+        assert (products == []) == by_torch
+        seen = block_sparse._seen.get(layer.mask, {})
+        assert kind == "groups" or any(found.state == block_sparse._state(layer.mask) for found in seen.values())
+    with monkeypatch.context() as forced:
+        forced.setattr(dispatch, "_HOST_S", 1.0)
+        forced.setenv("SPARSEBILEVEL_BACKEND", "slice")
+        products.clear()
+        step()
+        assert products
+
+
+def test_layers_say_that_steps_of_little_work_are_torchs_own():
+    layer = sb.SparseMaskedLinear(256, 256, sparsity=0.9, pattern="filter")
+    assert layer.backends["forward"].name == "slice"
+    assert "PyTorch's own layer in eager steps" in str(layer)
+
+
+def test_how_much_work_is_little(monkeypatch):
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(dispatch, "_HOST_S", 500e-6)
+    monkeypatch.setattr(gpu, "processors", lambda device: 132)
+    monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
+    assert not dispatch.waits_for_host(8192, (4096, 4096), torch.bfloat16, device)
+    assert dispatch.waits_for_host(1024, (4096, 4096), torch.bfloat16, device)
+    assert not dispatch.waits_for_host(1024, (4096, 4096), torch.float32, device)
+    monkeypatch.setattr(gpu, "capability", lambda device: (8, 0))
+    assert not dispatch.waits_for_host(2048, (4096, 4096), torch.bfloat16, device)
+
+
 @pytest.mark.parametrize("cast", [None, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_small_layers_are_left_to_torch(kind, cast, launches, monkeypatch):
     """To the same numbers; what more than the weight wants a gradient of is not."""
-    tolerance = {"rtol": 0.02, "atol": 0.05} if cast == torch.bfloat16 else {}  # the interpreter cuts off what is rounded
+    tolerance = (
+        {"rtol": 0.02, "atol": 0.05} if cast == torch.bfloat16 else {}
+    )  # the interpreter cuts off what is rounded
     layer = torch.nn.Linear(12, 8) if kind == "linear" else torch.nn.Conv2d(3, 8, 2)
     layer = sb.sparsify(torch.nn.Sequential(layer), 0.5)[0]
     with torch.no_grad():

@@ -1,0 +1,182 @@
+"""What the host does for one step of a layer on a GPU, in microseconds: measured on any machine, without a GPU.
+
+    python benchmarks/gpu_host.py              # interleaved medians -> results/gpu_host.json
+
+A layer alone waits for the host where its kernels are done before the next are launched. Here everything runs as on a
+GPU but for the launches of our kernels, which are made and go nowhere; the tensors lie on the CPU and are so small that
+what torch computes with them takes next to no time. So results are wrong, and times too small by what the driver takes
+for a launch, and by autograd's second thread. Triton specializes and looks up each kernel as for an H100.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["SPARSEBILEVEL_MEASUREMENTS"] = os.devnull  # nobody's times: choices follow the rule
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timing import interleave, markdown_table, write_result
+from torch import Tensor, nn
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+import sparsebilevel as sb
+from sparsebilevel.kernels import block_sparse, cuda, dense, dispatch, gpu, masked_linear, reference
+
+SIZE, BLOCK = 256, 64
+TOKENS = 8
+
+
+class _Nowhere:
+    """Triton's driver of an H100 that does nothing; launcher and library in one."""
+
+    def __init__(self, *_: Any) -> None:
+        self.utils, self.launcher_cls = self, _Launcher
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def load_binary(self, *_: Any) -> tuple[int, ...]:
+        return 1, 1, 32, 0, 1024
+
+    def get_device_properties(self, _device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
+
+
+class _Launcher:
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __call__(self, *_: Any) -> None:
+        pass
+
+
+class _Library:
+    """The CUDA kernels, of which each succeeds."""
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        return lambda *_: 0
+
+
+def pretend() -> None:
+    """From now on the CPU counts as an H100."""
+    torch.set_num_threads(1)
+    driver.set_active(_Nowhere())
+    gpu.DEVICES.add("cpu")
+    gpu.capability = lambda device: (9, 0)  # type: ignore[assignment]
+    cuda.DEVICES = frozenset({"cpu", "cuda"})
+    cuda.load = lambda: (_Library(), "not there")  # type: ignore[assignment]
+    # What masks hold, which is looked at once, is known.
+    block_sparse.occupied_tiles = reference.tiles_of
+    block_sparse._mark = lambda positions, mask, tiles, sides: None  # here those of the mask
+
+
+class ByHand(nn.Module):
+    """``w * m``, and where scores learn the gradient ``w * G`` of those, as one writes it with torch alone."""
+
+    def __init__(self, layer: Any, with_scores: bool) -> None:
+        super().__init__()
+        self.weight, self.mask = layer.weight, layer.mask.float()
+        self.scores = nn.Parameter(torch.ones_like(self.mask)) if with_scores else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, K]`` to ``[B, N]``."""
+        mask = self.mask if self.scores is None else self.mask + self.scores - self.scores.detach()
+        return F.linear(x, self.weight * mask)
+
+
+class Function(nn.Module):
+    """``masked_linear`` as a function."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, K]`` to ``[B, N]``."""
+        return masked_linear(x, self.layer.weight, self.layer.mask)
+
+
+def make(size: int, pattern: str, learns: str) -> Any:
+    layer = sb.SparseMaskedLinear(size, size, bias=False, sparsity=0.75, pattern=pattern)
+    if pattern != "unstructured":  # one tile of each row and column: none of them is dropped as a whole
+        tiles = torch.eye(size // BLOCK, dtype=torch.bool)
+        layer.set_mask(tiles.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1))
+    if learns == "scores":
+        layer.set_mask_scores(nn.Parameter(torch.rand(size, size)))
+    if learns == "search":
+        layer.collect("search", layer.mask.reshape(-1).nonzero().squeeze(1))
+    if learns == "all":
+        layer.collect("all")
+    return layer
+
+
+def step(module: nn.Module, x: Tensor, grad: Tensor) -> None:
+    """Forward and backward under autocast, with weights that count as new."""
+    parameters = list(module.parameters())
+    torch.autograd.graph.increment_version(parameters)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+    y.backward(grad)
+    x.grad = None
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def large(module: nn.Module, x: Tensor, grad: Tensor) -> None:
+    """The same, as if weight and batch were too large to be left to torch."""
+    before = dense._SMALL_ON_GPU, dispatch._HOST_S
+    dense._SMALL_ON_GPU, dispatch._HOST_S = -1, 0.0
+    step(module, x, grad)
+    dense._SMALL_ON_GPU, dispatch._HOST_S = before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--quick", action="store_true", help="only try that everything runs")
+    arguments = parser.parse_args()
+    pretend()
+    # The dense product of a large tensor would be measured too.
+    plain = {learns: make(16, "unstructured", learns) for learns in ("none", "scores", "all")}
+    blocks = {learns: make(SIZE, f"block:{BLOCK}x{BLOCK}", learns) for learns in ("none", "search")}
+    cases: dict[str, tuple[nn.Module, Callable[..., None]]] = {
+        "dense": (nn.Linear(16, 16, bias=False), step),
+        "by hand": (ByHand(plain["none"], False), step),
+        "by hand, scores": (ByHand(plain["none"], True), step),
+        "layer of at most 2^20 weights": (plain["none"], step),
+        "larger layer": (plain["none"], large),
+        "layer, scores": (plain["scores"], step),
+        "layer, G collected everywhere": (plain["all"], step),
+        "masked_linear as a function": (Function(plain["none"]), step),
+        "blocks of 64": (blocks["none"], large),
+        "blocks of 64, search space": (blocks["search"], large),
+    }
+    variants = {}
+    for name, (module, run) in cases.items():
+        size = SIZE if "blocks" in name else 16
+        x, grad = torch.rand(TOKENS, size, requires_grad=True), torch.rand(TOKENS, size, dtype=torch.bfloat16)
+        variants[name] = lambda module=module, run=run, x=x, grad=grad: run(module, x, grad)
+        if "blocks" in name:
+            kernels = {choice.name for choice in module.backends.values()}  # type: ignore[union-attr,operator]
+            assert kernels == {"block"}, f"{name} takes {kernels}; expected block"
+    times = interleave(variants, rounds=2 if arguments.quick else arguments.rounds, min_sample_s=0.02)
+    rows = [[name, f"{time['ms'] * 1e3:.0f}", f"{time['min_ms'] * 1e3:.0f}"] for name, time in times.items()]
+    print(markdown_table(["step of", "median us", "least us"], rows))
+    if not arguments.quick:
+        print(write_result("gpu_host", {"figures": times}))
+
+
+if __name__ == "__main__":
+    main()
