@@ -97,6 +97,13 @@ def check(device: torch.device, *, small: bool = False, shard: tuple[int, int] =
         x64, dy64, w64 = (value.double() for value in (x, dy, w))
         z = torch.where(m, w64, 0)
         g, g_scale = dy64.t() @ x64, dy64.abs().t() @ x64.abs()
+        taps = torch.randn(n, 6, 3, 2, device=device).to(dtype)
+        for grad in (w, taps, taps.contiguous(memory_format=torch.channels_last)):
+            positions = torch.randint(-1, grad.numel(), (5000,), device=device)
+            flat = torch.cat([grad.reshape(-1), grad.new_zeros(1)]).double()
+            want = flat[positions]  # the last of it where they are negative
+            _poison(device, 5000)
+            note(f"gather_support {label}", triton_elementwise.gather_support(grad, positions), want, want.abs())
         masks = [m] if k % 32 else [m, reference.mask_words(m)[0]]
         for mask in masks:
             _poison(device, 4 * n * k + 2 * t * max(n, k))

@@ -16,7 +16,7 @@ from . import gpu, native, plans, reference
 from .apply_mask import compute_copy
 from .dispatch import library_is_best, takes_onednn
 from .gradient import Needs, check_masked_operands, distribute_gradient, runs_directly
-from .split_gradient import split_one
+from .split_gradient import gather_support, split_one
 
 _SMALL = 1 << 14  # elements up to which plain torch, in fewer calls, is faster
 _LARGE = 1 << 18  # elements from which on memory is worth keeping: malloc would fetch new pages at every step
@@ -79,7 +79,7 @@ def distribute(
     sink = needs.sink and positions is None
     grads = list(split_one(grad, weight, mask, (needs.weight, needs.scores, sink)))
     if needs.sink and positions is not None:
-        grads[2] = distribute_gradient(grad, weight, mask, positions, Needs(False, False, False, True, False))[2]
+        grads[2] = gather_support(grad, positions)
     return grads[0], grads[1], grads[2]
 
 

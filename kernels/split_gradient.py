@@ -90,3 +90,14 @@ def split_one(
     sink = torch.empty_like(grad, dtype=torch.float32) if need_sink else None
     triton_elementwise.split_one(grad, weight, mask, grad_weight, grad_scores, sink)
     return grad_weight, grad_scores, sink
+
+
+def gather_support(grad: Tensor, positions: Tensor) -> Tensor:
+    """``G`` at flat ``positions``, in the type of a sink: :func:`.reference.gather_support`, on a GPU in one launch."""
+    if gpu.available(grad.device):
+        from . import triton_elementwise
+
+        if triton_elementwise.takes_support(grad, positions):
+            return triton_elementwise.gather_support(grad, positions)
+    with torch.no_grad():
+        return reference.gather_support(grad, positions).to(torch.promote_types(grad.dtype, torch.float32))

@@ -213,6 +213,20 @@ def _split_gradient_one(
         )
 
 
+@triton.jit(do_not_specialize=["size"])
+def _gather_support(grad, positions, out, size, channels, taps, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr):
+    """``G`` at flat positions in row-major order; 0 at negative ones. ``size`` is how many there are."""
+    at = tl.program_id(0).to(tl.int64) * (32 * ROWS) + tl.arange(0, 32 * ROWS)
+    position = tl.load(positions + at, mask=at < size, other=-1)
+    keep = position >= 0
+    if CHANNELS_LAST:
+        flat = position.to(tl.int32)  # divisions of 64 bits take three times the registers
+        row, tap = flat // taps, flat % taps
+        position = (row // channels * taps + tap) * channels + row % channels
+    values = tl.load(grad + position, mask=keep, other=0.0).to(tl.float32)
+    tl.store(out + at, values, mask=at < size)
+
+
 @triton.jit
 def _sgd(
     value,
@@ -604,6 +618,28 @@ def split_one(
         operands = grad, weight, _mask_argument(mask), grad_weight, grad_scores, sink, size
         with on_device(grad.device):
             _split_gradient_one[(-(-size // CHUNK),)](*operands, **_wanted(grad_weight, grad_scores, sink), **_FIXED)
+
+
+def takes_support(grad: Tensor, positions: Tensor) -> bool:
+    """Whether :func:`gather_support` knows the type and the order of a gradient."""
+    is_last = grad.dim() == 4 and grad.numel() < 1 << 31 and grad.is_contiguous(memory_format=torch.channels_last)
+    return (
+        (grad.is_contiguous() or is_last)
+        and takes(grad)
+        and positions.dtype == torch.int64
+        and positions.is_contiguous()
+    )
+
+
+def gather_support(grad: Tensor, positions: Tensor) -> Tensor:
+    """:func:`.reference.gather_support` in float32, of what :func:`takes_support`."""
+    out = torch.empty(positions.shape, dtype=torch.float32, device=grad.device)
+    if size := positions.numel():
+        channels_last = not grad.is_contiguous()
+        channels, taps = (grad.shape[1], grad.shape[2] * grad.shape[3]) if channels_last else (1, 1)
+        with on_device(grad.device):
+            _gather_support[(-(-size // CHUNK),)](grad, positions, out, size, channels, taps, channels_last, **_FIXED)
+    return out
 
 
 def _wanted(grad_weight: Any, grad_scores: Any, sink: Any) -> dict[str, bool]:

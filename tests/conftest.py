@@ -22,6 +22,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    # Takes minutes, all other tests seconds: at the end one worker would run it and the others wait.
+    items.sort(key=lambda item: item.name != "test_in_the_interpreter")
     if config.getoption("--run-slow"):
         return
     skip = pytest.mark.skip(reason="slow: needs --run-slow")

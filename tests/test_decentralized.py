@@ -299,7 +299,7 @@ def test_bad_estimators_are_refused(options, match):
 # -- tracking ----------------------------------------------------------------------------------------------------------
 
 
-def run_quadratics(tracking, lr, steps=3000, workers=8, graph="ring"):
+def run_quadratics(tracking, lr, steps=1000, workers=8, graph="ring"):
     """Distance of the workers from the common solution, and from each other."""
     oracles = [Quadratic(seed=k, shift=2.0 * k) for k in range(workers)]
     hessian = sum(o.hessian() for o in oracles)

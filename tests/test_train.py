@@ -150,7 +150,7 @@ def test_trains_in_the_layout_of_the_sparse_kernels(amp, tmp_path, in_layout):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"method": "dense"}, {"amp": "fp16"}, {"arch": "mlp"}, {"method": "omp", "pretrain_epochs": 1, "epochs": 1}],
+    [{"method": "dense"}, {"amp": "fp16", "max_steps": 1}, {"arch": "mlp"}, {"method": "omp", "pretrain_epochs": 1, "epochs": 1}],
     ids=str,
 )
 def test_keeps_the_layout_where_it_is_of_use(changes, tmp_path, in_layout):
@@ -224,6 +224,8 @@ def test_without_validation_nothing_is_selected(tmp_path):
 def test_mixed_precision_with_all_the_rest(amp, tmp_path):
     changes = {"amp": amp, "accumulate": 2, "clip_grad_norm": 1.0, "channels_last": True, "label_smoothing": 0.1}
     changes |= {"opt": "adamw", "lr": 1e-2, "norm_weight_decay": 0.0, "lr_warmup_epochs": 1, "batch_size": 128}
+    if amp == "fp16":
+        changes |= {"arch": "mlp", "batch_size": 64}  # a CPU takes a minute for convolutions in fp16
     result = train(make_config(tmp_path, method="bidst", update_freq="2", **changes))
     assert result["sparsity"] == pytest.approx(0.9, abs=1e-4)
     losses = [row["train_loss"] for row in read_log(tmp_path) if row["type"] == "epoch"]
@@ -231,7 +233,7 @@ def test_mixed_precision_with_all_the_rest(amp, tmp_path):
 
 
 def test_bip_with_fp16(tmp_path):
-    result = train(make_config(tmp_path, method="bip", amp="fp16", max_steps=3))
+    result = train(make_config(tmp_path, method="bip", arch="mlp", amp="fp16", max_steps=3))
     assert read_log(tmp_path)[0]["upper_steps"] > 0
     assert result["sparsity"] == pytest.approx(0.9, abs=1e-4)
 

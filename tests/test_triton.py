@@ -233,6 +233,14 @@ KERNELS = {
         (r"LDG\.E\.128", r"STG\.E\.128"),
         WARPS,
     ),
+    "gather_support": Kernel(
+        triton_elementwise._gather_support,
+        _types("grad=*bf16 positions=*i64 out=*fp32", i32="size channels taps"),
+        {"CHANNELS_LAST": True, "ROWS": triton_elementwise.ROWS},
+        80,
+        (r"LDG\.E\.128|LDG\.E\.64",),
+        WARPS,
+    ),
     "apply_mask_packed": Kernel(
         triton_elementwise._apply_mask,
         _types(TABLE),
@@ -324,9 +332,17 @@ KERNELS |= {
 }
 
 # Of those the others are much alike.
-FEW = {"apply_mask", "split_gradient", "adamw_step_scores", "masked_matmul_descriptor", "masked_matmul_input_grad"}
+FEW = {
+    "apply_mask",
+    "split_gradient",
+    "gather_support",
+    "adamw_step_scores",
+    "masked_matmul_descriptor",
+    "masked_matmul_input_grad",
+}
 FEW |= {"weight_grad_split", "weight_grad_descriptor", "block_matmul_64_input_grad_descriptor", "block_weight_grad_64"}
 FEW |= {
+    "gather_support",
     "occupied_tiles",
     "list_tiles_of_pairs",
     "masked_conv2d",
