@@ -150,7 +150,12 @@ def test_trains_in_the_layout_of_the_sparse_kernels(amp, tmp_path, in_layout):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"method": "dense"}, {"amp": "fp16", "max_steps": 1}, {"arch": "mlp"}, {"method": "omp", "pretrain_epochs": 1, "epochs": 1}],
+    [
+        {"method": "dense"},
+        {"amp": "fp16", "max_steps": 1},
+        {"arch": "mlp"},
+        {"method": "omp", "pretrain_epochs": 1, "epochs": 1},
+    ],
     ids=str,
 )
 def test_keeps_the_layout_where_it_is_of_use(changes, tmp_path, in_layout):

@@ -35,6 +35,13 @@ def test_in_the_interpreter():
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
 
 
+def test_the_host_is_timed_without_a_gpu():
+    file = Path(__file__).parents[1] / "benchmarks" / "gpu_host.py"
+    ran = subprocess.run([sys.executable, str(file), "--quick"], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert "| blocks of 64, search space" in ran.stdout
+
+
 class Kernel:
     """How a kernel is compiled, and what is asked of it."""
 
