@@ -111,7 +111,6 @@ class _Copy:
         self.written = False  # by the optimizer whose step is not yet over
         self.streams: list[int] = []  # the one that wrote it last, and those that have waited for it
         self.writer: Any = None  # the first of them
-        self.is_plain = lies_alike(weight, mask, self.tensor)
 
     def is_of(self, weight: Tensor, mask: Tensor) -> bool:
         """Whether these are the tensors, where they were and as they were laid out."""
@@ -172,9 +171,10 @@ def compute_copy(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
             return copy.use()
         if _keeps():  # what else is to be known of the two was seen when the copy was first made
             with _lock:
-                if not copy.is_fresh(weight, mask):
-                    _refresh(copy)
-                return copy.use()
+                if _copies.get(weight, _NO_COPIES).get(dtype) is copy:  # no step was captured meanwhile
+                    if not copy.is_fresh(weight, mask):
+                        _refresh(copy)
+                    return copy.use()
     if not _may_keep(weight, mask):
         made = gpu.shared()
         if made is not None and dtype in made:
@@ -254,7 +254,8 @@ def _refresh(asked: _Copy) -> None:
             weight, mask = copy.weight(), copy.mask()
             if weight is None or mask is None or not copy.is_of(weight, mask) or copy.is_fresh(weight, mask):
                 continue
-            kind = copy.is_plain, weight.dtype, copy.tensor.dtype
+            # Types and order may have changed since: model.double() keeps the tensors and changes what they hold.
+            kind = lies_alike(weight, mask, copy.tensor), weight.dtype, copy.tensor.dtype
             stale.setdefault(kind, []).append((weight, mask, copy))
     for (is_plain, *_), group in stale.items():
         weights, masks, copies_ = zip(*group, strict=True)

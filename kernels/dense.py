@@ -20,8 +20,8 @@ from .split_gradient import gather_support, split_one
 
 _SMALL = 1 << 14  # elements up to which plain torch, in fewer calls, is faster
 _LARGE = 1 << 18  # elements from which on memory is worth keeping: malloc would fetch new pages at every step
-# Elements up to which a layer on a GPU leaves all of it to torch. That moves 12 bytes more of each than a kept copy and
-# our gradient do: of so many in less time than one launch takes, and the host has many microseconds less to do.
+# Elements up to which a layer on a GPU leaves all of it to torch. That moves up to 16 bytes more of each than a kept
+# copy and our gradient do, of so many in about the time of a launch, and the host has many microseconds less to do.
 _SMALL_ON_GPU = 1 << 20
 
 

@@ -84,10 +84,12 @@ _MOST_TILES_CUDA = 0.85
 # FLOPs in the time in which a byte is moved: 150 to 240 with tensor cores (A100, H200, H100), and without them.
 _BALANCE = {torch.float32: 16, torch.bfloat16: 200, torch.float16: 200}
 _MOST_SLICED = 0.8  # of the estimated time of the dense product: an estimate is no measurement
-# Host time of a step with kernels of tiles, or of a sliced product, at the least (benchmarks/gpu_host.py), in seconds.
+# Host time of a step with kernels of tiles, or of a sliced product, about (benchmarks/gpu_host.py), in seconds.
 _HOST_S = 500e-6
-# FLOP/s that a multiprocessor reaches in dense products of 16 and of 32 bits, about: before Hopper, and from there on.
-_FLOPS = {False: (2.5e12, 0.2e12), True: (6e12, 0.5e12)}
+# FLOP/s that a multiprocessor reaches in dense products of 16 and of 32 bits, about, by compute capability: A100, H100,
+# B200; what is not named here is a GPU for desktops.
+_FLOPS = {(8, 0): (2.5e12, 0.2e12), (9, 0): (6e12, 0.5e12), (10, 0): (12e12, 0.5e12)}
+_FLOPS_OF_OTHERS = 1.2e12, 0.6e12
 # What may stand between two times that are to count as different.
 _MARGIN = 0.97
 
@@ -195,9 +197,10 @@ def library_is_best(device: torch.device) -> bool:
 def waits_for_host(rows: int, weight_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a GPU does a dense layer's step in less time than the host takes to launch kernels of ours for one.
 
-    Such a layer is faster dense, whatever its mask drops, if all launches come from Python: not in a CUDA graph.
+    Where the device waits for launches, as for a layer alone and in networks of such layers, but not in a CUDA graph,
+    it is faster dense then, whatever the mask drops and whatever was measured, which is time of the device.
     """
-    speed = _FLOPS[gpu.capability(device) >= (9, 0)][dtype.itemsize > 2] * gpu.processors(device)
+    speed = _FLOPS.get(gpu.capability(device), _FLOPS_OF_OTHERS)[dtype.itemsize > 2] * gpu.processors(device)
     return 6 * rows * math.prod(weight_shape) < _HOST_S * speed
 
 

@@ -327,19 +327,19 @@ class SparseMaskedModule(nn.Module):
     def _is_brief(self, input: Tensor) -> bool:
         """Whether a step takes so little work on a GPU that kernels of ours would come too late for it."""
         device = self.weight.device
-        if device.type not in gpu.DEVICES or not runs_directly(input, self.weight, self.mask):
+        if not gpu.available(device) or not runs_directly(input, self.weight, self.mask):
             return False
         if gpu.is_capturing(device) or not library_is_best(device):
             return False
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else input.dtype
         if not waits_for_host(self._rows(input), tuple(self.weight.shape), dtype, device):
             return False
-        if getattr(self, "groups", 1) == 1:
+        if getattr(self, "groups", 1) == 1 and dtype != torch.float64:
             look(self.mask, self._positions)  # for a CUDA graph that may be captured after this, and must not wait
         return True
 
     def _rows(self, input: Tensor) -> int:
-        """Rows of the product: tokens, or pixels of the output, at most."""
+        """Rows of the product, about: tokens, or pixels of the output."""
         return input.numel() // max(self.weight.shape[1], 1)
 
     def _sink_arguments(self) -> dict[str, Any]:

@@ -661,6 +661,41 @@ def test_a_captured_step_follows_weight_and_mask(op, monkeypatch, tmp_path):
             assert_close(sink.grad, torch.where(positions < 0, 0, z.grad.reshape(-1)[positions]), **tolerance)
 
 
+def test_copies_follow_a_change_of_type():
+    """Of the model's own, and of another's beside it, that is made again in the same launch."""
+    model, other = small_model(), small_model()
+    x = torch.randn(2, 3, 4, 4)
+    for m, value in ((model, x), (other, x)):
+        m(value)
+    model.double()
+    dense = sb.densify(model)
+    with torch.no_grad():
+        for w in (p for m in (model, dense, other) for p in m.parameters()):
+            w.mul_(2)
+    assert_close(model(x.double()), dense(x.double()))
+    assert_close(other(x), sb.densify(other)(x))
+
+
+def test_copies_follow_a_mask_whose_order_changes():
+    w, m = torch.nn.Parameter(torch.randn(6, 5, 3, 3)), torch.rand(6, 5, 3, 3) < 0.5
+    compute_copy(w, m, torch.float32)
+    m.data = m.data.clone(memory_format=torch.channels_last)
+    assert torch.equal(compute_copy(w, m, torch.float32), torch.where(m, w, 0))
+
+
+def test_what_triton_is_not_to_run_is_not_looked_at(monkeypatch):
+    monkeypatch.setenv("SPARSEBILEVEL_TRITON", "0")
+    monkeypatch.setattr(dispatch, "_HOST_S", 1.0)
+    monkeypatch.setattr(triton_tiles, "mark_positions", None)
+    monkeypatch.setattr(block_sparse, "_look_again", None)
+    layer = sb.SparseMaskedLinear(64, 64, sparsity=0.5, pattern="filter")
+    layer.collect("search", torch.tensor([3, -1]))
+    x = torch.randn(4, 64)
+    y = layer(x)
+    assert_close(y, F.linear(x, torch.where(layer.mask, layer.weight, 0), layer.bias))
+    y.sum().backward()
+
+
 def test_copies_go_with_their_weights(launches):
     w, m = torch.nn.Parameter(torch.randn(6, 8)), torch.rand(6, 8) < 0.5
     compute_copy(w, m, torch.float32)
@@ -812,6 +847,8 @@ def test_how_much_work_is_little(monkeypatch):
     assert not dispatch.waits_for_host(8192, (4096, 4096), torch.bfloat16, device)
     assert dispatch.waits_for_host(1024, (4096, 4096), torch.bfloat16, device)
     assert not dispatch.waits_for_host(1024, (4096, 4096), torch.float32, device)
+    monkeypatch.setattr(gpu, "capability", lambda device: (12, 0))
+    assert not dispatch.waits_for_host(1024, (4096, 4096), torch.bfloat16, device)
     monkeypatch.setattr(gpu, "capability", lambda device: (8, 0))
     assert not dispatch.waits_for_host(2048, (4096, 4096), torch.bfloat16, device)
 

@@ -349,7 +349,6 @@ FEW = {
 }
 FEW |= {"weight_grad_split", "weight_grad_descriptor", "block_matmul_64_input_grad_descriptor", "block_weight_grad_64"}
 FEW |= {
-    "gather_support",
     "occupied_tiles",
     "list_tiles_of_pairs",
     "masked_conv2d",
