@@ -87,7 +87,7 @@ _MOST_SLICED = 0.8  # of the estimated time of the dense product: an estimate is
 # Host time of a step with kernels of tiles, or of a sliced product, about (benchmarks/gpu_host.py), in seconds.
 _HOST_S = 500e-6
 # FLOP/s that a multiprocessor reaches in dense products of 16 and of 32 bits, about, by compute capability: A100, H100,
-# B200; what is not named here is a GPU for desktops.
+# B200; and of others, as for desktops. Measured on an H200 in 16 bits, else by what is published.
 _FLOPS = {(8, 0): (2.5e12, 0.2e12), (9, 0): (6e12, 0.5e12), (10, 0): (12e12, 0.5e12)}
 _FLOPS_OF_OTHERS = 1.2e12, 0.6e12
 # What may stand between two times that are to count as different.

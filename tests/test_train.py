@@ -225,20 +225,24 @@ def test_without_validation_nothing_is_selected(tmp_path):
     assert not (tmp_path / "best.pth").exists()
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_mixed_precision_with_all_the_rest(amp, tmp_path):
+# A CPU takes a minute for convolutions in fp16.
+@pytest.mark.parametrize(
+    ("amp", "arch"), [("bf16", "auto"), ("fp16", "mlp"), pytest.param("fp16", "auto", marks=pytest.mark.slow)]
+)
+def test_mixed_precision_with_all_the_rest(amp, arch, tmp_path):
     changes = {"amp": amp, "accumulate": 2, "clip_grad_norm": 1.0, "channels_last": True, "label_smoothing": 0.1}
     changes |= {"opt": "adamw", "lr": 1e-2, "norm_weight_decay": 0.0, "lr_warmup_epochs": 1, "batch_size": 128}
-    if amp == "fp16":
-        changes |= {"arch": "mlp", "batch_size": 64}  # a CPU takes a minute for convolutions in fp16
+    changes |= {"arch": "mlp", "batch_size": 64} if arch == "mlp" else {}
     result = train(make_config(tmp_path, method="bidst", update_freq="2", **changes))
     assert result["sparsity"] == pytest.approx(0.9, abs=1e-4)
     losses = [row["train_loss"] for row in read_log(tmp_path) if row["type"] == "epoch"]
     assert losses[1] < losses[0] - 0.05
 
 
-def test_bip_with_fp16(tmp_path):
-    result = train(make_config(tmp_path, method="bip", arch="mlp", amp="fp16", max_steps=3))
+@pytest.mark.parametrize("arch", ["mlp", pytest.param("auto", marks=pytest.mark.slow)])
+def test_bip_with_fp16(arch, tmp_path):
+    arch = {"arch": arch} if arch != "auto" else {}
+    result = train(make_config(tmp_path, method="bip", amp="fp16", max_steps=3, **arch))
     assert read_log(tmp_path)[0]["upper_steps"] > 0
     assert result["sparsity"] == pytest.approx(0.9, abs=1e-4)
 
