@@ -375,11 +375,11 @@ def tune_layers(
 ) -> dict[str, dict[str, Any]]:
     """Measure, on a GPU, the kernels that the sparse layers of a model could take, and have layers choose by the times.
 
-    Without them layers choose by a rule that was found on one GPU. Eager steps of little work are PyTorch's own whatever
-    was measured, which is time of the device alone. The times are kept for later processes on the same GPU with the
-    same torch (``~/.cache/sparsebilevel/gpu.json``, or where ``SPARSEBILEVEL_MEASUREMENTS`` says), and hold for any
-    layer of these shapes. Measured are linear layers and 1x1 convolutions, and where the pattern drops tiles or
-    channels the other convolutions of one group; convolutions if weights and maps are channels_last.
+    Without them layers choose by a rule that was found on one GPU. Eager steps of little work are PyTorch's own,
+    whatever was measured: that is time of the device alone. The times are kept for later processes on the same GPU
+    with the same torch (``~/.cache/sparsebilevel/gpu.json``, or where ``SPARSEBILEVEL_MEASUREMENTS`` says), and hold
+    for any layer of these shapes. Measured are linear layers and 1x1 convolutions, and where the pattern drops tiles
+    or channels the other convolutions of one group; convolutions if weights and maps are channels_last.
 
     Args:
         model: with sparse layers, on the GPU.
