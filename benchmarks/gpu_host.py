@@ -31,6 +31,7 @@ from sparsebilevel.kernels import block_sparse, cuda, dense, dispatch, gpu, mask
 
 SIZE, BLOCK = 256, 64
 TOKENS = 8
+LAYERS = 16  # of a network
 
 
 class _Nowhere:
@@ -109,6 +110,9 @@ class Function(nn.Module):
         return masked_linear(x, self.layer.weight, self.layer.mask)
 
 
+Case = tuple[nn.Module, Callable[..., None]]
+
+
 def make(size: int, pattern: str, learns: str) -> Any:
     layer = sb.SparseMaskedLinear(size, size, bias=False, sparsity=0.75, pattern=pattern)
     if pattern != "unstructured":  # one tile of each row and column: none of them is dropped as a whole
@@ -143,16 +147,11 @@ def large(module: nn.Module, x: Tensor, grad: Tensor) -> None:
     dense._SMALL_ON_GPU, dispatch._HOST_S = before
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=41)
-    parser.add_argument("--quick", action="store_true", help="only try that everything runs")
-    arguments = parser.parse_args()
-    pretend()
-    # The dense product of a large tensor would be measured too.
-    plain = {learns: make(16, "unstructured", learns) for learns in ("none", "scores", "all")}
+def single_layers() -> dict[str, Case]:
+    # Of small tensors: the dense product of large ones would be measured too.
+    plain = {learns: make(16, "unstructured", learns) for learns in ("none", "scores", "all", "search")}
     blocks = {learns: make(SIZE, f"block:{BLOCK}x{BLOCK}", learns) for learns in ("none", "search")}
-    cases: dict[str, tuple[nn.Module, Callable[..., None]]] = {
+    return {
         "dense": (nn.Linear(16, 16, bias=False), step),
         "by hand": (ByHand(plain["none"], False), step),
         "by hand, scores": (ByHand(plain["none"], True), step),
@@ -160,10 +159,33 @@ def main() -> None:
         "larger layer": (plain["none"], large),
         "layer, scores": (plain["scores"], step),
         "layer, G collected everywhere": (plain["all"], step),
+        "layer, search space": (plain["search"], step),
         "masked_linear as a function": (Function(plain["none"]), step),
         "blocks of 64": (blocks["none"], large),
         "blocks of 64, search space": (blocks["search"], large),
     }
+
+
+def networks() -> dict[str, Case]:
+    def network(layer: Callable[[], nn.Module]) -> nn.Module:
+        return nn.Sequential(*(layer() for _ in range(LAYERS)))
+
+    return {
+        f"{name}, one of {LAYERS}": (network(layer), run)
+        for name, layer, run in (
+            ("dense", lambda: nn.Linear(16, 16, bias=False), step),
+            ("by hand", lambda: ByHand(make(16, "unstructured", "none"), False), step),
+            ("by hand, scores", lambda: ByHand(make(16, "unstructured", "none"), True), step),
+            ("layer of at most 2^20 weights", lambda: make(16, "unstructured", "none"), step),
+            ("larger layer", lambda: make(16, "unstructured", "none"), large),
+            ("layer, scores", lambda: make(16, "unstructured", "scores"), step),
+            ("layer, search space", lambda: make(16, "unstructured", "search"), step),
+        )
+    }
+
+
+def measure(cases: dict[str, Case], rounds: int) -> dict[str, dict[str, Any]]:
+    """Times of a step, of a network those of one layer."""
     variants = {}
     for name, (module, run) in cases.items():
         size = SIZE if "blocks" in name else 16
@@ -172,7 +194,22 @@ def main() -> None:
         if "blocks" in name:
             kernels = {choice.name for choice in module.backends.values()}  # type: ignore[union-attr,operator]
             assert kernels == {"block"}, f"{name} takes {kernels}; expected block"
-    times = interleave(variants, rounds=2 if arguments.quick else arguments.rounds, min_sample_s=0.02)
+    times = interleave(variants, rounds=rounds, min_sample_s=0.02)
+    for name, (module, _) in cases.items():
+        if isinstance(module, nn.Sequential):
+            times[name] |= {key: times[name][key] / LAYERS for key in ("ms", "min_ms")}
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=41)
+    parser.add_argument("--quick", action="store_true", help="only try that everything runs")
+    arguments = parser.parse_args()
+    pretend()
+    times = {}
+    for cases in single_layers, networks:  # one after the other: a step looks at all copies that are kept
+        times |= measure(cases(), 2 if arguments.quick else arguments.rounds)
     rows = [[name, f"{time['ms'] * 1e3:.0f}", f"{time['min_ms'] * 1e3:.0f}"] for name, time in times.items()]
     print(markdown_table(["step of", "median us", "least us"], rows))
     if not arguments.quick:

@@ -305,10 +305,13 @@ def _graph(run: Callable[[], Any]) -> Callable[[], Any]:
 
 SEARCHED = 0.05  # of the groups that a mask does not keep, those whose scores learn
 SEARCHING = f"ours, scores in a search space of {SEARCHED:.0%}"
+TOGETHER = "ours, one gradient of weights and scores"  # optim.share_gradient
 
 
 def _steps(t: int, device: torch.device, master: torch.dtype, pattern: str) -> dict[str, Callable[[], Any]]:
     """One step of a linear layer with learned scores: output, and gradients of input, weight and scores.
+
+    In :data:`TOGETHER` the last two are one, of which ``sb.optim`` makes both.
 
     Args:
         t: rows.
@@ -318,10 +321,10 @@ def _steps(t: int, device: torch.device, master: torch.dtype, pattern: str) -> d
     """
     x = torch.randn(t, WIDTH, device=device, dtype=torch.bfloat16, requires_grad=True)
     w = torch.nn.Parameter(torch.randn(WIDTH, WIDTH, device=device, dtype=master))
-    learned, searching, frozen = (
-        SparseMaskedLinear(WIDTH, WIDTH, False, device, master, sparsity=0.9, pattern=pattern) for _ in range(3)
+    learned, together, searching, frozen = (
+        SparseMaskedLinear(WIDTH, WIDTH, False, device, master, sparsity=0.9, pattern=pattern) for _ in range(4)
     )
-    for made in (learned, searching, frozen):
+    for made in (learned, together, searching, frozen):
         made.weight = w
         made.set_mask(learned.mask.clone())
     m, s = learned.mask, torch.nn.Parameter(torch.zeros_like(w))
@@ -329,7 +332,7 @@ def _steps(t: int, device: torch.device, master: torch.dtype, pattern: str) -> d
     groups = torch.rand_like(frozen.pattern.group_scores(w.detach())) < SEARCHED
     searched = m | frozen.pattern.expand(groups, w.shape)
     searching.collect("search", searched.reshape(-1).nonzero().squeeze(1))
-    for made in (learned, searching, frozen):
+    for made in (learned, together, searching, frozen):
         if pattern != "unstructured" and (held := look(made.mask)) is not None:
             held.layout(64).settle()  # as in a training where the mask stays for some hundred steps
     dy = torch.randn(t, WIDTH, device=device, dtype=torch.bfloat16)
@@ -345,6 +348,10 @@ def _steps(t: int, device: torch.device, master: torch.dtype, pattern: str) -> d
         "ours": lambda: learned(x),
         "ours, frozen mask": lambda: frozen(x),
     }
+    if master == torch.float32:  # as scores are
+        together.set_mask_scores(torch.nn.Parameter(torch.zeros_like(w)))
+        optim.share_gradient(together)
+        forwards[TOGETHER] = lambda: together(x)
     if pattern == "unstructured":
         forwards |= {
             "torch.compile": lambda: compiled(x, w, s),
@@ -412,7 +419,7 @@ def _time_steps(
     steps, label = _steps(t, device, master, pattern), str(master).removeprefix("torch.")
     left = {}  # of the products, where the mask drops tiles
     if pattern != "unstructured":
-        left = {"ours": 0.4, "ours, frozen mask": 0.1, SEARCHING: (0.1 + 0.1 + 0.1 + 0.9 * SEARCHED) / 3}
+        left = {"ours": 0.4, TOGETHER: 0.4, "ours, frozen mask": 0.1, SEARCHING: (0.1 + 0.1 + 0.1 + 0.9 * SEARCHED) / 3}
     what = f"{'' if pattern == 'unstructured' else f'{pattern}, '}{label} weights, {t} tokens"
     rows = {name: {"what": f"step {name}, {what}", "floor": floor * left.get(name, 1.0)} for name in steps}
     return _in_turn(steps, rows, device, rounds, in_queue=pattern != "unstructured")
@@ -491,6 +498,12 @@ def time(device: torch.device, *, quick: bool = False, budget: float = 240.0) ->
                 row[f"{kind}_error"] = f"{type(error).__name__}: {str(error)[:200]}"
                 print(f"{what}, {kind}: {row[f'{kind}_error']}", flush=True)
 
+    for t in TOKENS[-1:] if quick else TOKENS:  # would a gradient that the library writes in float32 save the pass?
+        x, dy = (torch.randn(t, WIDTH, device=device, dtype=torch.bfloat16) for _ in range(2))
+        what, floor = f"dense weight gradient, {t} tokens", 2 * t * WIDTH * WIDTH / flops
+        note(what, lambda x=x, dy=dy: torch.mm(dy.t(), x), floor)
+        note(f"{what}, then float32", lambda x=x, dy=dy: torch.mm(dy.t(), x).float(), floor)
+        note(f"{what}, in float32", lambda x=x, dy=dy: torch.mm(dy.t(), x, out_dtype=torch.float32), floor)
     for master, t in itertools.product((torch.float32, torch.bfloat16), TOKENS[-1:] if quick else TOKENS):
         if clock.monotonic() - begin < budget:
             rows += _time_steps(t, device, master, "unstructured", 3 * 2 * t * WIDTH * WIDTH / flops)

@@ -117,6 +117,12 @@ def masked(model: nn.Module, scores: bool = False, **options: Any) -> nn.Module:
 learned = functools.partial(masked, scores=True)
 
 
+def sharing(model: nn.Module, **options: Any) -> nn.Module:
+    """With scores that have one gradient with their weights, for ``sb.optim``."""
+    sb.optim.share_gradient(learned(model, **options))
+    return model
+
+
 def searching(model: nn.Module, share: float, **options: Any) -> nn.Module:
     """With masks whose scores learn as BiDST's do: where the mask is open, and in a random ``share`` of the groups."""
     masked(model, **options)
@@ -434,7 +440,11 @@ def mlp(bench: Bench) -> None:
     variants = {
         "dense": Variant(),
         "unstructured, scores": Variant(learned),
+        "unstructured, scores, one gradient": Variant(sharing, sb.optim.SGD),
         "blocks, scores": Variant(functools.partial(learned, **blocks), shares=(left, left, 1.0)),
+        "blocks, scores, one gradient": Variant(
+            functools.partial(sharing, **blocks), sb.optim.SGD, shares=(left, left, 1.0)
+        ),
         "blocks, scores in a search space of 5 %": Variant(
             functools.partial(searching, share=0.05, **blocks), shares=(left, left, left + 0.05 * SPARSITY)
         ),

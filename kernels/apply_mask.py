@@ -58,10 +58,16 @@ def apply_mask(
                 bools = mask if mask.dtype == torch.bool else reference.unpacked(mask, weight.shape)
                 out.copy_(reference.effective_weight(weight, bools))
         for group in groups.values():
-            from . import triton_elementwise
-
-            triton_elementwise.apply_mask(*zip(*group, strict=True))
+            elementwise().apply_mask(*zip(*group, strict=True))
     return outs
+
+
+@functools.cache
+def elementwise() -> Any:
+    """The kernels, which import Triton; an import statement would look for them at every call."""
+    from . import triton_elementwise
+
+    return triton_elementwise
 
 
 def check_mask(name: str, mask: Tensor, weight: Tensor) -> None:
@@ -76,9 +82,7 @@ def check_mask(name: str, mask: Tensor, weight: Tensor) -> None:
 
 def lies_alike(weight: Tensor, mask: Tensor, *others: Tensor) -> bool:
     """Whether the elementwise kernels take them: known types, and each element at the same place in memory."""
-    from . import triton_elementwise
-
-    if not triton_elementwise.takes(weight, mask, *others):
+    if not elementwise().takes(weight, mask, *others):
         return False
     strides = weight.stride()
     for tensor in others if mask.dtype == torch.int64 else (mask, *others):
@@ -105,8 +109,11 @@ class _Copy:
     """A masked copy, and what it was made from."""
 
     def __init__(self, weight: Tensor, mask: Tensor, dtype: torch.dtype) -> None:
-        self.weight, self.mask = weakref.ref(weight), weakref.ref(mask)
+        self.weight = weakref.ref(weight, functools.partial(_copies.pop, id(weight)))
+        self.mask = weakref.ref(mask)
+        self.layout = _layout(weight, mask)
         self.tensor = torch.empty_like(weight, dtype=dtype, requires_grad=False)
+        self.is_plain = lies_alike(weight, mask, self.tensor)
         self.seen: tuple | None = None
         self.written = False  # by the optimizer whose step is not yet over
         self.streams: list[int] = []  # the one that wrote it last, and those that have waited for it
@@ -114,13 +121,7 @@ class _Copy:
 
     def is_of(self, weight: Tensor, mask: Tensor) -> bool:
         """Whether these are the tensors, where they were and as they were laid out."""
-        return (
-            self.weight() is weight
-            and self.mask() is mask
-            and self.tensor.shape == weight.shape
-            and self.tensor.stride() == weight.stride()
-            and self.tensor.device == weight.device
-        )
+        return self.weight() is weight and self.mask() is mask and self.layout == _layout(weight, mask)
 
     def is_fresh(self, weight: Tensor, mask: Tensor) -> bool:
         return self.seen == _state(weight, mask)
@@ -144,14 +145,19 @@ class _Copy:
         return self.tensor
 
 
+def _layout(weight: Tensor, mask: Tensor) -> tuple:
+    """What ``model.double()``, ``.to(memory_format=...)`` and ``.data`` change of tensors that stay."""
+    return weight.device, weight.dtype, weight.shape, weight.stride(), mask.stride()
+
+
 def _state(weight: Tensor, mask: Tensor) -> tuple:
     """What changes when torch writes to them, or gives them other memory. What goes past it is not seen (``.data``)."""
     return weight._version, weight.data_ptr(), mask._version, mask.data_ptr()
 
 
-_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of weight: {dtype: _Copy}
+_copies: dict[int, dict[torch.dtype, _Copy]] = {}  # by the id of a weight, for as long as it lives
 _in_graphs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weights that a captured optimizer writes: True
-_NO_COPIES: dict[torch.dtype, Any] = {}
+_NO_COPIES: dict[torch.dtype, _Copy] = {}
 _lock = threading.RLock()
 
 
@@ -165,13 +171,13 @@ def compute_copy(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     ``SPARSEBILEVEL_COMPUTE_COPY=0`` makes it anew each time, for who changes weights through ``.data`` and not in a
     step of an optimizer.
     """
-    copy = _copies.get(weight, _NO_COPIES).get(dtype)
+    copy = _copies.get(id(weight), _NO_COPIES).get(dtype)
     if copy is not None and copy.is_of(weight, mask) and not gpu.is_capturing(weight.device):
         if copy.is_fresh(weight, mask):
             return copy.use()
         if _keeps():  # what else is to be known of the two was seen when the copy was first made
             with _lock:
-                if _copies.get(weight, _NO_COPIES).get(dtype) is copy:  # no step was captured meanwhile
+                if _copies.get(id(weight), _NO_COPIES).get(dtype) is copy:  # no step was captured meanwhile
                     if not copy.is_fresh(weight, mask):
                         _refresh(copy)
                     return copy.use()
@@ -187,7 +193,7 @@ def compute_copy(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
             made[dtype] = once
         return once
     with _lock:
-        copies = _copies.setdefault(weight, {})
+        copies = _copies.setdefault(id(weight), {})
         copy = copies.get(dtype)
         if copy is None or not copy.is_of(weight, mask):
             _watch_optimizers()
@@ -210,9 +216,9 @@ def _watch_optimizers() -> None:
             for group in optimizer.param_groups:
                 for weight in group["params"]:
                     if gpu.is_capturing(weight.device):
-                        _copies.pop(weight, None)
+                        _copies.pop(id(weight), None)
                         _in_graphs[weight] = True
-                    for copy in _copies.get(weight, {}).values():
+                    for copy in _copies.get(id(weight), _NO_COPIES).values():
                         if not copy.written:
                             copy.seen = None
                         copy.written = False
@@ -241,27 +247,23 @@ def _refresh(asked: _Copy) -> None:
 
     What another stream wrote is left to it, since it may be writing the weight just now.
     """
-    from . import triton_elementwise
-
-    device = asked.tensor.device
+    device = asked.layout[0]
     stream = gpu.stream_id(device)
     stale: dict[tuple, list[tuple[Tensor, Tensor, _Copy]]] = {}  # by what one launch takes
     for copies in list(_copies.values()):
-        for copy in copies.values():
-            is_ours = copy.streams[:1] == [stream] and copy.tensor.device == device
+        for dtype, copy in copies.items():
+            is_ours = copy.streams and copy.streams[0] == stream and copy.layout[0] == device
             if not (is_ours or copy is asked):
                 continue
             weight, mask = copy.weight(), copy.mask()
-            if weight is None or mask is None or not copy.is_of(weight, mask) or copy.is_fresh(weight, mask):
+            if weight is None or mask is None or copy.is_fresh(weight, mask) or not copy.is_of(weight, mask):
                 continue
-            # Types and order may have changed since: model.double() keeps the tensors and changes what they hold.
-            kind = lies_alike(weight, mask, copy.tensor), weight.dtype, copy.tensor.dtype
-            stale.setdefault(kind, []).append((weight, mask, copy))
+            stale.setdefault((copy.is_plain, weight.dtype, dtype), []).append((weight, mask, copy))
     for (is_plain, *_), group in stale.items():
         weights, masks, copies_ = zip(*group, strict=True)
         outs = [copy.tensor for copy in copies_]
         if is_plain:
-            triton_elementwise.apply_mask(weights, masks, outs)
+            elementwise().apply_mask(weights, masks, outs)
         else:
             with torch.no_grad():
                 alike = [torch.empty_like(w, dtype=torch.bool).copy_(m) for w, m in zip(weights, masks, strict=True)]
@@ -273,14 +275,14 @@ def _refresh(asked: _Copy) -> None:
 def kept_copy(weight: Tensor, mask: Tensor) -> Tensor | None:
     """A copy that is kept of a weight, for an optimizer that writes it in the same pass, and then says so."""
     with _lock:
-        copies = _copies.get(weight, {}).values()
+        copies = _copies.get(id(weight), _NO_COPIES).values()
         return next((copy.tensor for copy in copies if copy.is_of(weight, mask)), None)
 
 
 def note_written(weight: Tensor, mask: Tensor, tensor: Tensor) -> None:
     """Say, in a step of an optimizer, that ``tensor``, a kept copy, holds ``mask * weight`` as it is now."""
     with _lock:
-        for copy in _copies.get(weight, {}).values():
+        for copy in _copies.get(id(weight), _NO_COPIES).values():
             if copy.tensor is tensor:
                 copy.wrote(weight, mask)
                 copy.written = True

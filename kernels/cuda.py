@@ -72,8 +72,7 @@ def available(device: torch.device) -> bool:
 
 def launch(name: str, device: torch.device, *arguments: Any) -> None:
     with gpu.on_device(device):
-        stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else None
-        error = getattr(load()[0], f"sparsebilevel_{name}")(*arguments, stream)
+        error = getattr(load()[0], f"sparsebilevel_{name}")(*arguments, gpu.stream_id(device))
     if error:
         raise RuntimeError(f"CUDA kernel {name}: {load()[0].sparsebilevel_error_text(error).decode()}")
 

@@ -6,6 +6,7 @@ a compiler: there the reference is called.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,11 +77,10 @@ def distribute(
     """:func:`.gradient.distribute_gradient`; on a GPU what is dense in one pass."""
     if not gpu.available(grad.device):
         return distribute_gradient(grad, weight, mask, positions, needs, effective_weight)
-    sink = needs.sink and positions is None
-    grads = list(split_one(grad, weight, mask, (needs.weight, needs.scores, sink)))
-    if needs.sink and positions is not None:
-        grads[2] = gather_support(grad, positions)
-    return grads[0], grads[1], grads[2]
+    if not needs.sink or positions is None:
+        return split_one(grad, weight, mask, (needs.weight, needs.scores, needs.sink))
+    grad_weight, grad_scores, _ = split_one(grad, weight, mask, (needs.weight, needs.scores, False))
+    return grad_weight, grad_scores, gather_support(grad, positions)
 
 
 def layer_weight(
@@ -105,53 +105,70 @@ def layer_weight(
     Returns:
         Of the weight's shape, in the dtype that autocast has for it, or its own.
     """
-    is_traced = torch.compiler.is_compiling()
-    if weight.device.type not in gpu.DEVICES or not (is_traced or runs_directly(input, weight, mask)):
+    device = weight.device
+    kind = device.type
+    if kind not in gpu.DEVICES:
         return None
-    if not library_is_best(weight.device):
+    is_traced = torch.compiler.is_compiling()
+    if not (is_traced or runs_directly(input, weight, mask)) or not library_is_best(device):
         return None
     check_masked_operands(weight, mask, mask_scores, grad_sink, positions)
     is_plain = mask_scores is None and grad_sink is None
-    if is_plain and not is_traced and weight.numel() <= _SMALL_ON_GPU and not gpu.is_capturing(weight.device):
+    if is_plain and not is_traced and weight.numel() <= _SMALL_ON_GPU and not gpu.is_capturing(device):
         return reference.effective_weight(weight, mask)
     dtype = weight.dtype
-    if dtype != torch.float64 and torch.is_autocast_enabled(weight.device.type):
-        dtype = torch.get_autocast_dtype(weight.device.type)
+    if dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
     shares = grad_sink is weight
     sink = None if shares else grad_sink
-    return _LayerWeight.apply(weight, mask, mask_scores, sink, positions, dtype, shares, is_traced)
+    if is_traced:
+        return _TracedWeight.apply(weight, mask_scores, sink, mask, positions, dtype, shares)
+    return _LayerWeight.apply(weight, mask_scores, sink, (mask, positions, dtype, shares))
 
 
 class _LayerWeight(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        weight: Tensor,
-        mask: Tensor,
-        mask_scores: Tensor | None,
-        grad_sink: Tensor | None,
-        positions: Tensor | None,
-        dtype: torch.dtype,
-        shares: bool,
-        is_traced: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, _scores: Tensor | None, _sink: Tensor | None, rest: tuple) -> Tensor:
+        mask, positions, dtype, ctx.shares = rest  # as one: each argument takes time on its way
         ctx.save_for_backward(weight, mask, positions)
-        ctx.shares, ctx.is_traced = shares, is_traced
-        if is_traced:
-            return reference.effective_weight(weight, mask, dtype)
         return effective_weight(weight, mask, dtype).detach()  # the copy itself has no history, this one will
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, mask, positions = ctx.saved_tensors
-        need_weight, _, need_scores, need_sink, *_ = ctx.needs_input_grad
-        needs = Needs(False, need_weight and not ctx.shares, need_scores, need_sink or ctx.shares, False)
-        by_torch = ctx.is_traced or torch.is_grad_enabled()  # for somebody who will differentiate the gradients
-        split = distribute_gradient if by_torch else distribute
-        grad_weight, grad_scores, grad_sink = split(grad, weight, mask, positions, needs)
-        if ctx.shares:
-            grad_weight, grad_sink = grad_sink, None
-        return grad_weight, None, grad_scores, grad_sink, None, None, None, None
+        # Where gradients are tracked somebody will differentiate them.
+        return *_split(ctx, grad, distribute_gradient if torch.is_grad_enabled() else distribute), None
+
+
+class _TracedWeight(Function):
+    """The same of operations that a compiler sees through."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        _scores: Tensor | None,
+        _sink: Tensor | None,
+        mask: Tensor,
+        positions: Tensor | None,
+        dtype: torch.dtype,
+        shares: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(weight, mask, positions)
+        ctx.shares = shares
+        return reference.effective_weight(weight, mask, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_split(ctx, grad, distribute_gradient), None, None, None, None
+
+
+def _split(ctx: Any, grad: Tensor, by: Callable[..., Any]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    weight, mask, positions = ctx.saved_tensors
+    need_weight, need_scores, need_sink = ctx.needs_input_grad[:3]
+    if ctx.shares:
+        _, grad_scores, grad_sink = by(grad, weight, mask, positions, Needs(False, False, need_scores, True, False))
+        return grad_sink, grad_scores, None
+    return by(grad, weight, mask, positions, Needs(False, need_weight, need_scores, need_sink, False))
 
 
 def _empty_like(tensor: Tensor) -> Tensor:

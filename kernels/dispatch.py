@@ -190,8 +190,9 @@ def library_is_best(device: torch.device) -> bool:
     """
     if gpu.setting("SPARSEBILEVEL_BACKEND", "auto") not in ("auto", "dense"):
         return False
-    file = gpu.setting("SPARSEBILEVEL_MEASUREMENTS"), measurements.generation()
-    return not (gpu.is_capturing(device) and _is_fused_faster(file, device))
+    if not gpu.is_capturing(device):
+        return True
+    return not _is_fused_faster((gpu.setting("SPARSEBILEVEL_MEASUREMENTS"), measurements.generation()), device)
 
 
 def waits_for_host(rows: int, weight_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""Whether the Triton kernels run on a device, and in what context they are launched.
+"""Whether the Triton kernels run on a device, and how they are launched.
 
 ``SPARSEBILEVEL_TRITON=0`` keeps Triton unused: everything then runs on cuBLAS, cuDNN and torch's own kernels.
 """
@@ -111,6 +111,58 @@ def on_device(device: torch.device) -> Any:
 
 
 _HERE = contextlib.nullcontext()
+
+
+def launch(device: torch.device, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """``kernel[grid](*arguments, **constants)`` on ``device`` and its current stream, in less time on the host.
+
+    Triton takes longer to find a compiled kernel than to launch it, so those found before are kept, under all that it
+    compiles by: types, whether addresses and numbers are multiples of 16, the number 1, numbers beyond 32 bits.
+
+    Args:
+        kernel: what ``triton.jit`` made.
+        arguments: those that a compiled kernel takes: tensors, numbers, None, descriptors.
+        constants: those that it is compiled with, and options such as ``num_warps``.
+    """
+    kinds: list[Any] = [id(kernel), device.index, *constants, *constants.values()]
+    for argument in arguments:  # in this place, since each launch comes by
+        kind = type(argument)
+        if kind in _TENSORS or isinstance(argument, torch.Tensor):
+            kinds.append(argument.dtype)
+            kinds.append(argument.data_ptr() & 15)
+        elif kind is int:
+            kinds.append(argument & 15 if argument != 1 else -1)
+            kinds.append(-(1 << 31) <= argument < 1 << 31)
+        elif argument is None or kind is float:
+            kinds.append(kind)
+        else:  # a descriptor
+            kinds.append((argument.base.dtype, *argument.block_shape))
+    key = tuple(kinds)
+    found = _launched.get(key)
+    with on_device(device):
+        if found is not None:
+            compiled, values = found
+            blocks = *grid, 1, 1
+            compiled[blocks](*arguments, *values, stream=stream_id(device))
+            return
+        compiled = kernel[grid](*arguments, **constants)
+    if compiled is not None and _is_known_triton():
+        names = [param.name for param in kernel.params if param.is_constexpr]
+        if len(arguments) + len(names) != len(kernel.params) or not constants.keys() >= set(names):
+            raise TypeError(f"{kernel.__name__}: constants {', '.join(names)} must be keywords, arguments must not")
+        _launched[key] = compiled, tuple(constants[name] for name in names)
+
+
+_launched: dict[tuple, tuple[Any, tuple]] = {}  # compiled kernels and their constants
+_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})  # which isinstance takes longer for
+
+
+@functools.cache
+def _is_known_triton() -> bool:
+    """Whether a compiled kernel is launched with constants among its arguments, as by ``jit`` itself."""
+    import triton
+
+    return (3, 4) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 10)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import gpu, reference
-from .apply_mask import check_mask, lies_alike
+from .apply_mask import check_mask, elementwise, lies_alike
 
 
 def split_gradient(
@@ -59,8 +59,6 @@ def split_gradient(
                 for out, value in zip(outs, reference.split_gradient(grad, weight, bools, needs), strict=True):
                     out[i] = value
         for at in groups.values():
-            from . import triton_elementwise
-
             inputs = [[column[i] for i in at] for column in (grads, weights, masks)]
             made: list[list[Tensor] | None] = []
             dtypes = weights[at[0]].dtype, torch.float32, torch.float32
@@ -68,7 +66,7 @@ def split_gradient(
                 made.append([torch.empty_like(g, dtype=dtype) for g in inputs[0]] if need else None)
                 for i, tensor in zip(at, made[-1] or (), strict=False):
                     column[i] = tensor
-            triton_elementwise.split_gradient(*inputs, *made)
+            elementwise().split_gradient(*inputs, *made)
     grad_weights, grad_scores, sinks = (out if need else None for out, need in zip(outs, needs, strict=True))
     return grad_weights, grad_scores, sinks  # type: ignore[return-value]
 
@@ -76,28 +74,26 @@ def split_gradient(
 def split_one(
     grad: Tensor, weight: Tensor, mask: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """:func:`split_gradient` of a single tensor with a bool mask, of which the callers know that all fit."""
-    if not any(needs):
+    """:func:`split_gradient` of a single tensor with a bool mask, of which callers know that all fit."""
+    need_weight, need_scores, need_sink = needs
+    if not (need_weight or need_scores or need_sink):
         return None, None, None
-    if not (gpu.available(grad.device) and lies_alike(weight, mask, grad)):
+    if not lies_alike(weight, mask, grad):
         with torch.no_grad():
             return reference.split_gradient(grad, weight, mask, needs)
-    from . import triton_elementwise
-
-    need_weight, need_scores, need_sink = needs
     grad_weight = torch.empty_like(grad, dtype=weight.dtype) if need_weight else None
     grad_scores = torch.empty_like(grad, dtype=torch.float32) if need_scores else None
     sink = torch.empty_like(grad, dtype=torch.float32) if need_sink else None
-    triton_elementwise.split_one(grad, weight, mask, grad_weight, grad_scores, sink)
+    elementwise().split_one(grad, weight, mask, grad_weight, grad_scores, sink)
     return grad_weight, grad_scores, sink
 
 
 def gather_support(grad: Tensor, positions: Tensor) -> Tensor:
-    """``G`` at flat ``positions``, in the type of a sink: :func:`.reference.gather_support`, on a GPU in one launch."""
-    if gpu.available(grad.device):
-        from . import triton_elementwise
+    """``G`` at flat ``positions``, in the type of a sink: :func:`.reference.gather_support` in one launch.
 
-        if triton_elementwise.takes_support(grad, positions):
-            return triton_elementwise.gather_support(grad, positions)
+    Where the kernels run, as the callers know.
+    """
+    if elementwise().takes_support(grad, positions):
+        return elementwise().gather_support(grad, positions)
     with torch.no_grad():
         return reference.gather_support(grad, positions).to(torch.promote_types(grad.dtype, torch.float32))

@@ -8,7 +8,7 @@ the other operand are pixels, gathered where the tap looks. Imported where it is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import gpu
-from .gpu import on_device
 from .triton_conv2d import Geometry, empty_maps
 from .triton_matmul import add_in_turn, block_c, load_tile, operand, operands, precision, start, upcast
 
@@ -254,16 +253,21 @@ def tile_rows(dtype: torch.dtype, conv: bool, block: int) -> int:
     return 2 * BLOCK_T if block == 32 and dtype != torch.float32 else BLOCK_T
 
 
-_NO_MAPS: dict[str, Any] = dict.fromkeys(("images", "H", "W", "SH", "SW", "pad_y", "pad_x", "dil_y", "dil_x"))
-_MATRIX = {"CONV": False, "R": 1, "S": 1, "STRIDE_Y": 1, "STRIDE_X": 1}
+class _Maps(NamedTuple):
+    """What the kernels are told of a convolution."""
+
+    sizes: tuple[int | None, ...]  # images, and what follows them among the arguments
+    window: dict[str, int]
 
 
-def _maps(of: Tensor, source: Tensor, taps: Sequence[int], geometry: Geometry) -> dict[str, Any]:
-    """Arguments of the kernels for a convolution that writes, or reads, ``of`` where it looks at ``source``."""
+_MATRIX = _Maps((None,) * 9, {"CONV": False, "R": 1, "S": 1, "STRIDE_Y": 1, "STRIDE_X": 1})
+
+
+def _maps(of: Tensor, source: Tensor, taps: Sequence[int], geometry: Geometry) -> _Maps:
+    """A convolution that writes, or reads, ``of`` where it looks at ``source``."""
     (stride_y, stride_x), (pad_y, pad_x), (dil_y, dil_x), _ = geometry
     sizes = of.shape[0], *of.shape[2:], *source.shape[2:], pad_y, pad_x, dil_y, dil_x
-    window = {"CONV": True, "R": taps[0], "S": taps[1], "STRIDE_Y": stride_y, "STRIDE_X": stride_x}
-    return dict(zip(_NO_MAPS, sizes, strict=True)) | window
+    return _Maps(sizes, {"CONV": True, "R": taps[0], "S": taps[1], "STRIDE_Y": stride_y, "STRIDE_X": stride_x})
 
 
 def _pixels_of(maps: Tensor) -> Tensor:
@@ -296,9 +300,7 @@ def block_matmul(
     tile = (summed, block) if input_grad else (block, summed)
     (x_operand, w_operand), is_descriptor = operands((x, tile_rows(x.dtype, False, block), summed), (weight, *tile))
     sizes = x.shape[0], n, k
-    _launch(
-        x_operand, w_operand, _contiguous(bias), out, lists, sizes, block, input_grad, is_descriptor, _NO_MAPS | _MATRIX
-    )
+    _launch(x_operand, w_operand, _contiguous(bias), out, lists, sizes, block, input_grad, is_descriptor, _MATRIX)
     return out
 
 
@@ -353,24 +355,27 @@ def _launch(
     block: int,
     input_grad: bool,
     is_descriptor: bool,
-    maps: dict[str, Any],
+    maps: _Maps,
 ) -> None:
-    block_t = tile_rows(out.dtype, maps["CONV"], block)
-    with on_device(out.device):
-        _block_matmul[(triton.cdiv(sizes[0], block_t) * len(lists.order),)](
-            *(x, weight, bias, out, lists.order, lists.starts, lists.tiles, *sizes),
-            **maps,
-            INPUT_GRAD=input_grad,
-            HAS_BIAS=bias is not None,
-            DESCRIPTOR=is_descriptor,
-            BLOCK=block,
-            BLOCK_T=block_t,
-            BLOCK_C=min(block, block_c(out.dtype)),
-            GROUP=_GROUP_ROWS // block_t,
-            PRECISION=precision(out.dtype),
-            UPCAST=upcast(),
-            **options(block, maps["CONV"]),
-        )
+    is_conv = bool(maps.window["CONV"])
+    block_t = tile_rows(out.dtype, is_conv, block)
+    gpu.launch(
+        out.device,
+        _block_matmul,
+        (-(-sizes[0] // block_t) * len(lists.order),),
+        *(x, weight, bias, out, lists.order, lists.starts, lists.tiles, *sizes, *maps.sizes),
+        **maps.window,
+        INPUT_GRAD=input_grad,
+        HAS_BIAS=bias is not None,
+        DESCRIPTOR=is_descriptor,
+        BLOCK=block,
+        BLOCK_T=block_t,
+        BLOCK_C=min(block, block_c(out.dtype)),
+        GROUP=_GROUP_ROWS // block_t,
+        PRECISION=precision(out.dtype),
+        UPCAST=upcast(),
+        **options(block, is_conv),
+    )
 
 
 def block_weight_grad(
@@ -408,9 +413,8 @@ def block_weight_grad(
         dy_operand, is_descriptor = operand(_pixels_of(dy), summed, block)
         x_operand: Any = x
     else:
-        maps = _NO_MAPS | _MATRIX
+        maps = _MATRIX
         (dy_operand, x_operand), is_descriptor = operands((dy, summed, block), (x, summed, block))
-    maps = {name: value for name, value in maps.items() if name != "images"}
     t = dy.numel() // n
     workspace = turns = None
     programs = min(len(lists.tiles), 2 * gpu.processors(x.device))
@@ -418,18 +422,21 @@ def block_weight_grad(
         programs = len(lists.tiles) * splits
         workspace = torch.empty(len(lists.tiles) * block * block, dtype=torch.float32, device=x.device)
         turns = torch.zeros(len(lists.tiles), dtype=torch.int32, device=x.device)
-    with on_device(x.device):
-        _block_weight_grad[(programs,)](
-            *(dy_operand, x_operand, None if mask is None else mask.view(torch.int8), grad, workspace, turns),
-            *(lists.starts, lists.tiles, lists.rows, t, n, k, triton.cdiv(triton.cdiv(t, splits), summed) * summed),
-            **maps,
-            SPLITS=splits,
-            HAS_MASK=mask is not None,
-            DESCRIPTOR=is_descriptor,
-            BLOCK=block,
-            BLOCK_T=summed,
-            PRECISION=precision(x.dtype),
-            UPCAST=upcast(),
-            **grad_options(block, is_descriptor and geometry is None),
-        )
+    gpu.launch(
+        x.device,
+        _block_weight_grad,
+        (programs,),
+        *(dy_operand, x_operand, None if mask is None else mask.view(torch.int8), grad, workspace, turns),
+        *(lists.starts, lists.tiles, lists.rows, t, n, k, -(-t // (splits * summed)) * summed),
+        *maps.sizes[1:],
+        **maps.window,
+        SPLITS=splits,
+        HAS_MASK=mask is not None,
+        DESCRIPTOR=is_descriptor,
+        BLOCK=block,
+        BLOCK_T=summed,
+        PRECISION=precision(x.dtype),
+        UPCAST=upcast(),
+        **grad_options(block, is_descriptor and geometry is None),
+    )
     return grad

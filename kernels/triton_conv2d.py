@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gpu import capability, on_device
+from .gpu import capability, launch
 from .triton_matmul import block_c, precision, upcast
 
 # Pixels, and channels of the result; the registers of the addresses leave no room for more.
@@ -218,29 +218,23 @@ def _run(
     pixels, channels = out.numel() // out.shape[1], out.shape[1] // groups
     block_t = tile_pixels(capability(out.device))
     grid = triton.cdiv(pixels, block_t) * triton.cdiv(channels, BLOCK_M), groups
-    with on_device(out.device):
-        _masked_conv2d[grid](
-            *(
-                source,
-                weight,
-                mask.view(torch.int8),
-                None if bias is None else bias.contiguous(),
-                out,
-                pixels,
-                *out.shape[2:],
-                *source.shape[2:],
-            ),
-            *_sizes(weight, geometry),
-            INPUT_GRAD=grad,
-            HAS_BIAS=bias is not None,
-            BLOCK_T=block_t,
-            BLOCK_M=BLOCK_M,
-            BLOCK_C=block_c(source.dtype),
-            PRECISION=precision(source.dtype),
-            UPCAST=upcast(),
-            num_warps=8,
-            num_stages=3,
-        )
+    bias = None if bias is None else bias.contiguous()
+    launch(
+        out.device,
+        _masked_conv2d,
+        grid,
+        *(source, weight, mask.view(torch.int8), bias, out, pixels, *out.shape[2:], *source.shape[2:]),
+        *_sizes(weight, geometry),
+        INPUT_GRAD=grad,
+        HAS_BIAS=bias is not None,
+        BLOCK_T=block_t,
+        BLOCK_M=BLOCK_M,
+        BLOCK_C=block_c(source.dtype),
+        PRECISION=precision(source.dtype),
+        UPCAST=upcast(),
+        num_warps=8,
+        num_stages=3,
+    )
     return out
 
 
@@ -281,19 +275,21 @@ def weight_grad(
         n, c, r, s, groups, *steps = _sizes(weight, geometry)
         pixels = dy.numel() // dy.shape[1]
         grid = triton.cdiv(n, BLOCK_M) * triton.cdiv(c, BLOCK_M), groups, r * s
-        with on_device(x.device):
-            _conv2d_weight_grad[grid](
-                *(dy, x, weight, mask.view(torch.int8), *outs, pixels, *dy.shape[2:], *x.shape[2:]),
-                *(n, c, r, s, groups, *steps),
-                HAS_WEIGHT=need_weight,
-                HAS_SCORES=need_scores,
-                HAS_SINK=need_sink,
-                BLOCK_T=block_c(x.dtype),
-                BLOCK_N=BLOCK_M,
-                BLOCK_K=BLOCK_M,
-                PRECISION=precision(x.dtype),
-                UPCAST=upcast(),
-                num_warps=4,
-                num_stages=3,
-            )
+        launch(
+            x.device,
+            _conv2d_weight_grad,
+            grid,
+            *(dy, x, weight, mask.view(torch.int8), *outs, pixels, *dy.shape[2:], *x.shape[2:]),
+            *(n, c, r, s, groups, *steps),
+            HAS_WEIGHT=need_weight,
+            HAS_SCORES=need_scores,
+            HAS_SINK=need_sink,
+            BLOCK_T=block_c(x.dtype),
+            BLOCK_N=BLOCK_M,
+            BLOCK_K=BLOCK_M,
+            PRECISION=precision(x.dtype),
+            UPCAST=upcast(),
+            num_warps=4,
+            num_stages=3,
+        )
     return outs[0], outs[1], outs[2]

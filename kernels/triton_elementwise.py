@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import gpu
-from .gpu import on_device
+from .gpu import launch
 
 ROWS = 64
 _WARPS = 8  # eight elements a thread: loads of 16 bytes, and registers to spare
@@ -571,15 +571,14 @@ def apply_mask(weights: Sequence[Tensor], masks: Sequence[Tensor], outs: Sequenc
     if _one_by_one(weights):
         for weight, mask, out in zip(weights, masks, outs, strict=True):
             if size := weight.numel():
-                with on_device(weight.device):
-                    _apply_mask_one[(-(-size // CHUNK),)](weight, _mask_argument(mask), out, size, **_FIXED)
+                operands = weight, _mask_argument(mask), out, size
+                launch(weight.device, _apply_mask_one, (-(-size // CHUNK),), *operands, **_FIXED)
         torch.autograd.graph.increment_version(list(outs))
         return
     table, chunks, align = _table([weights, masks, outs])
     types = {"WEIGHT": _type(weights), "MASK": _type(masks), "OUT": _type(outs)}
     if len(chunks):
-        with on_device(table.device):
-            _apply_mask[(len(chunks),)](table, chunks, ALIGN=align, **_FIXED, **types)
+        launch(table.device, _apply_mask, (len(chunks),), table, chunks, ALIGN=align, **_FIXED, **types)
     torch.autograd.graph.increment_version(list(outs))
 
 
@@ -601,8 +600,7 @@ def split_gradient(
     table, chunks, align = _table([grads, weights, masks, *outs])
     types = {"GRAD": _type(grads), "WEIGHT": _type(weights), "MASK": _type(masks), "GRAD_WEIGHT": _type(outs[0])}
     if len(chunks):
-        with on_device(table.device):
-            _split_gradient[(len(chunks),)](table, chunks, ALIGN=align, **_FIXED, **types, **wanted)
+        launch(table.device, _split_gradient, (len(chunks),), table, chunks, ALIGN=align, **_FIXED, **types, **wanted)
 
 
 def split_one(
@@ -616,18 +614,16 @@ def split_one(
     """:func:`split_gradient` of one tensor."""
     if size := grad.numel():
         operands = grad, weight, _mask_argument(mask), grad_weight, grad_scores, sink, size
-        with on_device(grad.device):
-            _split_gradient_one[(-(-size // CHUNK),)](*operands, **_wanted(grad_weight, grad_scores, sink), **_FIXED)
+        wanted = _wanted(grad_weight, grad_scores, sink)
+        launch(grad.device, _split_gradient_one, (-(-size // CHUNK),), *operands, **wanted, **_FIXED)
 
 
 def takes_support(grad: Tensor, positions: Tensor) -> bool:
     """Whether :func:`gather_support` knows the type and the order of a gradient."""
-    is_last = grad.dim() == 4 and grad.numel() < 1 << 31 and grad.is_contiguous(memory_format=torch.channels_last)
-    return (
-        (grad.is_contiguous() or is_last)
-        and takes(grad)
-        and positions.dtype == torch.int64
-        and positions.is_contiguous()
+    if not takes(grad) or positions.dtype != torch.int64 or not positions.is_contiguous():
+        return False
+    return grad.is_contiguous() or (
+        grad.dim() == 4 and grad.numel() < 1 << 31 and grad.is_contiguous(memory_format=torch.channels_last)
     )
 
 
@@ -637,8 +633,8 @@ def gather_support(grad: Tensor, positions: Tensor) -> Tensor:
     if size := positions.numel():
         channels_last = not grad.is_contiguous()
         channels, taps = (grad.shape[1], grad.shape[2] * grad.shape[3]) if channels_last else (1, 1)
-        with on_device(grad.device):
-            _gather_support[(-(-size // CHUNK),)](grad, positions, out, size, channels, taps, channels_last, **_FIXED)
+        operands = grad, positions, out, size, channels, taps
+        launch(grad.device, _gather_support, (-(-size // CHUNK),), *operands, CHANNELS_LAST=channels_last, **_FIXED)
     return out
 
 
@@ -691,22 +687,26 @@ def sgd_step(
     columns = [grads, weights, masks, copies or none, buffers or none, of_scores.scores, *(of_scores.state or [none])]
     table, chunks, align = _table(columns)
     if len(chunks):
-        with on_device(table.device):
-            _sgd_step[(len(chunks),)](
-                *(table, chunks, *_sgd_settings(settings), *_sgd_settings(of_scores.settings)),
-                *(_type(grads), _type(masks), _type(columns[3])),
-                NESTEROV=settings["nesterov"],
-                MOMENTUM=buffers is not None,
-                SIGN=_sign(settings),
-                HAS_SCORES=scores is not None,
-                SCORES_NESTEROV=of_scores.settings["nesterov"],
-                SCORES_MOMENTUM=bool(of_scores.state),
-                SCORES_SIGN=_sign(of_scores.settings),
-                FRESH=fresh,
-                HAS_COPY=copies is not None,
-                ALIGN=align,
-                **_FIXED,
-            )
+        launch(
+            table.device,
+            _sgd_step,
+            (len(chunks),),
+            *(table, chunks, *_sgd_settings(settings), *_sgd_settings(of_scores.settings)),
+            GRAD=_type(grads),
+            MASK=_type(masks),
+            COPY=_type(columns[3]),
+            NESTEROV=settings["nesterov"],
+            MOMENTUM=buffers is not None,
+            SIGN=_sign(settings),
+            HAS_SCORES=scores is not None,
+            SCORES_NESTEROV=of_scores.settings["nesterov"],
+            SCORES_MOMENTUM=bool(of_scores.state),
+            SCORES_SIGN=_sign(of_scores.settings),
+            FRESH=fresh,
+            HAS_COPY=copies is not None,
+            ALIGN=align,
+            **_FIXED,
+        )
     _tell_autograd(weights, *columns[3:])
 
 
@@ -747,18 +747,22 @@ def adamw_step(
     corrections = _adamw_corrections(settings, steps)
     corrections += corrections if scores is None else _adamw_corrections(scores.settings, scores.steps)
     if len(chunks):
-        with on_device(table.device):
-            _adamw_step[(len(chunks),)](
-                *(table, chunks, torch.stack(corrections, 1).float()),
-                *(*_adamw_settings(settings), *_adamw_settings(of_scores.settings)),
-                *(_type(grads), _type(masks), _type(columns[3])),
-                SIGN=_sign(settings),
-                HAS_SCORES=scores is not None,
-                SCORES_SIGN=_sign(of_scores.settings),
-                HAS_COPY=copies is not None,
-                ALIGN=align,
-                **_FIXED,
-            )
+        launch(
+            table.device,
+            _adamw_step,
+            (len(chunks),),
+            *(table, chunks, torch.stack(corrections, 1).float()),
+            *(*_adamw_settings(settings), *_adamw_settings(of_scores.settings)),
+            GRAD=_type(grads),
+            MASK=_type(masks),
+            COPY=_type(columns[3]),
+            SIGN=_sign(settings),
+            HAS_SCORES=scores is not None,
+            SCORES_SIGN=_sign(of_scores.settings),
+            HAS_COPY=copies is not None,
+            ALIGN=align,
+            **_FIXED,
+        )
     _tell_autograd(weights, *columns[3:])
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import gpu
-from .gpu import on_device
+from .gpu import launch
 
 # Rows and features of the output, and what is summed at a time. Registers and shared memory: tests/test_triton.py.
 BLOCK_T, BLOCK_M, BLOCK_C = 128, 128, 64
@@ -308,22 +308,24 @@ def masked_matmul(
     summed = block_c(x.dtype)
     (x_operand,), is_descriptor = operands((x, block_t, summed))
     grid = (triton.cdiv(out.shape[0], block_t) * triton.cdiv(out.shape[1], BLOCK_M),)
-    with on_device(x.device):
-        _masked_matmul[grid](
-            *(x_operand, weight, given, bias, out, x.shape[0], n, k),
-            INPUT_GRAD=input_grad,
-            BITS=is_packed,
-            HAS_BIAS=bias is not None,
-            DESCRIPTOR=is_descriptor,
-            BLOCK_T=block_t,
-            BLOCK_M=BLOCK_M,
-            BLOCK_C=summed,
-            GROUP=_GROUP,
-            PRECISION=precision(x.dtype),
-            UPCAST=upcast(),
-            num_warps=8,
-            num_stages=3,
-        )
+    launch(
+        x.device,
+        _masked_matmul,
+        grid,
+        *(x_operand, weight, given, bias, out, x.shape[0], n, k),
+        INPUT_GRAD=input_grad,
+        BITS=is_packed,
+        HAS_BIAS=bias is not None,
+        DESCRIPTOR=is_descriptor,
+        BLOCK_T=block_t,
+        BLOCK_M=BLOCK_M,
+        BLOCK_C=summed,
+        GROUP=_GROUP,
+        PRECISION=precision(x.dtype),
+        UPCAST=upcast(),
+        num_warps=8,
+        num_stages=3,
+    )
     return out
 
 
@@ -379,22 +381,24 @@ def weight_grad(
         workspace = torch.empty(tiles * BLOCK_M * block_k, dtype=torch.float32, device=x.device)
         turns = torch.zeros(tiles, dtype=torch.int32, device=x.device)
     (dy_operand, x_operand), is_descriptor = operands((dy, summed, BLOCK_M), (x, summed, block_k))
-    with on_device(x.device):
+    launch(
+        x.device,
+        _weight_grad,
         # The sums take all registers of a multiprocessor: as many programs as there are run side by side.
-        _weight_grad[(tiles * splits if splits > 1 else min(tiles, processors),)](
-            *(dy_operand, x_operand, weight, given, *outs, workspace, turns, t, n, k, rows),
-            SPLITS=splits,
-            HAS_WEIGHT=need_weight,
-            HAS_SCORES=need_scores,
-            HAS_SINK=need_sink,
-            BITS=is_packed,
-            DESCRIPTOR=is_descriptor,
-            BLOCK_T=summed,
-            BLOCK_N=BLOCK_M,
-            BLOCK_K=block_k,
-            PRECISION=precision(x.dtype),
-            UPCAST=upcast(),
-            num_warps=8,
-            num_stages=grad_stages(is_descriptor),
-        )
+        (tiles * splits if splits > 1 else min(tiles, processors),),
+        *(dy_operand, x_operand, weight, given, *outs, workspace, turns, t, n, k, rows),
+        SPLITS=splits,
+        HAS_WEIGHT=need_weight,
+        HAS_SCORES=need_scores,
+        HAS_SINK=need_sink,
+        BITS=is_packed,
+        DESCRIPTOR=is_descriptor,
+        BLOCK_T=summed,
+        BLOCK_N=BLOCK_M,
+        BLOCK_K=block_k,
+        PRECISION=precision(x.dtype),
+        UPCAST=upcast(),
+        num_warps=8,
+        num_stages=grad_stages(is_descriptor),
+    )
     return outs[0], outs[1], outs[2]

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gpu import on_device
+from .gpu import launch
 
 _ABREAST = 8  # tiles of a row that a program looks at, where their bytes are side by side: lines of the cache
 _WIDTH = 1024  # entries of a list, or positions
@@ -180,13 +180,15 @@ def occupied_tiles(mask: Tensor, block: int, sides: Tensor | None = None) -> Ten
     marked = None if sides is None else sides.view(torch.int8)
     abreast = _ABREAST if matrix.stride(1) == 1 else 1
     if tiles.numel():
-        with on_device(mask.device):
-            _occupied_tiles[(tiles.shape[0] * triton.cdiv(tiles.shape[1], abreast),)](
-                *(matrix, tiles.view(torch.int8), marked, n, k, matrix.shape[2], *matrix.stride()),
-                BLOCK=block,
-                ABREAST=abreast,
-                SIDES=sides is not None,
-            )
+        launch(
+            mask.device,
+            _occupied_tiles,
+            (tiles.shape[0] * triton.cdiv(tiles.shape[1], abreast),),
+            *(matrix, tiles.view(torch.int8), marked, n, k, matrix.shape[2], *matrix.stride()),
+            BLOCK=block,
+            ABREAST=abreast,
+            SIDES=sides is not None,
+        )
     return tiles
 
 
@@ -200,14 +202,16 @@ def mark_positions(positions: Tensor, shape: torch.Size, tiles: Tensor, sides: T
     positions = positions.reshape(-1).contiguous()
     if positions.numel() and tiles.numel():
         taps = shape[2:].numel()
-        with on_device(tiles.device):
-            _mark_positions[(triton.cdiv(positions.numel(), _WIDTH),)](
-                *(positions, tiles.view(torch.int8), None if sides is None else sides.view(torch.int8)),
-                *(positions.numel(), n * k * taps, n, k, taps),
-                BLOCK=block,
-                WIDTH=_WIDTH,
-                SIDES=sides is not None,
-            )
+        launch(
+            tiles.device,
+            _mark_positions,
+            (triton.cdiv(positions.numel(), _WIDTH),),
+            *(positions, tiles.view(torch.int8), None if sides is None else sides.view(torch.int8)),
+            *(positions.numel(), n * k * taps, n, k, taps),
+            BLOCK=block,
+            WIDTH=_WIDTH,
+            SIDES=sides is not None,
+        )
 
 
 def tile_list(occupied: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -244,7 +248,7 @@ def _lists(
         source = occupied.view(torch.int8)
         sizes = occupied.shape[0] * repeat, cols, *occupied.stride()
         fixed = {"REPEAT": repeat, "PAIRED": members is not None, "HAS_MEMBERS": has_members, "WIDTH": _WIDTH}
-        with on_device(occupied.device):
-            _count_tiles[(lists,)](source, members, counts, *sizes, **fixed)
-            _list_tiles[(lists,)](source, members, counts, order, starts, tiles, rows, *sizes, **fixed)
+        into = order, starts, tiles, rows
+        launch(occupied.device, _count_tiles, (lists,), source, members, counts, *sizes, **fixed)
+        launch(occupied.device, _list_tiles, (lists,), source, members, counts, *into, *sizes, **fixed)
     return order, starts, tiles, rows

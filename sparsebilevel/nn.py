@@ -343,9 +343,9 @@ class SparseMaskedModule(nn.Module):
         return input.numel() // max(self.weight.shape[1], 1)
 
     def _sink_arguments(self) -> dict[str, Any]:
-        if self.shares_gradient:
+        scores = self._parameters.get("mask_scores")  # as a buffer they get no gradient
+        if scores is not None and self._wants_shared_gradient:
             return {"mask_scores": None, "grad_sink": self.weight, "positions": None}
-        scores = self.mask_scores if isinstance(self.mask_scores, nn.Parameter) else None
         return {"mask_scores": scores, "grad_sink": self._grad_sink, "positions": self._positions}
 
 

@@ -13,8 +13,10 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from ahead_of_time import MOST_SHARED, compile_kernel  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from sparsebilevel.kernels import (  # noqa: E402
+    gpu,
     triton_block_sparse,
     triton_conv2d,
     triton_elementwise,
@@ -389,3 +391,77 @@ def test_ahead_of_time(name, arch, tmp_path, monkeypatch):
         assert compiled.registers <= kernel.most
         assert compiled.stack == 0
         assert not compiled.count(r"\b(LDL|STL)\b")
+
+
+class Launches:
+    """Triton's driver, which writes down what is launched; launcher and library in one."""
+
+    def __init__(self):
+        self.utils, self.made = self, []
+
+    def launcher_cls(self, source, metadata):
+        return lambda *launch: self.made.append((metadata.hash, *launch[:6], *launch[9:]))  # but for hooks
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, _device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def load_binary(self, name, *_):
+        return 1, 1, 32, 0, 1024
+
+    def get_device_properties(self, _device):
+        return {"max_shared_mem": 232448}
+
+
+@triton.jit
+def _some_kernel(x, y, size, other, real, SIZE: tl.constexpr, HAS_Y: tl.constexpr):
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    value = tl.load(x + at, mask=at < size, other=0) * real + other
+    if HAS_Y:
+        value += tl.load(y + at, mask=at < size, other=0)
+    tl.store(x + at, value, mask=at < size)
+
+
+def test_launches_what_triton_would(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    driver = Launches()
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(gpu, "_launched", {})
+    x, wide = torch.zeros(64), torch.zeros(64, dtype=torch.float64)
+    cases = [
+        ((x, x, 64, 3, 0.5), {"SIZE": 64, "HAS_Y": True}),
+        ((x, x, 17, 33, 0.5), {"SIZE": 64, "HAS_Y": True}),
+        ((x, x, 1, 1, 1.0), {"SIZE": 64, "HAS_Y": True}),
+        ((x, x, 64, (1 << 31) + 3, 2.0), {"SIZE": 64, "HAS_Y": True}),
+        ((x, x, 64, -3, 2.0), {"SIZE": 64, "HAS_Y": True}),
+        ((x[1:], x, 64, 3, 0.5), {"SIZE": 64, "HAS_Y": True}),
+        ((x, x[2:], 64, 3, 0.5), {"SIZE": 64, "HAS_Y": True}),
+        ((wide, x, 64, 3, 0.5), {"SIZE": 64, "HAS_Y": True}),
+        ((x, None, 64, 3, 0.5), {"SIZE": 64, "HAS_Y": False}),
+        ((x, x, 64, 3, 0.5), {"SIZE": 32, "HAS_Y": True}),
+        ((torch.nn.Parameter(x), x, 64, 3, 0.5), {"SIZE": 32, "HAS_Y": True, "num_warps": 2}),
+    ]
+    for grid in ((3,), (2, 5)):
+        for arguments, constants in cases:
+            _some_kernel[grid](*arguments, **constants)
+    expected, driver.made = driver.made, []
+    with monkeypatch.context() as later:
+        for grid in ((3,), (2, 5)):
+            for arguments, constants in cases:
+                gpu.launch(torch.device("cpu"), _some_kernel, grid, *arguments, **constants)
+            later.setattr(_some_kernel, "run", None)  # from the second time on nothing is looked for
+
+    def said(launches):
+        return [tuple(id(a) if isinstance(a, torch.Tensor) else a for a in launch) for launch in launches]
+
+    assert said(driver.made) == said(expected)
+    assert len({launch[0] for launch in expected}) > 5
+    with pytest.raises(TypeError, match="constants SIZE, HAS_Y must be keywords"):
+        gpu.launch(torch.device("cpu"), _some_kernel, (1,), x, x, 64, 3, 0.5, 64, HAS_Y=True)
+    with pytest.raises(TypeError, match="arguments must not"):
+        gpu.launch(torch.device("cpu"), _some_kernel, (1,), x, x, 64, 3, real=0.5, SIZE=64, HAS_Y=True)
