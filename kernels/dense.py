@@ -6,6 +6,7 @@ a compiler: there the reference is called.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -115,7 +116,7 @@ def layer_weight(
     check_masked_operands(weight, mask, mask_scores, grad_sink, positions)
     is_plain = mask_scores is None and grad_sink is None
     if is_plain and not is_traced and weight.numel() <= _SMALL_ON_GPU and not gpu.is_capturing(device):
-        return reference.effective_weight(weight, mask)
+        return torch.where(mask, weight, _zero(weight.dtype, device))
     dtype = weight.dtype
     if dtype != torch.float64 and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -124,6 +125,13 @@ def layer_weight(
     if is_traced:
         return _TracedWeight.apply(weight, mask_scores, sink, mask, positions, dtype, shares)
     return _LayerWeight.apply(weight, mask_scores, sink, (mask, positions, dtype, shares))
+
+
+@functools.cache
+def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One that is kept: to make it would take as long as to select by it."""
+    with torch.inference_mode(False):
+        return torch.zeros((), dtype=dtype, device="cpu").to(device)  # which waits: any stream may read it
 
 
 class _LayerWeight(Function):
