@@ -71,6 +71,8 @@ def timings(quick: bool) -> list[Stage]:
     """All benchmarks."""
     here, options = ROOT / "benchmarks", ["--quick"] if quick else []
     stages = [Stage("tune", [sys.executable, str(here / "gpu_kernels.py"), "tune"], 60)]  # what the others choose by
+    limits = [sys.executable, str(here / "gpu_host.py"), "--limits", *options]
+    stages.append(Stage("gpu_host limits", limits, 90))
     for name, seconds in {"gpu_cuda time": 60, "gpu_training": 150, "gpu_kernels time": 110}.items():
         file, *what = name.split()
         command = [sys.executable, str(here / f"{file}.py"), *what, "--budget", str(seconds), *options]

@@ -1,11 +1,15 @@
 """What the host does for one step of a layer on a GPU, in microseconds: measured on any machine, without a GPU.
 
     python benchmarks/gpu_host.py              # interleaved medians -> results/gpu_host.json
+    python benchmarks/gpu_host.py --limits     # on a GPU: eager steps on both sides of the limits that follow
 
 A layer alone waits for the host where its kernels are done before the next are launched. Here everything runs as on a
 GPU but for the launches of our kernels, which are made and go nowhere; the tensors lie on the CPU and are so small that
 what torch computes with them takes next to no time. So results are wrong, and times too small by what the driver takes
 for a launch, and by autograd's second thread. Triton specializes and looks up each kernel as for an H100.
+
+With ``--limits`` nothing is pretended: whole eager steps, one after another, of layers that :mod:`.dense` and
+:mod:`.dispatch` leave to torch because the device would wait for the host, left to it and not, beside dense ones.
 """
 
 from __future__ import annotations
@@ -15,7 +19,11 @@ import os
 os.environ["SPARSEBILEVEL_MEASUREMENTS"] = os.devnull  # nobody's times: choices follow the rule
 
 import argparse
+import json
+import statistics
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -131,7 +139,7 @@ def step(module: nn.Module, x: Tensor, grad: Tensor) -> None:
     """Forward and backward under autocast, with weights that count as new."""
     parameters = list(module.parameters())
     torch.autograd.graph.increment_version(parameters)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         y = module(x)
     y.backward(grad)
     x.grad = None
@@ -139,12 +147,19 @@ def step(module: nn.Module, x: Tensor, grad: Tensor) -> None:
         parameter.grad = None
 
 
-def large(module: nn.Module, x: Tensor, grad: Tensor) -> None:
-    """The same, as if weight and batch were too large to be left to torch."""
-    before = dense._SMALL_ON_GPU, dispatch._HOST_S
-    dense._SMALL_ON_GPU, dispatch._HOST_S = -1, 0.0
-    step(module, x, grad)
-    dense._SMALL_ON_GPU, dispatch._HOST_S = before
+def limited(small: int, host_s: float) -> Callable[..., None]:
+    """The same with other limits to what is left to torch: most elements of a weight, least seconds of a step."""
+
+    def run(module: nn.Module, x: Tensor, grad: Tensor) -> None:
+        before = dense._SMALL_ON_GPU, dispatch._HOST_S
+        dense._SMALL_ON_GPU, dispatch._HOST_S = small, host_s
+        step(module, x, grad)
+        dense._SMALL_ON_GPU, dispatch._HOST_S = before
+
+    return run
+
+
+large, left = limited(-1, 0.0), limited(1 << 40, 1e9)  # as if weight and batch were large, or small
 
 
 def single_layers() -> dict[str, Case]:
@@ -201,11 +216,60 @@ def measure(cases: dict[str, Case], rounds: int) -> dict[str, dict[str, Any]]:
     return times
 
 
+def eager_steps(device: torch.device, quick: bool = False) -> list[dict[str, Any]]:
+    """Seconds of eager steps on a GPU, of one layer and of one of several in a row.
+
+    Returns:
+        Rows with ``what``, ``layers``, and the medians of ``dense``, ``left`` to torch and ``ours``.
+    """
+    rows = []
+    for pattern, size, tokens in LIMITS[:: 4 if quick else 1]:
+        for layers in (1, 4 if pattern != "unstructured" else LAYERS):
+            x = torch.randn(tokens, size, device=device, dtype=torch.bfloat16, requires_grad=True)
+            grad = torch.randn_like(x)
+            plain = nn.Sequential(*(nn.Linear(size, size, bias=False, device=device) for _ in range(layers)))
+            masked = nn.Sequential(
+                *(sb.SparseMaskedLinear(size, size, False, device, sparsity=0.9, pattern=pattern) for _ in plain)
+            )
+            runs = {"dense": (plain, step), "left": (masked, left), "ours": (masked, large)}
+            samples: dict[str, list[float]] = {name: [] for name in runs}
+            for number in range(4 if quick else 14):
+                for name, (module, run) in runs.items():
+                    torch.cuda.synchronize()
+                    begin = time.perf_counter()
+                    for _ in range(max(1, 12 // layers)):
+                        run(module, x, grad)
+                    torch.cuda.synchronize()
+                    if number >= 2:  # the first compile, and look at masks
+                        samples[name].append((time.perf_counter() - begin) / max(1, 12 // layers) / layers)
+            times = {name: statistics.median(taken) for name, taken in samples.items()}
+            rows.append({"what": f"{pattern}, {size} x {size}, {tokens} tokens", "layers": layers} | times)
+    return rows
+
+
+KINDS = ("dense", "left", "ours")
+# Patterns, sizes and tokens on both sides of the limits.
+LIMITS = [("unstructured", size, 512) for size in (256, 512, 1024, 1536, 2048)]
+LIMITS += [("unstructured", 1024, 4096)]
+LIMITS += [(f"block:{BLOCK}x{BLOCK}", 4096, tokens) for tokens in (512, 1024, 2048, 3072, 4096, 8192)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=41)
     parser.add_argument("--quick", action="store_true", help="only try that everything runs")
+    parser.add_argument("--limits", action="store_true", help="on a GPU, steps on both sides of the limits")
+    parser.add_argument("--output", type=Path, help="JSON of --limits")
     arguments = parser.parse_args()
+    if arguments.limits:
+        if not torch.cuda.is_available():
+            raise SystemExit("there is no GPU")
+        found = eager_steps(torch.device("cuda"), arguments.quick)
+        cells = [[row["what"], str(row["layers"]), *(f"{row[key] * 1e6:.0f}" for key in KINDS)] for row in found]
+        print(markdown_table(["us for a layer", "of", *KINDS], cells))
+        if arguments.output:
+            arguments.output.write_text(json.dumps({"limits": found}, indent=1) + "\n")
+        return
     pretend()
     times = {}
     for cases in single_layers, networks:  # one after the other: a step looks at all copies that are kept

@@ -120,6 +120,9 @@ def linear_weight_grad(
         wanted = {"need_weight": needs.weight, "need_scores": needs.scores, "need_sink": needs.sink}
         grads = fused_weight_grad(dy.contiguous(), x.contiguous(), weight.flatten(1), mask.flatten(1), **wanted)
         return tuple(None if grad is None else grad.view(weight.shape) for grad in grads)  # type: ignore[return-value]
+    if x.is_cuda and x.dtype.itemsize == 2 and positions is None and not (needs.weight or needs.scores):
+        # Only G is wanted, as by a shared gradient. The library writes it as it was summed: no rounding, and no pass.
+        return None, None, torch.mm(dy.t(), x, out_dtype=torch.float32).view(weight.shape)
     return dense.distribute(torch.mm(dy.t(), x).view(weight.shape), weight, mask, positions, needs)
 
 
