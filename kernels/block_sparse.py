@@ -362,9 +362,9 @@ class _Captured:
 
     @functools.cached_property
     def _tiles(self) -> Tensor:
-        tiles, sides = _survey(self._mask) if self._without is None else (self._without._tiles.clone(), None)
+        tiles = occupied_tiles(self._mask, BLOCKS[-1]) if self._without is None else self._without._tiles.clone()
         if self._positions is not None:
-            _mark(self._positions, self._mask, tiles, sides)
+            _mark(self._positions, self._mask, tiles, None)
         return tiles
 
     def structure(self, tiles: bool = True) -> Structure:

@@ -1,6 +1,6 @@
 """What touches every weight once a step, in Triton: many tensors in one launch, each element read and written once.
 
-A launch walks a table of addresses in chunks of 2048 elements. Everything is computed in float32, which is exact for a
+A launch walks a table of addresses in chunks of 1024 elements. Everything is computed in float32, which is exact for a
 selection, and right in the interpreter, where bfloat16 has no arithmetic. Imported where it is needed, since it imports
 Triton; callers are :mod:`.apply_mask`, :mod:`.split_gradient` and :mod:`.optimizer_step`.
 
@@ -26,11 +26,15 @@ from torch import Tensor
 from . import gpu
 from .gpu import launch
 
-ROWS = 64
-_WARPS = 8  # eight elements a thread: loads of 16 bytes, and registers to spare
+ROWS = 32
 CHUNK = 32 * ROWS
 """Elements a program handles: as rows of 32, so that a row shares one word of a packed mask."""
-_FIXED = {"ROWS": ROWS, "num_warps": _WARPS}
+# Four elements a thread, loads of 16 bytes of float32: with more a step of weights and scores has so many registers
+# that too few threads fit, which takes 1.4 times as long (H200). A copy, which needs few, takes 1.1 times as long with
+# four as with eight.
+WARPS, WARPS_OF_COPY = 8, 4
+_FIXED = {"ROWS": ROWS, "num_warps": WARPS}
+_FIXED_OF_COPY = {"ROWS": ROWS, "num_warps": WARPS_OF_COPY}
 _TYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -90,7 +94,10 @@ def _keep(mask, first, at, size, ROWS: tl.constexpr, FULL: tl.constexpr):
 def _apply_chunk(weight, mask, out, first, size, ROWS: tl.constexpr, FULL: tl.constexpr):
     at = _at(first, ROWS)
     keep = _keep(mask, first, at, size, ROWS, FULL)
-    _store(out, at, size, tl.where(keep, _load(weight, at, size, FULL), 0.0), FULL)
+    # Of rows that are dropped as a whole, as a mask of tiles drops them, the weights are not read.
+    row = tl.broadcast_to(tl.max(keep.to(tl.int32), axis=1)[:, None] != 0, (ROWS, 32))
+    values = tl.load(weight + at, mask=row if FULL else row & (at < size), other=0).to(tl.float32)
+    _store(out, at, size, tl.where(keep, values, 0.0), FULL)
 
 
 @triton.jit
@@ -572,13 +579,13 @@ def apply_mask(weights: Sequence[Tensor], masks: Sequence[Tensor], outs: Sequenc
         for weight, mask, out in zip(weights, masks, outs, strict=True):
             if size := weight.numel():
                 operands = weight, _mask_argument(mask), out, size
-                launch(weight.device, _apply_mask_one, (-(-size // CHUNK),), *operands, **_FIXED)
+                launch(weight.device, _apply_mask_one, (-(-size // CHUNK),), *operands, **_FIXED_OF_COPY)
         torch.autograd.graph.increment_version(list(outs))
         return
     table, chunks, align = _table([weights, masks, outs])
     types = {"WEIGHT": _type(weights), "MASK": _type(masks), "OUT": _type(outs)}
     if len(chunks):
-        launch(table.device, _apply_mask, (len(chunks),), table, chunks, ALIGN=align, **_FIXED, **types)
+        launch(table.device, _apply_mask, (len(chunks),), table, chunks, ALIGN=align, **_FIXED_OF_COPY, **types)
     torch.autograd.graph.increment_version(list(outs))
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .gpu import launch
 
-_ABREAST = 8  # tiles of a row that a program looks at, where their bytes are side by side: lines of the cache
+# Tiles of a row that a program looks at, where their bytes are side by side: by bytes, and by words.
+_ABREAST, _ABREAST_WORDS = 8, 4
 _WIDTH = 1024  # entries of a list, or positions
 
 
@@ -31,25 +32,31 @@ def _occupied_tiles(
     BLOCK: tl.constexpr,
     ABREAST: tl.constexpr,
     SIDES: tl.constexpr,
+    PER_WORD: tl.constexpr,
 ):
-    """Which of ABREAST tiles of side BLOCK hold a True. With SIDES that marks its output and its input too."""
-    columns = tl.cdiv(K, BLOCK)
+    """Which of ABREAST tiles of side BLOCK hold a True. With SIDES that marks its output and its input too.
+
+    The mask is of words of so many inputs, which K and the strides count. Without SIDES these need not be told apart.
+    """
+    ACROSS: tl.constexpr = BLOCK // PER_WORD
+    columns = tl.cdiv(K, ACROSS)
     groups = tl.cdiv(columns, ABREAST)
     row, column = tl.program_id(0) // groups, tl.program_id(0) % groups * ABREAST
-    n, k = row * BLOCK + tl.arange(0, BLOCK), column * BLOCK + tl.arange(0, BLOCK * ABREAST)
+    n, k = row * BLOCK + tl.arange(0, BLOCK), column * ACROSS + tl.arange(0, ACROSS * ABREAST)
     at = n[:, None].to(tl.int64) * stride_n + k[None, :].to(tl.int64) * stride_k
     inside = (n[:, None] < N) & (k[None, :] < K)
     column += tl.arange(0, ABREAST)
-    of_outputs, of_inputs = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK * ABREAST], tl.int32)
+    of_outputs, of_inputs = tl.zeros([BLOCK], tl.int32), tl.zeros([ACROSS * ABREAST], tl.int32)
     for tap in range(0, TAPS):
         held = (tl.load(mask + at + tap * stride_tap, mask=inside, other=0) != 0).to(tl.int32)
         down = tl.max(held, 0)
-        of_outputs, of_inputs = tl.maximum(of_outputs, tl.max(held, 1)), tl.maximum(of_inputs, down)
-        of_tiles = tl.max(tl.reshape(down, [ABREAST, BLOCK]), 1).to(tl.int8)
+        if SIDES:
+            of_outputs, of_inputs = tl.maximum(of_outputs, tl.max(held, 1)), tl.maximum(of_inputs, down)
+        of_tiles = tl.max(tl.reshape(down, [ABREAST, ACROSS]), 1).to(tl.int8)
         tl.store(tiles + (row * columns + column) * TAPS + tap, of_tiles, mask=column < columns)
     if SIDES:  # all who store there store the same
         tl.store(sides + n, tl.full([BLOCK], 1, tl.int8), mask=of_outputs != 0)
-        tl.store(sides + N + k, tl.full([BLOCK * ABREAST], 1, tl.int8), mask=of_inputs != 0)
+        tl.store(sides + N + k, tl.full([ACROSS * ABREAST], 1, tl.int8), mask=of_inputs != 0)
 
 
 @triton.jit
@@ -175,21 +182,31 @@ def occupied_tiles(mask: Tensor, block: int, sides: Tensor | None = None) -> Ten
         sides: bool ``[N + K]``; what is True is marked there at its output, and at N plus its input.
     """
     n, k, *taps = mask.shape
-    matrix = mask.view(torch.int8).flatten(2) if taps else mask.view(torch.int8)[..., None]
+    maps = mask.view(torch.int8).flatten(2).transpose(1, 2) if taps else mask.view(torch.int8)[:, None]  # [N, taps, K]
     tiles = torch.empty(-(-n // block), -(-k // block), *taps, dtype=torch.bool, device=mask.device)
-    marked = None if sides is None else sides.view(torch.int8)
-    abreast = _ABREAST if matrix.stride(1) == 1 else 1
-    if tiles.numel():
-        launch(
-            mask.device,
-            _occupied_tiles,
-            (tiles.shape[0] * triton.cdiv(tiles.shape[1], abreast),),
-            *(matrix, tiles.view(torch.int8), marked, n, k, matrix.shape[2], *matrix.stride()),
-            BLOCK=block,
-            ABREAST=abreast,
-            SIDES=sides is not None,
-        )
+    if not tiles.numel():
+        return tiles
+    abreast, per_word = (_ABREAST, 1) if maps.stride(2) == 1 else (1, 1)
+    if sides is None and block >= 16 and maps.stride(2) == 1 and _has_words(maps):
+        maps, abreast, per_word = maps.view(torch.int32), _ABREAST_WORDS, 4
+    stride_n, stride_tap, stride_k = maps.stride()
+    launch(
+        mask.device,
+        _occupied_tiles,
+        (tiles.shape[0] * triton.cdiv(tiles.shape[1], abreast),),
+        *(maps, tiles.view(torch.int8), None if sides is None else sides.view(torch.int8)),
+        *(n, maps.shape[2], maps.shape[1], stride_n, stride_k, stride_tap),
+        BLOCK=block,
+        ABREAST=abreast,
+        SIDES=sides is not None,
+        PER_WORD=per_word,
+    )
     return tiles
+
+
+def _has_words(maps: Tensor) -> bool:
+    """Whether bytes side by side are words of four."""
+    return not any(number % 4 for number in (*maps.stride()[:2], maps.shape[2], maps.storage_offset()))
 
 
 def mark_positions(positions: Tensor, shape: torch.Size, tiles: Tensor, sides: Tensor | None, block: int) -> None:

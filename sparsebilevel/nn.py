@@ -327,7 +327,9 @@ class SparseMaskedModule(nn.Module):
     def _is_brief(self, input: Tensor) -> bool:
         """Whether a step takes so little work on a GPU that kernels of ours would come too late for it."""
         device = self.weight.device
-        if not gpu.available(device) or not runs_directly(input, self.weight, self.mask):
+        if torch.compiler.is_compiling() or not gpu.available(device):
+            return False
+        if not runs_directly(input, self.weight, self.mask):
             return False
         if gpu.is_capturing(device) or not library_is_best(device):
             return False

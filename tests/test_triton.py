@@ -61,7 +61,7 @@ def _types(pointers, numbers="", scalars="", i32=""):
 
 TABLE = "table=*i64 chunks=*i32"
 ELEMENTWISE = {"ALIGN": 16, "ROWS": triton_elementwise.ROWS}
-WARPS = triton_elementwise._WARPS
+WARPS, WARPS_OF_COPY = triton_elementwise.WARPS, triton_elementwise.WARPS_OF_COPY
 STEP = {"GRAD": tl.float32, "MASK": tl.int8, "COPY": tl.bfloat16, "HAS_COPY": True, **ELEMENTWISE}
 STEP |= {"SIGN": 1, "HAS_SCORES": False, "SCORES_SIGN": 1}
 SGD = STEP | {"NESTEROV": False, "MOMENTUM": True, "SCORES_NESTEROV": False, "SCORES_MOMENTUM": True, "FRESH": False}
@@ -196,15 +196,24 @@ KERNELS = {
     "occupied_tiles": Kernel(
         triton_tiles._occupied_tiles,
         _types("mask=*i8 tiles=*i8 sides=*i8", "N K stride_n"),
-        {"TAPS": 1, "stride_k": 1, "stride_tap": 1, "BLOCK": 32, "ABREAST": triton_tiles._ABREAST, "SIDES": True},
+        {"TAPS": 1, "stride_k": 1, "stride_tap": 1, "BLOCK": 32, "ABREAST": triton_tiles._ABREAST, "SIDES": True}
+        | {"PER_WORD": 1},
         128,
         (r"LDG\.E\.128",),
     ),
     "occupied_tiles_rows_of_taps": Kernel(
         triton_tiles._occupied_tiles,
         _types("mask=*i8 tiles=*i8 sides=*i8", "N K stride_n", i32="TAPS stride_k"),
-        {"stride_tap": 1, "BLOCK": 32, "ABREAST": 1, "SIDES": True},
+        {"stride_tap": 1, "BLOCK": 32, "ABREAST": 1, "SIDES": True, "PER_WORD": 1},
         128,
+    ),
+    "occupied_tiles_by_words": Kernel(
+        triton_tiles._occupied_tiles,
+        _types("mask=*i32 tiles=*i8", "N K stride_n"),
+        {"TAPS": 1, "stride_k": 1, "stride_tap": 1, "BLOCK": 32, "ABREAST": triton_tiles._ABREAST_WORDS}
+        | {"SIDES": False, "sides": None, "PER_WORD": 4},
+        64,
+        (r"LDG\.E\.128",),
     ),
     "mark_positions": Kernel(
         triton_tiles._mark_positions,
@@ -224,7 +233,7 @@ KERNELS = {
         {"WEIGHT": tl.float32, "MASK": tl.int8, "OUT": tl.bfloat16, **ELEMENTWISE},
         48,
         (r"LDG\.E\.128", r"STG\.E\.128|STG\.E\.64"),
-        WARPS,
+        WARPS_OF_COPY,
     ),
     "apply_mask_one": Kernel(
         triton_elementwise._apply_mask_one,
@@ -232,13 +241,13 @@ KERNELS = {
         {"ROWS": triton_elementwise.ROWS},
         48,
         (r"LDG\.E\.128", r"STG\.E\.128|STG\.E\.64"),
-        WARPS,
+        WARPS_OF_COPY,
     ),
     "split_gradient_one": Kernel(
         triton_elementwise._split_gradient_one,
         _types("grad=*bf16 weight=*fp32 mask=*i8 grad_weight=*fp32 grad_scores=*fp32", i32="size"),
         {"sink": None, "HAS_WEIGHT": True, "HAS_SCORES": True, "HAS_SINK": False, "ROWS": triton_elementwise.ROWS},
-        80,
+        48,
         (r"LDG\.E\.128", r"STG\.E\.128"),
         WARPS,
     ),
@@ -246,7 +255,7 @@ KERNELS = {
         triton_elementwise._gather_support,
         _types("grad=*bf16 positions=*i64 out=*fp32", i32="size channels taps"),
         {"CHANNELS_LAST": True, "ROWS": triton_elementwise.ROWS},
-        80,
+        48,
         (r"LDG\.E\.128|LDG\.E\.64",),
         WARPS,
     ),
@@ -256,21 +265,21 @@ KERNELS = {
         {"WEIGHT": tl.bfloat16, "MASK": tl.int32, "OUT": tl.bfloat16, **ELEMENTWISE},
         64,
         WIDE,
-        WARPS,
+        WARPS_OF_COPY,
     ),
     "split_gradient": Kernel(
         triton_elementwise._split_gradient,
         _types(TABLE),
         {"GRAD": tl.float32, "WEIGHT": tl.float32, "MASK": tl.int8, "GRAD_WEIGHT": tl.float32, **ELEMENTWISE}
         | {"HAS_WEIGHT": True, "HAS_SCORES": True, "HAS_SINK": True},
-        80,
+        48,
         WIDE,
         WARPS,
     ),
-    "sgd_step": _sgd(128),
-    "sgd_step_scores": _sgd(200, HAS_SCORES=True),
-    "adamw_step": _adamw(128),
-    "adamw_step_scores": _adamw(200, HAS_SCORES=True),
+    "sgd_step": _sgd(48),
+    "sgd_step_scores": _sgd(64, HAS_SCORES=True),
+    "adamw_step": _adamw(64),
+    "adamw_step_scores": _adamw(80, HAS_SCORES=True),
     "masked_matmul": _masked(),
     "masked_matmul_bytes": _masked(bits=False),
     "masked_matmul_descriptor": _masked(descriptor=True),
