@@ -108,9 +108,10 @@ def linear_weight_grad(
     """Gradients of weight, scores and sink, in the shape of the weight, where ``needs`` asks."""
     backend, block, held = _choose("weight_grad", x, weight, mask, needs, positions)
     if backend.name == "block" and _is_plain(weight, mask):
-        given, dtype = _block_grad(mask.flatten(1).contiguous(), weight, needs)
+        given, dtype = _block_grad(_matrix(mask), weight, needs)
         grad = held.layout(block).weight_grad(dy.contiguous(), x.contiguous(), given, dtype)
-        return _of_blocks(grad.view(weight.shape), weight, mask, positions, needs)
+        grad = grad if weight.dim() == 2 else grad.view(weight.shape)
+        return _of_blocks(grad, weight, mask, positions, needs)
     if backend.name == "slice":
         cut = held.slices()
         grad = torch.mm(cut.outputs(dy, 1).t(), cut.inputs(x, 1))
@@ -277,11 +278,12 @@ def _takes_conv(weight: Tensor, mask: Tensor, *maps: Tensor) -> bool:
 
 
 def _is_plain(weight: Tensor, mask: Tensor) -> bool:
-    return weight.flatten(1).is_contiguous() and mask.flatten(1).is_contiguous()
+    return weight.is_contiguous() and mask.is_contiguous()
 
 
 def _matrix(z: Tensor) -> Tensor:
-    return z.flatten(1).contiguous()
+    """``[N, K]`` of that, or of ``[N, K, 1, 1]``."""
+    return (z if z.dim() == 2 else z.flatten(1)).contiguous()
 
 
 def runs(input: Tensor, weight: Tensor) -> bool:

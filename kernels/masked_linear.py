@@ -34,9 +34,10 @@ def _forward(
     grad_sink: Tensor | None,
     positions: Tensor | None,
 ) -> Tensor:
-    rows = input.reshape(-1, input.shape[-1])
+    rows = _rows(input)
     if gpu_products.runs(rows, weight):
-        return gpu_products.linear(rows, weight, mask, bias).view(*input.shape[:-1], weight.shape[0])
+        output = gpu_products.linear(rows, weight, mask, bias)
+        return output if rows is input else output.view(*input.shape[:-1], weight.shape[0])
     support = sparse_support("masked_linear", rows, weight, _maps(mask), passes="forward")
     if support is None:
         return dense.masked_linear(input, weight, mask, bias)
@@ -46,6 +47,11 @@ def _forward(
 
 
 _masked_linear = torch.library.custom_op("sparsebilevel::masked_linear", _forward, mutates_args=(), tags=TAGS)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """``[..., K]`` as ``[B, K]``."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def _maps(rows: Tensor) -> Tensor:
@@ -86,10 +92,11 @@ def _sparse_backward(
     """The gradients that ``needs`` (see Needs) asks for, in its order."""
     wanted = Needs(*needs)
     grads: dict[str, Tensor | None] = {}
-    rows, grad_rows = input.reshape(-1, input.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
+    rows, grad_rows = _rows(input), _rows(grad_output)
     if gpu_products.runs(rows, weight):
         if wanted.input:
-            grads["input"] = gpu_products.linear_input_grad(grad_rows, weight, mask).view(input.shape)
+            grad_input = gpu_products.linear_input_grad(grad_rows, weight, mask)
+            grads["input"] = grad_input if rows is input else grad_input.view(input.shape)
         if wanted.grad:
             found = gpu_products.linear_weight_grad(grad_rows, rows, weight, mask, positions, wanted)
             grads |= dict(zip(("weight", "scores", "sink"), found, strict=True))

@@ -403,8 +403,10 @@ def block_weight_grad(
     """
     n, k, *taps = weight_shape
     is_conv = geometry is not None
-    memory_format = torch.channels_last if is_conv else torch.contiguous_format
-    grad = torch.empty(tuple(weight_shape), dtype=dtype, device=x.device, memory_format=memory_format).zero_()
+    if is_conv:
+        grad = torch.empty(*weight_shape, dtype=dtype, device=x.device, memory_format=torch.channels_last).zero_()
+    else:
+        grad = torch.zeros(*weight_shape, dtype=dtype, device=x.device)
     if not grad.numel() or not dy.numel():
         return grad
     summed = grad_rows(x.dtype, block, is_conv)

@@ -70,6 +70,8 @@ __device__ inline void load_box(void* to, const CUtensorMap& matrix, int row, in
       "l"(&matrix), "r"(col), "r"(row), "r"(shared_address(&barrier))
       : "memory");
 }
+// Has the L2 cache fetch the line of an address.
+__device__ inline void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 // What sticks out of the matrix is not stored.
 __device__ inline void store_box(const CUtensorMap& matrix, int row, int col, const void* from) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&matrix), "r"(col),

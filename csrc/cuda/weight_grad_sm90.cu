@@ -1,6 +1,6 @@
 // The gradient of a dense weight, G = dy.T @ x, on Hopper's tensor cores, of which m * G, theta * G and G itself are
-// written without G in between. kernels/triton_matmul.py has the same for other devices and types. Two blocks share a
-// multiprocessor: while one writes, which takes about as long as multiplying a thousand rows, the other multiplies.
+// written without G in between. kernels/triton_matmul.py has the same for other devices and types. What the writing reads
+// is brought to the L2 cache while the tile is multiplied, and there is where what it writes goes: DRAM has it meanwhile.
 #include <algorithm>
 
 #include "hopper.h"
@@ -8,17 +8,17 @@
 namespace sparsebilevel {
 namespace {
 
-constexpr int kTile = 2 * kSide;               // of the result, in both directions: those of a block
-constexpr int kGradThreads = 2 * kGroup + 32;  // two that multiply, half of the rows each, and a warp that loads
-constexpr int kGradBlocks = 2;                 // of a multiprocessor
-[[maybe_unused]] constexpr int kTall = 8;      // tiles one above the other before the next ones beside them
-constexpr int kGradStages = 3;
+constexpr int kRows = 2 * kSide, kCols = 4 * kSide;  // of a tile of the result, which a block has
+constexpr int kGradThreads = 2 * kGroup + 32;        // two that multiply, half of the rows each, and a warp that loads
+[[maybe_unused]] constexpr int kTall = 8;            // tiles one above the other before the next ones beside them
+constexpr int kGradStages = 4;
+[[maybe_unused]] constexpr int kLine = 128;                           // bytes of a line of the cache
 
 struct GradShared {
-  uint8_t dy[kGradStages][2][kTileBytes], x[kGradStages][2][kTileBytes];
+  uint8_t dy[kGradStages][kRows / kSide][kTileBytes], x[kGradStages][kCols / kSide][kTileBytes];
   Barrier full[kGradStages], empty[kGradStages];
 };
-static_assert(kGradBlocks * (sizeof(GradShared) + 1024 + 1024) <= kSharedLimit + 1024);  // 1 KiB is the system's
+static_assert(sizeof(GradShared) + 1024 <= kSharedLimit);
 
 template <class Weight>
 struct GradArguments {
@@ -28,9 +28,21 @@ struct GradArguments {
   float *grad_scores, *sink;
   int t, n, k;
 
-  __host__ __device__ int tiles_down() const { return (n + kTile - 1) / kTile; }
-  __host__ __device__ int tiles_across() const { return (k + kTile - 1) / kTile; }
+  __host__ __device__ int tiles_down() const { return (n + kRows - 1) / kRows; }
+  __host__ __device__ int tiles_across() const { return (k + kCols - 1) / kCols; }
 };
+
+// Has a warp bring rows of weight and mask, from `row` on, to the L2 cache: of the tile that begins at column `col`.
+template <class Weight>
+__device__ inline void prefetch_rows(const GradArguments<Weight>& a, int row, int end, int col, int lane) {
+  constexpr int kInLine = kLine / sizeof(Weight), kLines = 8;  // at most, of a row
+  const int from = lane % kLines * kInLine, of_mask = lane % kLines * kLine;
+  for (row += lane / kLines; row < min(end, a.n); row += 32 / kLines) {
+    const int64_t at = static_cast<int64_t>(row) * a.k + col;
+    if (a.grad_scores && from < min(kCols, a.k - col)) prefetch(a.weight + at + from);
+    if (a.grad_weight && of_mask < min(kCols, a.k - col)) prefetch(a.mask + at + of_mask);
+  }
+}
 
 // Four elements in a row, read or written once.
 template <class Element>
@@ -59,11 +71,11 @@ template <class Weight>
 __device__ inline int2 corner(const GradArguments<Weight>& a, int unit) {
   const int begin = unit / (kTall * a.tiles_across()) * kTall, height = min(a.tiles_down() - begin, kTall);
   const int within = unit - begin * a.tiles_across();
-  return {(begin + within % height) * kTile, within / height * kTile};
+  return {(begin + within % height) * kRows, within / height * kCols};
 }
 
 template <class Element, class Weight>
-__global__ void __launch_bounds__(kGradThreads, kGradBlocks)
+__global__ void __launch_bounds__(kGradThreads, 1)
     weight_grad(const __grid_constant__ CUtensorMap dy, const __grid_constant__ CUtensorMap x,
                 const GradArguments<Weight> arguments) {
 #ifdef SPARSEBILEVEL_SM90
@@ -79,17 +91,22 @@ __global__ void __launch_bounds__(kGradThreads, kGradBlocks)
   Place place;
 
   if (warp == 8) {
-    if (lane != 0) return;
     for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
       const int2 at = corner(arguments, unit);
       for (int step = 0; step < steps; ++step) {
-        shared.empty[place.stage].wait(place.phase ^ 1);
-        Barrier& full = shared.full[place.stage];
-        full.arrive_and_expect(4 * kTileBytes);
-        for (int half = 0; half < 2; ++half) {
-          load_box(shared.dy[place.stage][half], dy, step * kSide, at.x + half * kSide, full);
-          load_box(shared.x[place.stage][half], x, step * kSide, at.y + half * kSide, full);
+        if (lane == 0) {
+          shared.empty[place.stage].wait(place.phase ^ 1);
+          Barrier& full = shared.full[place.stage];
+          full.arrive_and_expect((kRows + kCols) / kSide * kTileBytes);
+          for (int i = 0; i < kRows / kSide; ++i) {
+            load_box(shared.dy[place.stage][i], dy, step * kSide, at.x + i * kSide, full);
+          }
+          for (int i = 0; i < kCols / kSide; ++i) {
+            load_box(shared.x[place.stage][i], x, step * kSide, at.y + i * kSide, full);
+          }
         }
+        __syncwarp();
+        prefetch_rows(arguments, at.x + kRows * step / steps, at.x + kRows * (step + 1) / steps, at.y, lane);
         place.advance(kGradStages);
       }
     }
@@ -97,7 +114,7 @@ __global__ void __launch_bounds__(kGradThreads, kGradBlocks)
   }
 
   for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
-    float sums[kTile / 2];
+    float sums[kCols / 2];
     int step = 0, add = 0;
     do {
       shared.full[place.stage].wait(place.phase);
@@ -105,11 +122,11 @@ __global__ void __launch_bounds__(kGradThreads, kGradBlocks)
       begin_multiplying();
 #pragma unroll
       for (int i = 0; i < kSide / 16; ++i) {
-        multiply<Element, kTile, true, true>(sums, left + i * kNext16<true>, right + i * kNext16<true>, add);
+        multiply<Element, kCols, true, true>(sums, left + i * kNext16<true>, right + i * kNext16<true>, add);
         add = 1;
       }
       end_multiplying();
-      wait_for_products();  // other warpgroups' keep the tensor cores busy
+      wait_for_products();  // the other warpgroup's keep the tensor cores busy
       if (lane == 0) shared.empty[place.stage].arrive();
       place.advance(kGradStages);
     } while (++step < steps);
@@ -121,20 +138,28 @@ __global__ void __launch_bounds__(kGradThreads, kGradBlocks)
     const bool is_odd = lane & 1;
     const int row = at.x + warp * 16 + lane / 4, col = at.y + 8 * is_odd + 4 * (lane % 4 / 2);
     int64_t from = static_cast<int64_t>(row) * arguments.k + col;
+    const int64_t below = 8 * static_cast<int64_t>(arguments.k);
+    // Those of the next sixteen are on their way before the stores of these, behind which the compiler leaves loads.
+    constexpr int kAhead = 1;
+    float4 theta[kAhead + 1][2];
+    uint32_t keep[kAhead + 1][2];
+    auto is_inside = [&](int i, int j) { return row + 8 * i < arguments.n && col + 16 * j < arguments.k; };
+    auto fetch = [&](int j, int64_t place_of) {
 #pragma unroll
-    for (int j = 0; j < kTile / 16; ++j, from += 16) {
-      forget(from);  // else all addresses are computed first, and sums go to memory
-      float4 theta[2];
-      uint32_t keep[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const bool is_inside = row + 8 * i < arguments.n && col + 16 * j < arguments.k;
-        const int64_t place_of = from + (i ? 8 * static_cast<int64_t>(arguments.k) : 0);
-        theta[i] = is_inside && arguments.grad_scores ? load_four(arguments.weight + place_of) : float4{0, 0, 0, 0};
-        keep[i] = is_inside && arguments.grad_weight
-                      ? *reinterpret_cast<const uint32_t*>(arguments.mask + place_of)
-                      : 0;
+      for (int i = 0; i < 2; ++i, place_of += below) {
+        const bool is_there = is_inside(i, j);
+        theta[j % (kAhead + 1)][i] =
+            is_there && arguments.grad_scores ? load_four(arguments.weight + place_of) : float4{0, 0, 0, 0};
+        keep[j % (kAhead + 1)][i] =
+            is_there && arguments.grad_weight ? *reinterpret_cast<const uint32_t*>(arguments.mask + place_of) : 0;
       }
+    };
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) fetch(j, from + 16 * j);
+#pragma unroll
+    for (int j = 0; j < kCols / 16; ++j, from += 16) {
+      forget(from);  // else all addresses are computed first, and sums go to memory
+      if (j + kAhead < kCols / 16) fetch(j + kAhead, from + 16 * kAhead);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float* const one = sums + 8 * j + 2 * i;
@@ -142,16 +167,18 @@ __global__ void __launch_bounds__(kGradThreads, kGradBlocks)
         const float low = __shfl_xor_sync(kAll, is_odd ? one[0] : two[0], 1);
         const float high = __shfl_xor_sync(kAll, is_odd ? one[1] : two[1], 1);
         const float4 g = is_odd ? float4{low, high, two[0], two[1]} : float4{one[0], one[1], low, high};
-        if (row + 8 * i >= arguments.n || col + 16 * j >= arguments.k) continue;
-        const int64_t place_of = from + (i ? 8 * static_cast<int64_t>(arguments.k) : 0);
+        if (!is_inside(i, j)) continue;
+        const int64_t place_of = from + (i ? below : 0);
+        const uint32_t kept = keep[j % (kAhead + 1)][i];
+        const float4 values = theta[j % (kAhead + 1)][i];
         if (arguments.grad_weight) {
           store_four(arguments.grad_weight + place_of,
-                     float4{keep[i] & 0xff ? g.x : 0, keep[i] & 0xff00 ? g.y : 0, keep[i] & 0xff0000 ? g.z : 0,
-                            keep[i] & 0xff000000 ? g.w : 0});
+                     float4{kept & 0xff ? g.x : 0, kept & 0xff00 ? g.y : 0, kept & 0xff0000 ? g.z : 0,
+                            kept & 0xff000000 ? g.w : 0});
         }
         if (arguments.grad_scores) {
           store_four(arguments.grad_scores + place_of,
-                     float4{theta[i].x * g.x, theta[i].y * g.y, theta[i].z * g.z, theta[i].w * g.w});
+                     float4{values.x * g.x, values.y * g.y, values.z * g.z, values.w * g.w});
         }
         if (arguments.sink) store_four(arguments.sink + place_of, g);
       }
@@ -170,7 +197,7 @@ cudaError_t run(const void* dy, const void* x, const GradArguments<Weight>& a, i
     return cudaErrorInvalidValue;
   }
   const int64_t units = static_cast<int64_t>(a.tiles_down()) * a.tiles_across();
-  return launch(weight_grad<Element, Weight>, std::min<int64_t>(units, kGradBlocks * processors), kGradThreads,
+  return launch(weight_grad<Element, Weight>, std::min<int64_t>(units, processors), kGradThreads,
                 sizeof(GradShared) + 1024, stream, of_dy, of_x, a);
 }
 

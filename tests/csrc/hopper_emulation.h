@@ -110,6 +110,7 @@ struct Barrier {
 };
 
 inline void fence_barriers() {}
+inline void prefetch(const void*) {}
 inline void fence_stores() {}
 inline void sync_group(int group) {
   int& count = emulation::arrived[group];
