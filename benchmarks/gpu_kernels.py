@@ -1,13 +1,14 @@
 """Checks the Triton kernels on a GPU, and times them beside dense layers, plain masked layers and torch.compile.
 
-    python benchmarks/gpu_kernels.py check|time|tune [--output FILE] [--shard I/N] [--budget S] [--small] [--quick]
+    python benchmarks/gpu_kernels.py check [--output FILE] [--shard I/N] [--small]
+    python benchmarks/gpu_kernels.py steps|time|tune [--output FILE] [--budget S] [--quick]
 
 ``check`` compares every kernel with float64 on fresh random numbers, in memory that held NaN before; ``time`` takes
-medians of CUDA events with the L2 cache flushed, of launches that wait in the queue and of a captured graph; whole
-steps also eager, one after another, with what launching costs, and all variants of one in turn. Masks of tiles have
-settled (``BlockLayout.settle``). Beside each time stands its floor: what must be read and written at the bandwidth of a
-copy, or the multiplications at the speed of a dense product, both measured here. ``tune`` writes the table that layers
-choose by. ``gpu_check.py`` runs this with all that runs on a GPU.
+medians of CUDA events with the L2 cache flushed, of launches that wait in the queue and of a captured graph; ``steps``
+does it of whole layers, also eager, one after another, with what launching costs, and all variants of one in turn.
+Masks of tiles have settled (``BlockLayout.settle``). Beside each time stands its floor: what must be read and written
+at the bandwidth of a copy, or the multiplications at the speed of a dense product, both measured here. ``tune`` writes
+the table that layers choose by. ``gpu_check.py`` runs this with all that runs on a GPU.
 """
 
 from __future__ import annotations
@@ -474,6 +475,38 @@ def _lists(occupied: Tensor) -> None:
     assert layout.by_row
 
 
+def steps(device: torch.device, *, quick: bool = False, budget: float = 240.0) -> list[dict[str, Any]]:
+    """Seconds of whole steps of a layer: rows with ``what``, ``seconds`` (eager), ``device``, ``graph``, and ``floor``.
+
+    Args:
+        quick: few sizes.
+        budget: seconds after which the rest is left out.
+    """
+    begin = clock.monotonic()
+    bandwidth, flops = ceilings(device)
+    rows: list[dict[str, Any]] = [{"what": "ceilings", "bytes_per_s": bandwidth, "flops_per_s": flops}]
+    cases: list[tuple[torch.dtype | None, int, str]]
+    tokens = TOKENS[-1:] if quick else TOKENS[1::2] + TOKENS[::2]  # what matters most first
+    cases = [(torch.float32, t, "unstructured") for t in tokens[:2]]
+    cases += [(master, TOKENS[-1], "block:64x64") for master in (torch.float32, torch.bfloat16)]
+    cases += [(None, t, "unstructured") for t in tokens[:2]]  # with an optimizer
+    cases += [(torch.float32, t, "unstructured") for t in tokens[2:]]
+    cases += [(torch.bfloat16, t, "unstructured") for t in tokens]
+    cases += [] if quick else [(master, TOKENS[-2], "block:64x64") for master in (torch.float32, torch.bfloat16)]
+    for master, t, pattern in cases:
+        if clock.monotonic() - begin > budget:
+            rows.append({"what": f"{pattern}, {master} weights, {t} tokens", "error": "no time left"})
+            continue
+        floor = 3 * 2 * t * WIDTH * WIDTH / flops
+        if master is not None:
+            rows += _time_steps(t, device, master, pattern, floor)
+            continue
+        runs, captured = (_whole_steps(t, device) for _ in range(2))  # no copies are kept of what a graph steps
+        names = {name: {"what": f"step and optimizer {name}, {t} tokens", "floor": floor} for name in runs}
+        rows += _in_turn(runs, names, device, 10, captured=captured)
+    return rows
+
+
 def time(device: torch.device, *, quick: bool = False, budget: float = 240.0) -> list[dict[str, Any]]:
     """Seconds of every kernel and baseline: rows with ``what``, ``seconds``, ``graph``, and ``floor``.
 
@@ -504,21 +537,6 @@ def time(device: torch.device, *, quick: bool = False, budget: float = 240.0) ->
         note(what, lambda x=x, dy=dy: torch.mm(dy.t(), x), floor)
         note(f"{what}, then float32", lambda x=x, dy=dy: torch.mm(dy.t(), x).float(), floor)
         note(f"{what}, in float32", lambda x=x, dy=dy: torch.mm(dy.t(), x, out_dtype=torch.float32), floor)
-    for master, t in itertools.product((torch.float32, torch.bfloat16), TOKENS[-1:] if quick else TOKENS):
-        if clock.monotonic() - begin < budget:
-            rows += _time_steps(t, device, master, "unstructured", 3 * 2 * t * WIDTH * WIDTH / flops)
-    for master, t in itertools.product((torch.float32, torch.bfloat16), TOKENS[-1:] if quick else TOKENS[-2:]):
-        if clock.monotonic() - begin < budget:
-            rows += _time_steps(t, device, master, "block:64x64", 3 * 2 * t * WIDTH * WIDTH / flops)
-    for t in TOKENS[-1:] if quick else TOKENS[1::2]:
-        if clock.monotonic() - begin < budget:
-            floor = 3 * 2 * t * WIDTH * WIDTH / flops
-            runs, captured = (
-                _whole_steps(t, device),
-                _whole_steps(t, device),
-            )  # no copies are kept of what a graph steps
-            names = {name: {"what": f"step and optimizer {name}, {t} tokens", "floor": floor} for name in runs}
-            rows += _in_turn(runs, names, device, 10, captured=captured)
     for t, block in itertools.product(TOKENS[-1:] if quick else TOKENS, BLOCKS):
         x, dy, w = (torch.randn(size, WIDTH, device=device).bfloat16() for size in (t, t, WIDTH))
         note(f"dense forward, {t} tokens", lambda x=x, w=w: x @ w.t(), 2 * t * WIDTH * WIDTH / flops)
@@ -591,21 +609,21 @@ def time(device: torch.device, *, quick: bool = False, budget: float = 240.0) ->
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| | us | in a graph | floor |", "|---|---|---|---|"]
+    lines = ["| | us | device | in a graph | floor |", "|---|---|---|---|---|"]
     for row in rows[1:]:
-        times = [f"{row[kind] * 1e6:.1f}" if kind in row else "-" for kind in ("seconds", "graph", "floor")]
+        times = [f"{row[kind] * 1e6:.1f}" if kind in row else "-" for kind in ("seconds", "device", "graph", "floor")]
         lines.append(f"| {row['what']} | {' | '.join(times)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("check", "time", "tune"))
+    parser.add_argument("what", choices=("check", "steps", "time", "tune"))
     parser.add_argument("--output", type=Path, help="JSON")
     parser.add_argument("--small", action="store_true", help="check: one small shape")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="check: the I-th of N parts")
-    parser.add_argument("--budget", type=float, default=240.0, help="time: seconds, after which no row is begun")
-    parser.add_argument("--quick", action="store_true", help="time: few sizes")
+    parser.add_argument("--budget", type=float, default=240.0, help="seconds, after which no row is begun")
+    parser.add_argument("--quick", action="store_true", help="few sizes")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("there is no GPU")
@@ -619,12 +637,14 @@ def main() -> None:
         wrong = {name: error for name, error in errors.items() if error > MOST_ERROR}
         result = {"errors": errors, "wrong": wrong}
         print(f"{len(errors)} checks, {len(wrong)} failed {wrong or ''}")
-    elif options.what == "time":
-        result = {"times": time(device, quick=options.quick, budget=options.budget)}
+    elif options.what in ("steps", "time"):
+        run = {"steps": steps, "time": time}[options.what]
+        result = {"times": run(device, quick=options.quick, budget=options.budget)}
         print(table(result["times"]))
     else:
-        matrices = [(t, WIDTH, WIDTH) for t in TOKENS]
-        result = measurements.measure([*matrices, *CONVOLUTIONS], torch.bfloat16, device)
+        matrices = [(t, WIDTH, WIDTH) for t in (TOKENS[1::2] if options.quick else TOKENS)]
+        layers = [*matrices, *(() if options.quick else CONVOLUTIONS)]
+        result = measurements.measure(layers, torch.bfloat16, device)
         print(f"{len(result)} products measured; {measurements.path()}")
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -121,6 +121,8 @@ def layer_weight(
     if dtype != torch.float64 and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     shares = grad_sink is weight
+    if shares and not is_traced and dtype.itemsize == 2 and weight.dim() == 2 and gpu.is_capturing(device):
+        return None  # the op gets G unrounded from the library, and needs no pass for it; host time it has in a graph
     sink = None if shares else grad_sink
     if is_traced:
         return _TracedWeight.apply(weight, mask_scores, sink, mask, positions, dtype, shares)

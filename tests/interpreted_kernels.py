@@ -591,6 +591,37 @@ def test_a_layer_takes_the_fused_gradient_in_a_graph_where_that_was_measured(mon
     assert "in a CUDA graph masked product in one kernel, measured" in shown.reason
 
 
+def test_a_shared_gradient_is_not_rounded_in_a_graph(monkeypatch):
+    layer, x = sb.SparseMaskedLinear(64, 32, bias=False, sparsity=0.5), torch.randn(16, 64)
+    layer.set_mask_scores(torch.nn.Parameter(torch.zeros(32, 64)))
+    share_gradient(layer)
+    products = []
+    product = gpu_products.linear_weight_grad
+    monkeypatch.setattr(gpu_products, "linear_weight_grad", lambda *given: (products.append(given), product(*given))[1])
+
+    def step():
+        layer.zero_grad()
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            y = layer(x)
+        y.sum().backward()
+
+    if DEVICE.type == "cuda":
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+            step()
+        graph.replay()
+    else:
+        monkeypatch.setattr(gpu, "is_capturing", lambda device: True)
+        step()
+    assert len(products) == 1
+    g = x.bfloat16().double().sum(0).expand(32, 64)
+    # The CPU has no product that is not rounded.
+    assert_close(layer.weight.grad.double(), g, rtol=1e-6 if DEVICE.type == "cuda" else 2**-8, atol=1e-5)
+
+
 def test_a_layer_that_cuts_out_what_is_dropped_is_dense_in_a_graph(monkeypatch):
     monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "slice")
     x, w, m = torch.randn(5, 64), torch.randn(40, 64), torch.zeros(40, 64, dtype=torch.bool)

@@ -11,6 +11,8 @@ namespace {
 constexpr int kRows = 2 * kSide, kCols = 4 * kSide;  // of a tile of the result, which a block has
 constexpr int kGradThreads = 2 * kGroup + 32;        // two that multiply, half of the rows each, and a warp that loads
 [[maybe_unused]] constexpr int kTall = 8;            // tiles one above the other before the next ones beside them
+// Steps up to which what the writing reads is prefetched. It gains 15 % with 1024 rows, and costs 2 % with 8192 (H200).
+[[maybe_unused]] constexpr int kFew = 64;
 constexpr int kGradStages = 4;
 [[maybe_unused]] constexpr int kLine = 128;                           // bytes of a line of the cache
 
@@ -106,7 +108,9 @@ __global__ void __launch_bounds__(kGradThreads, 1)
           }
         }
         __syncwarp();
-        prefetch_rows(arguments, at.x + kRows * step / steps, at.x + kRows * (step + 1) / steps, at.y, lane);
+        if (steps <= kFew) {
+          prefetch_rows(arguments, at.x + kRows * step / steps, at.x + kRows * (step + 1) / steps, at.y, lane);
+        }
         place.advance(kGradStages);
       }
     }
