@@ -84,8 +84,8 @@ _MOST_TILES_CUDA = 0.85
 # FLOPs in the time in which a byte is moved: 150 to 240 with tensor cores (A100, H200, H100), and without them.
 _BALANCE = {torch.float32: 16, torch.bfloat16: 200, torch.float16: 200}
 _MOST_SLICED = 0.8  # of the estimated time of the dense product: an estimate is no measurement
-# Host time of a step with kernels of tiles, or of a sliced product, about, in seconds: 0.4e-3 on a Xeon, on the machine of
-# an H200 0.9e-3 in a network and 1.3e-3 alone (benchmarks/gpu_host.py, without and with --limits).
+# Host time of a step with kernels of tiles, or of a sliced product, about, in seconds: 0.4e-3 on a Xeon; on the machine
+# of an H200 0.9e-3 in a network and 1.3e-3 alone (benchmarks/gpu_host.py, and with --limits).
 _HOST_S = 1e-3
 # FLOP/s that a multiprocessor reaches in dense products of 16 and of 32 bits, about, by compute capability: A100, H100,
 # B200; and of others, as for desktops. Measured on an H200 in 16 bits, else by what is published.
