@@ -151,10 +151,10 @@ def limited(small: int, host_s: float) -> Callable[..., None]:
     """The same with other limits to what is left to torch: most elements of a weight, least seconds of a step."""
 
     def run(module: nn.Module, x: Tensor, grad: Tensor) -> None:
-        before = dense._SMALL_ON_GPU, dispatch._HOST_S
-        dense._SMALL_ON_GPU, dispatch._HOST_S = small, host_s
+        before = dense._SMALL_ON_GPU, dense._SMALL_IF_BRIEF, dispatch._HOST_S
+        dense._SMALL_ON_GPU, dense._SMALL_IF_BRIEF, dispatch._HOST_S = small, small, host_s
         step(module, x, grad)
-        dense._SMALL_ON_GPU, dispatch._HOST_S = before
+        dense._SMALL_ON_GPU, dense._SMALL_IF_BRIEF, dispatch._HOST_S = before
 
     return run
 

@@ -196,14 +196,17 @@ def library_is_best(device: torch.device) -> bool:
     return not _is_fused_faster((gpu.setting("SPARSEBILEVEL_MEASUREMENTS"), measurements.generation()), device)
 
 
-def waits_for_host(rows: int, weight_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a GPU does a dense layer's step in less time than the host takes to launch kernels of ours for one.
+def waits_for_host(
+    rows: int, weight_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seconds: float | None = None
+) -> bool:
+    """Whether a GPU does the products of a dense layer's step in less time than ``seconds``.
 
-    Where the device waits for launches, as for a layer alone and in networks of such layers, but not in a CUDA graph,
-    it is faster dense then, whatever the mask drops and whatever was measured, which is time of the device.
+    By default those that the host takes to launch kernels of ours for one. Where the device waits for launches, as for
+    a layer alone and in networks of such layers, but not in a CUDA graph, it is faster dense then, whatever the mask
+    drops and whatever was measured, which is time of the device.
     """
     speed = _FLOPS.get(gpu.capability(device), _FLOPS_OF_OTHERS)[dtype.itemsize > 2] * gpu.processors(device)
-    return 6 * rows * math.prod(weight_shape) < _HOST_S * speed
+    return 6 * rows * math.prod(weight_shape) < (_HOST_S if seconds is None else seconds) * speed
 
 
 @functools.lru_cache

@@ -59,6 +59,7 @@ def on_device(monkeypatch):
     monkeypatch.setattr(gpu, "DEVICES", {"cpu", "cuda"})
     # Or all layers were left to torch: there is nothing that is not small here.
     monkeypatch.setattr(dense, "_SMALL_ON_GPU", -1)
+    monkeypatch.setattr(dense, "_SMALL_IF_BRIEF", -1)
     monkeypatch.setattr(dispatch, "_HOST_S", 0.0)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # what is compared with is exact
     with DEVICE:
@@ -951,17 +952,21 @@ def test_small_layers_are_left_to_torch(kind, cast, launches, monkeypatch):
     ours, n = step(), layer.weight.numel()
     assert launches == [1]
     torch.autograd.graph.increment_version(layer.weight)  # or the copy were still good
-    for most, by_torch in ((n, True), (n - 1, False)):
+    made = 1
+    for most, if_brief, seconds in ((n, n, 0.0), (n - 1, n, 1.0), (n - 1, n, 0.0), (n - 1, n - 1, 1.0)):
         monkeypatch.setattr(dense, "_SMALL_ON_GPU", most)
+        monkeypatch.setattr(dense, "_SMALL_IF_BRIEF", if_brief)
+        monkeypatch.setattr(dense, "_BRIEF_S", seconds)
         for got, expected in zip(step(), ours, strict=True):
             assert got.dtype == expected.dtype
             assert_close(got, expected, **tolerance)
-        assert len(launches) == (1 if by_torch else 2)
+        made += not (most == n or (if_brief == n and seconds))
+        assert len(launches) == made
+        torch.autograd.graph.increment_version(layer.weight)
     monkeypatch.setattr(dense, "_SMALL_ON_GPU", n)
     layer.collect("all")
-    torch.autograd.graph.increment_version(layer.weight)
     step()
-    assert len(launches) == 3
+    assert len(launches) == made + 1
     assert layer.effective_grad.isfinite().all()
 
 
