@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0#  the tested version; installed first, so that nothing else chooses it
+OLDEST ?= torch==2.11.0#  that pyproject.toml allows
 PYTEST_ARGS ?= -n 2
 
 PIP := .venv/bin/pip --disable-pip-version-check install -q
@@ -22,8 +23,9 @@ demo: .venv/.demo ## install into .venv and train the demo; results in runs/demo
 test: .venv/.dev ## run the fast tests on an installed copy
 	@.venv/bin/pytest -p no:benchmark $(PYTEST_ARGS)
 
-test-all: .venv/.dev .venv-latest/.dev ## slow tests too; again with the newest triton; again without the extension
+test-all: .venv/.dev .venv-oldest/.dev .venv-latest/.dev ## slow tests too; oldest torch; newest triton; no extension
 	@.venv/bin/pytest -p no:benchmark $(PYTEST_ARGS) --run-slow
+	@.venv-oldest/bin/pytest -p no:benchmark $(PYTEST_ARGS)
 	@.venv-latest/bin/pytest -p no:benchmark $(PYTEST_ARGS)
 	@$(CLEAN_BUILD)
 	@rm .venv-latest/.dev
@@ -43,7 +45,7 @@ bench: .venv/.dev ## run the benchmarks
 	@.venv/bin/pytest benchmarks
 
 clean: ## remove environments, builds and caches
-	rm -rf .venv .venv-latest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-oldest .venv-latest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 .venv/.torch:
 	@echo "creating .venv with $(TORCH)"
@@ -61,6 +63,12 @@ clean: ## remove environments, builds and caches
 	@$(CLEAN_BUILD)
 	@$(PIP) ".[test,dev]"
 	@touch $@ .venv/.demo
+
+.venv-oldest/.dev: $(SOURCES)
+	@$(PYTHON) -m venv .venv-oldest
+	@$(CLEAN_BUILD)
+	@.venv-oldest/bin/pip install -q "$(OLDEST)" ".[test]"
+	@touch $@
 
 # The test extra pins the tested triton; here the newest replaces it.
 .venv-latest/.dev: $(SOURCES)

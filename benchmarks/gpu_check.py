@@ -181,6 +181,10 @@ def main() -> int:
         note(f"{result['build']}, {result['machine']}")
         if args.only and args.output.exists():
             before = json.loads(args.output.read_text())
+            for fact in ("gpu", "torch", "cuda", "triton"):
+                then, now = before["machine"].get(fact), result["machine"].get(fact)
+                if then != now:
+                    sys.exit(f"{args.output} is of {fact} {then}; with --only expected {now}, as this machine has")
             result |= {part: before[part] for part in ("checks", "times")}
 
         def save() -> None:

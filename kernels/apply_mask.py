@@ -112,7 +112,8 @@ class _Copy:
         self.weight = weakref.ref(weight, functools.partial(_copies.pop, id(weight)))
         self.mask = weakref.ref(mask)
         self.layout = _layout(weight, mask)
-        self.tensor = torch.empty_like(weight, dtype=dtype, requires_grad=False)
+        with torch.inference_mode(False):  # a copy made in that mode could not be saved for a backward later
+            self.tensor = torch.empty_like(weight, dtype=dtype, requires_grad=False)
         self.is_plain = lies_alike(weight, mask, self.tensor)
         self.seen: tuple | None = None
         self.written = False  # by the optimizer whose step is not yet over
@@ -172,15 +173,14 @@ def compute_copy(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     step of an optimizer.
     """
     copy = _copies.get(id(weight), _NO_COPIES).get(dtype)
-    if copy is not None and copy.is_of(weight, mask) and not gpu.is_capturing(weight.device):
+    if copy is not None and _keeps() and copy.is_of(weight, mask) and not gpu.is_capturing(weight.device):
         if copy.is_fresh(weight, mask):
             return copy.use()
-        if _keeps():  # what else is to be known of the two was seen when the copy was first made
-            with _lock:
-                if _copies.get(id(weight), _NO_COPIES).get(dtype) is copy:  # no step was captured meanwhile
-                    if not copy.is_fresh(weight, mask):
-                        _refresh(copy)
-                    return copy.use()
+        with _lock:  # what else is to be known of the two was seen when the copy was first made
+            if _copies.get(id(weight), _NO_COPIES).get(dtype) is copy:  # no step was captured meanwhile
+                if not copy.is_fresh(weight, mask):
+                    _refresh(copy)
+                return copy.use()
     if not _may_keep(weight, mask):
         made = gpu.shared()
         if made is not None and dtype in made:
@@ -193,11 +193,12 @@ def compute_copy(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
             made[dtype] = once
         return once
     with _lock:
-        copies = _copies.setdefault(id(weight), {})
-        copy = copies.get(dtype)
+        copy = _copies.get(id(weight), _NO_COPIES).get(dtype)
         if copy is None or not copy.is_of(weight, mask):
             _watch_optimizers()
-            copy = copies[dtype] = _Copy(weight, mask, dtype)
+            copy = _Copy(weight, mask, dtype)
+            others = _copies.get(id(weight), _NO_COPIES).items()  # of which a weight of another type needs none
+            _copies[id(weight)] = {other: kept for other, kept in others if kept.is_of(weight, mask)} | {dtype: copy}
         if not copy.is_fresh(weight, mask):
             _refresh(copy)
         return copy.use()

@@ -26,7 +26,7 @@ _LARGE = 1 << 18  # elements from which on memory is worth keeping: malloc would
 # copy and our gradient do, of so many in about the time of a launch, and the host has many microseconds less to do.
 _SMALL_ON_GPU = 1 << 20
 # And up to which it does where its products take so few seconds that the host is waited for, whatever it launches: that
-# is 1.15 to 1.3 times as fast on the machine of an H200 (benchmarks/gpu_host.py --limits).
+# is 1.14 to 1.36 times as fast on the machine of an H200 (benchmarks/gpu_host.py --limits).
 _SMALL_IF_BRIEF, _BRIEF_S = 1 << 22, 50e-6
 
 

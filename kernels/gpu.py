@@ -129,9 +129,9 @@ def launch(device: torch.device, kernel: Any, grid: tuple[int, ...], *arguments:
         kind = type(argument)
         if kind in _TENSORS or isinstance(argument, torch.Tensor):
             kinds.append(argument.dtype)
-            kinds.append(argument.data_ptr() & 15)
+            kinds.append(not argument.data_ptr() & 15)
         elif kind is int:
-            kinds.append(argument & 15 if argument != 1 else -1)
+            kinds.append("one" if argument == 1 else not argument & 15)
             kinds.append(-(1 << 31) <= argument < 1 << 31)
         elif argument is None or kind is float:
             kinds.append(kind)

@@ -206,7 +206,8 @@ def occupied_tiles(mask: Tensor, block: int, sides: Tensor | None = None) -> Ten
 
 def _has_words(maps: Tensor) -> bool:
     """Whether bytes side by side are words of four."""
-    return not any(number % 4 for number in (*maps.stride()[:2], maps.shape[2], maps.storage_offset()))
+    numbers = *maps.stride()[:2], maps.shape[2], maps.storage_offset(), maps.data_ptr()
+    return not any(number % 4 for number in numbers)
 
 
 def mark_positions(positions: Tensor, shape: torch.Size, tiles: Tensor, sides: Tensor | None, block: int) -> None:

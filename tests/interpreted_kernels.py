@@ -703,6 +703,53 @@ def test_a_captured_step_follows_weight_and_mask(op, monkeypatch, tmp_path):
             assert_close(sink.grad, torch.where(positions < 0, 0, z.grad.reshape(-1)[positions]), **tolerance)
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_layers_train_after_a_validation_in_inference_mode(kind):
+    layer = sb.SparseMaskedLinear(8, 4, sparsity=0.5) if kind == "linear" else sb.SparseMaskedConv2d(8, 4, 1)
+    x = torch.randn(3, 8) if kind == "linear" else torch.randn(3, 8, 4, 4)
+    with torch.inference_mode():
+        before = layer(x)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    assert_close(layer(x), before.clone())
+    for _ in range(2):
+        layer(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    z = torch.where(layer.mask, layer.weight, 0)
+    assert_close(layer(x), F.linear(x, z, layer.bias) if kind == "linear" else F.conv2d(x, z, layer.bias))
+
+
+def test_copies_are_not_used_once_they_are_switched_off(monkeypatch):
+    w, m = torch.nn.Parameter(torch.randn(6, 8)), torch.rand(6, 8) < 0.5
+    compute_copy(w, m, torch.float32)
+    w.data.add_(1)  # which nobody sees
+    monkeypatch.setenv("SPARSEBILEVEL_COMPUTE_COPY", "0")
+    assert torch.equal(compute_copy(w, m, torch.float32), torch.where(m, w, 0))
+
+
+def test_what_is_kept_goes_with_the_weight_and_its_type(monkeypatch):
+    copies = apply_mask_module._copies
+    w, m = torch.nn.Parameter(torch.randn(6, 8)), torch.rand(6, 8) < 0.5
+    for dtype in (torch.float32, torch.float16):
+        compute_copy(w, m, dtype)
+    assert set(copies[id(w)]) == {torch.float32, torch.float16}
+    w.data = w.data.bfloat16()
+    assert torch.equal(compute_copy(w, m, torch.bfloat16), torch.where(m, w, 0))
+    assert set(copies[id(w)]) == {torch.bfloat16}
+    other, key = torch.nn.Parameter(torch.randn(6, 8)), id(w)
+
+    def fail(*_, **__):
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as full:
+        full.setattr(torch, "empty_like", fail)
+        with pytest.raises(RuntimeError, match="no memory"):
+            compute_copy(other, m, torch.float32)
+    assert id(other) not in copies
+    del w
+    assert key not in copies
+
+
 def test_copies_follow_a_change_of_type():
     """Those of the model, and of another whose copies are made again at the same time."""
     model, other = small_model(), small_model()
