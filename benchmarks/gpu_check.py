@@ -74,7 +74,7 @@ def timings(quick: bool) -> list[Stage]:
     stages = [Stage("tune", tune, 60)]  # what the others choose by
     limits = [sys.executable, str(here / "gpu_host.py"), "--limits", *options]
     stages.append(Stage("gpu_host limits", limits, 90))
-    budgets = {"gpu_cuda time": 40, "gpu_training": 150, "gpu_kernels steps": 75, "gpu_kernels time": 60}
+    budgets = {"gpu_cuda time": 40, "gpu_training": 130, "gpu_kernels steps": 70, "gpu_kernels time": 55}
     for name, seconds in budgets.items():
         file, *what = name.split()
         command = [sys.executable, str(here / f"{file}.py"), *what, "--budget", str(seconds), *options]
