@@ -160,7 +160,8 @@ def limited(small: int, host_s: float) -> Callable[..., None]:
 
 
 large = limited(-1, 0.0)  # as if weight and batch were large
-left = limited(1 << 40, 1e9), limited(-1, 1e9)  # as if they were small; and the batch alone, as where tiles are dropped
+small = limited(1 << 40, 1e9)  # as if both were small
+brief = limited(-1, 1e9)  # as if the batch were: a layer of blocks is then on a kept copy
 
 
 def single_layers() -> dict[str, Case]:
@@ -232,7 +233,8 @@ def eager_steps(device: torch.device, quick: bool = False) -> list[dict[str, Any
             masked = nn.Sequential(
                 *(sb.SparseMaskedLinear(size, size, False, device, sparsity=0.9, pattern=pattern) for _ in plain)
             )
-            runs = {"dense": (plain, step), "left": (masked, left[pattern != "unstructured"]), "ours": (masked, large)}
+            left = small if pattern == "unstructured" else brief
+            runs = {"dense": (plain, step), "left": (masked, left), "ours": (masked, large)}
             samples: dict[str, list[float]] = {name: [] for name in runs}
             for number in range(4 if quick else 14):
                 for name, (module, run) in runs.items():

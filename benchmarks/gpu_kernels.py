@@ -475,16 +475,9 @@ def _lists(occupied: Tensor) -> None:
     assert layout.by_row
 
 
-def steps(device: torch.device, *, quick: bool = False, budget: float = 240.0) -> list[dict[str, Any]]:
-    """Seconds of whole steps of a layer: rows with ``what``, ``seconds`` (eager), ``device``, ``graph``, and ``floor``.
-
-    Args:
-        quick: few sizes.
-        budget: seconds after which the rest is left out.
-    """
-    begin = clock.monotonic()
-    bandwidth, flops = ceilings(device)
-    rows: list[dict[str, Any]] = [{"what": "ceilings", "bytes_per_s": bandwidth, "flops_per_s": flops}]
+def steps(device: torch.device, quick: bool, until: float, flops: float) -> list[dict[str, Any]]:
+    """Rows of whole steps of a layer, of which ``seconds`` are eager; the arguments are those of :func:`time`."""
+    rows: list[dict[str, Any]] = []
     cases: list[tuple[torch.dtype | None, int, str]]
     tokens = TOKENS[-1:] if quick else TOKENS[1::2] + TOKENS[::2]  # what matters most first
     cases = [(torch.float32, t, "unstructured") for t in tokens[:2]]
@@ -494,7 +487,7 @@ def steps(device: torch.device, *, quick: bool = False, budget: float = 240.0) -
     cases += [(torch.bfloat16, t, "unstructured") for t in tokens]
     cases += [] if quick else [(master, TOKENS[-2], "block:64x64") for master in (torch.float32, torch.bfloat16)]
     for master, t, pattern in cases:
-        if clock.monotonic() - begin > budget:
+        if clock.monotonic() > until:
             rows.append({"what": f"{pattern}, {master} weights, {t} tokens", "error": "no time left"})
             continue
         floor = 3 * 2 * t * WIDTH * WIDTH / flops
@@ -507,22 +500,21 @@ def steps(device: torch.device, *, quick: bool = False, budget: float = 240.0) -
     return rows
 
 
-def time(device: torch.device, *, quick: bool = False, budget: float = 240.0) -> list[dict[str, Any]]:
-    """Seconds of every kernel and baseline: rows with ``what``, ``seconds``, ``graph``, and ``floor``.
+def time(device: torch.device, quick: bool, until: float, flops: float, bandwidth: float) -> list[dict[str, Any]]:
+    """Rows of every kernel and baseline: ``what``; ``seconds``, of launches in the queue, ``graph``, and ``floor``.
 
     Args:
         quick: few sizes.
-        budget: seconds after which the rest is left out.
+        until: by the monotonic clock, when the rest is left out.
+        flops, bandwidth: a second, of :func:`ceilings`.
     """
-    begin = clock.monotonic()
-    bandwidth, flops = ceilings(device)
-    rows: list[dict[str, Any]] = [{"what": "ceilings", "bytes_per_s": bandwidth, "flops_per_s": flops}]
+    rows: list[dict[str, Any]] = []
 
     def note(what: str, run: Callable[[], Any], floor: float, graph: bool = True) -> None:
         row: dict[str, Any] = {"what": what, "floor": floor}
         rows.append(row)
         for kind, prepare in (("seconds", lambda: run), ("graph", lambda: _graph(run)))[: 1 + graph]:
-            if clock.monotonic() - begin > budget:
+            if clock.monotonic() > until:
                 row[f"{kind}_error"] = "no time left"
                 continue
             try:
@@ -610,7 +602,7 @@ def time(device: torch.device, *, quick: bool = False, budget: float = 240.0) ->
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| | us | device | in a graph | floor |", "|---|---|---|---|---|"]
-    for row in rows[1:]:
+    for row in rows:
         times = [f"{row[kind] * 1e6:.1f}" if kind in row else "-" for kind in ("seconds", "device", "graph", "floor")]
         lines.append(f"| {row['what']} | {' | '.join(times)} |")
     return "\n".join(lines)
@@ -638,9 +630,14 @@ def main() -> None:
         result = {"errors": errors, "wrong": wrong}
         print(f"{len(errors)} checks, {len(wrong)} failed {wrong or ''}")
     elif options.what in ("steps", "time"):
-        run = {"steps": steps, "time": time}[options.what]
-        result = {"times": run(device, quick=options.quick, budget=options.budget)}
-        print(table(result["times"]))
+        until = clock.monotonic() + options.budget
+        bandwidth, flops = ceilings(device)
+        if options.what == "steps":
+            rows = steps(device, options.quick, until, flops)
+        else:
+            rows = time(device, options.quick, until, flops, bandwidth)
+        result = {"times": [{"what": "ceilings", "bytes_per_s": bandwidth, "flops_per_s": flops}, *rows]}
+        print(table(rows))
     else:
         matrices = [(t, WIDTH, WIDTH) for t in (TOKENS[1::2] if options.quick else TOKENS)]
         layers = [*matrices, *(() if options.quick else CONVOLUTIONS)]

@@ -1,6 +1,6 @@
 // The gradient of a dense weight, G = dy.T @ x, on Hopper's tensor cores, of which m * G, theta * G and G itself are
 // written without G in between. kernels/triton_matmul.py has the same for other devices and types. What the writing reads
-// is brought to the L2 cache while the tile is multiplied, and there is where what it writes goes: DRAM has it meanwhile.
+// is brought to the L2 cache while the tile is multiplied. Nothing is multiplied while a tile is written.
 #include <algorithm>
 
 #include "hopper.h"
@@ -11,10 +11,11 @@ namespace {
 constexpr int kRows = 2 * kSide, kCols = 4 * kSide;  // of a tile of the result, which a block has
 constexpr int kGradThreads = 2 * kGroup + 32;        // two that multiply, half of the rows each, and a warp that loads
 [[maybe_unused]] constexpr int kTall = 8;            // tiles one above the other before the next ones beside them
-// Steps up to which what the writing reads is prefetched. It gains 15 % with 1024 rows, and costs 2 % with 8192 (H200).
+// Steps up to which what the writing reads is prefetched. With 1024 rows it takes 1.16 times as long without, with 8192
+// rows 1.02 times as long with it (H200).
 [[maybe_unused]] constexpr int kFew = 64;
 constexpr int kGradStages = 4;
-[[maybe_unused]] constexpr int kLine = 128;                           // bytes of a line of the cache
+[[maybe_unused]] constexpr int kLine = 128;          // bytes of a line of the cache
 
 struct GradShared {
   uint8_t dy[kGradStages][kRows / kSide][kTileBytes], x[kGradStages][kCols / kSide][kTileBytes];
