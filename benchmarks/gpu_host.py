@@ -25,12 +25,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 import triton
 from timing import interleave, markdown_table, write_result
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -135,10 +137,19 @@ def make(size: int, pattern: str, learns: str) -> Any:
     return layer
 
 
+_steppers: WeakKeyDictionary[nn.Module, torch.optim.Optimizer | None] = WeakKeyDictionary()
+
+
 def step(module: nn.Module, x: Tensor, grad: Tensor) -> None:
-    """Forward and backward under autocast, with weights that count as new."""
+    """Forward and backward under autocast, with weights that count as new: as after a step of an optimizer."""
     parameters = list(module.parameters())
     torch.autograd.graph.increment_version(parameters)
+    if module not in _steppers:
+        is_sparse = any(True for _ in sb.sparse_layers(module))
+        _steppers[module] = torch.optim.SGD(parameters) if is_sparse else None
+    if (optimizer := _steppers[module]) is not None:
+        for hook in _global_optimizer_post_hooks.values():  # ours, which its step would run into
+            hook(optimizer, (), {})
     with torch.autocast(x.device.type, torch.bfloat16):
         y = module(x)
     y.backward(grad)

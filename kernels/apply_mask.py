@@ -117,6 +117,8 @@ class _Copy:
         self.is_plain = lies_alike(weight, mask, self.tensor)
         self.seen: tuple | None = None
         self.written = False  # by the optimizer whose step is not yet over
+        self.stepped: tuple | None = None  # the stream of the last step of an optimizer, and what it left
+        self.idle = 0  # steps of an optimizer since anybody asked for it
         self.streams: list[int] = []  # the one that wrote it last, and those that have waited for it
         self.writer: Any = None  # the first of them
 
@@ -136,8 +138,24 @@ class _Copy:
                 self.tensor.record_stream(self.writer)
         self.seen, self.streams = _state(weight, mask), [stream]
 
+    def note_step(self, stream: int) -> None:
+        """Say that an optimizer whose step ran on a stream may have changed the weight."""
+        self.idle += 1
+        weight, mask = self.weight(), self.mask()
+        if not self.written and weight is not None and mask is not None:
+            self.seen, self.stepped = None, (stream, _state(weight, mask))
+        self.written = False
+
+    def was_stepped(self, stream: int, weight: Tensor, mask: Tensor) -> bool:
+        """Whether nothing but a step of an optimizer on this stream has changed the weight, and it will be used.
+
+        Another stream may be writing it otherwise.
+        """
+        return self.idle <= 1 and self.streams == [stream] and self.stepped == (stream, _state(weight, mask))
+
     def use(self) -> Tensor:
         """The copy, for the current stream, which waits for the one that wrote it if that is another."""
+        self.idle = 0
         if (number := gpu.stream_id(self.tensor.device)) not in self.streams:
             stream = gpu.stream(self.tensor.device)
             self.tensor.record_stream(stream)
@@ -159,21 +177,23 @@ def _state(weight: Tensor, mask: Tensor) -> tuple:
 _copies: dict[int, dict[torch.dtype, _Copy]] = {}  # by the id of a weight, for as long as it lives
 _in_graphs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weights that a captured optimizer writes: True
 _NO_COPIES: dict[torch.dtype, _Copy] = {}
+_MOST_IDLE = 3  # steps of an optimizer in which a copy is not asked for, as one for an evaluation in another dtype
 _lock = threading.RLock()
 
 
 def compute_copy(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """``mask * weight`` in ``dtype``, not to be written to: the copy that is kept, on devices with our kernels.
 
-    When one is out of date so are, after a step of an optimizer, those of all other layers: all that this stream wrote
-    are made again, in one launch. While a CUDA graph is captured nothing is kept, since the graph is to follow the
-    weight; nor ever after of a weight whose optimizer was captured, since a replay changes it without a trace.
+    When one is out of date so are, after a step of an optimizer, those of all other layers: all whose optimizer stepped
+    on this stream are made again, in one launch. Who asks for none in three steps has none any more. While a CUDA graph
+    is captured nothing is kept, since the graph is to follow the weight; nor ever after of a weight whose optimizer was
+    captured, since a replay changes it without a trace.
 
     ``SPARSEBILEVEL_COMPUTE_COPY=0`` makes it anew each time, for who changes weights through ``.data`` and not in a
     step of an optimizer.
     """
     copy = _copies.get(id(weight), _NO_COPIES).get(dtype)
-    if copy is not None and _keeps() and copy.is_of(weight, mask) and not gpu.is_capturing(weight.device):
+    if copy is not None and keeps() and copy.is_of(weight, mask) and not gpu.is_capturing(weight.device):
         if copy.is_fresh(weight, mask):
             return copy.use()
         with _lock:  # what else is to be known of the two was seen when the copy was first made
@@ -213,28 +233,38 @@ def _watch_optimizers() -> None:
     """
 
     def forget(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        streams: dict[torch.device, int | None] = {}  # None while a graph is captured
         with _lock:
             for group in optimizer.param_groups:
                 for weight in group["params"]:
-                    if gpu.is_capturing(weight.device):
+                    device = weight.device
+                    if device not in streams:
+                        streams[device] = None if gpu.is_capturing(device) else gpu.stream_id(device)
+                    stream = streams[device]
+                    if stream is None:
                         _copies.pop(id(weight), None)
                         _in_graphs[weight] = True
-                    for copy in _copies.get(id(weight), _NO_COPIES).values():
-                        if not copy.written:
-                            copy.seen = None
-                        copy.written = False
+                        continue
+                    copies = _copies.get(id(weight))
+                    if copies is None:
+                        continue
+                    for copy in copies.values():
+                        copy.note_step(stream)
+                    if any(copy.idle >= _MOST_IDLE for copy in copies.values()):
+                        _copies[id(weight)] = {dtype: c for dtype, c in copies.items() if c.idle < _MOST_IDLE}
 
     register_optimizer_step_post_hook(forget)
 
 
-def _keeps() -> bool:
+def keeps() -> bool:
+    """Whether what is made of weights and masks is kept until they change."""
     return gpu.setting("SPARSEBILEVEL_COMPUTE_COPY") != "0"
 
 
 def _may_keep(weight: Tensor, mask: Tensor) -> bool:
     return (
         gpu.available(weight.device)
-        and _keeps()
+        and keeps()
         and weight.is_leaf
         and is_dense(weight)
         and weight not in _in_graphs
@@ -244,20 +274,16 @@ def _may_keep(weight: Tensor, mask: Tensor) -> bool:
 
 
 def _refresh(asked: _Copy) -> None:
-    """Make a copy again, and every other of this stream that is out of date.
-
-    What another stream wrote is left to it, since it may be writing the weight just now.
-    """
+    """Make a copy again, and every other that the same step of an optimizer has put out of date."""
     device = asked.layout[0]
     stream = gpu.stream_id(device)
     stale: dict[tuple, list[tuple[Tensor, Tensor, _Copy]]] = {}  # by what one launch takes
     for copies in list(_copies.values()):
         for dtype, copy in copies.items():
-            is_ours = copy.streams and copy.streams[0] == stream and copy.layout[0] == device
-            if not (is_ours or copy is asked):
-                continue
             weight, mask = copy.weight(), copy.mask()
-            if weight is None or mask is None or copy.is_fresh(weight, mask) or not copy.is_of(weight, mask):
+            if weight is None or mask is None or copy.layout[0] != device or copy.is_fresh(weight, mask):
+                continue
+            if copy is not asked and not (copy.was_stepped(stream, weight, mask) and copy.is_of(weight, mask)):
                 continue
             stale.setdefault((copy.is_plain, weight.dtype, dtype), []).append((weight, mask, copy))
     for (is_plain, *_), group in stale.items():
@@ -273,11 +299,19 @@ def _refresh(asked: _Copy) -> None:
             copy.wrote(weight, mask)
 
 
+def give_back(weight: Tensor, mask: Tensor) -> None:
+    """Keep no copies any more that are not of these as they lie now: on another device, of another type."""
+    with _lock:
+        copies = _copies.get(id(weight))
+        if copies is not None:
+            _copies[id(weight)] = {dtype: copy for dtype, copy in copies.items() if copy.is_of(weight, mask)}
+
+
 def kept_copy(weight: Tensor, mask: Tensor) -> Tensor | None:
     """A copy that is kept of a weight, for an optimizer that writes it in the same pass, and then says so."""
     with _lock:
-        copies = _copies.get(id(weight), _NO_COPIES).values()
-        return next((copy.tensor for copy in copies if copy.is_of(weight, mask)), None)
+        copies = [copy for copy in _copies.get(id(weight), _NO_COPIES).values() if copy.is_of(weight, mask)]
+        return min(copies, key=lambda copy: copy.idle).tensor if copies else None
 
 
 def note_written(weight: Tensor, mask: Tensor, tensor: Tensor) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import cuda_block_sparse, gpu, reference
+from .apply_mask import keeps
 from .dispatch import Structure
 
 _SETTLED = 500  # products after which a mask seems to stay: pairing its rows well takes as long as it saves in so many
@@ -349,14 +350,14 @@ class Occupancy:
         return self._slices
 
 
-class _Captured:
-    """The tiles of a mask, and of ``positions`` beside it, for a CUDA graph, which looks anew in every replay.
+class _Unkept:
+    """The tiles of a mask, and of ``positions`` beside it, as they are when they are asked for: without a wait.
 
-    Which kernels the graph has was decided by what the mask held when it was ``last`` looked at. ``without`` is the
-    same without the positions, if it is there.
+    So a CUDA graph looks anew in every replay. Which kernels there are was decided by what the mask held when it was
+    ``last`` looked at. ``without`` is the same without the positions, if it is there.
     """
 
-    def __init__(self, mask: Tensor, positions: Tensor | None, last: Occupancy, without: _Captured | None) -> None:
+    def __init__(self, mask: Tensor, positions: Tensor | None, last: Occupancy, without: _Unkept | None) -> None:
         self._mask, self._positions, self._without, self.densities = mask, positions, without, last.densities
         self._layouts: dict[int, BlockLayout] = {}
 
@@ -389,11 +390,12 @@ class _Seen(NamedTuple):
 _seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def look(mask: Tensor, positions: Tensor | None = None) -> Occupancy | _Captured | None:
+def look(mask: Tensor, positions: Tensor | None = None) -> Occupancy | _Unkept | None:
     """What a bool mask ``[N, K, ...]`` holds, and the ``positions`` beside it; None if that may not be asked for.
 
     Asked for once for every change of mask or positions, since it waits for the device. Kept as long as they are. For a
-    mask that was looked at before, a CUDA graph that is captured finds its tiles itself.
+    mask that was looked at before, a CUDA graph that is captured finds its tiles itself; and so does each product
+    outside of one where nothing is to be kept (``SPARSEBILEVEL_COMPUTE_COPY=0``).
 
     Args:
         mask: of a layer.
@@ -402,8 +404,12 @@ def look(mask: Tensor, positions: Tensor | None = None) -> Occupancy | _Captured
     if mask.is_inference() or not mask.numel():  # it may change unseen
         return None
     if gpu.is_capturing(mask.device):
-        return _look_in_graph(mask, positions)
+        return _look_unkept(mask, positions)
     stream = gpu.stream_id(mask.device)
+    if not keeps():
+        if stream not in _seen.get(mask, _NOTHING):
+            _look_again(mask, stream)
+        return _look_unkept(mask, positions)
     seen = _seen.get(mask, _NOTHING).get(stream)
     if seen is None or seen.state != _state(mask):
         _look_again(mask, stream)
@@ -421,7 +427,7 @@ def look(mask: Tensor, positions: Tensor | None = None) -> Occupancy | _Captured
 _NOTHING: dict[Any, _Seen] = {}
 
 
-def _look_in_graph(mask: Tensor, positions: Tensor | None) -> _Captured | None:
+def _look_unkept(mask: Tensor, positions: Tensor | None) -> _Unkept | None:
     """What forward and backward of a layer share in a graph; None if the mask dropped nothing, or was never seen."""
     by_stream, made = _seen.get(mask, _NOTHING), gpu.shared()
     if not by_stream:
@@ -433,7 +439,7 @@ def _look_in_graph(mask: Tensor, positions: Tensor | None) -> _Captured | None:
     made = {} if made is None else made
     key = "tiles", positions is not None
     if key not in made:
-        made[key] = _Captured(mask, positions, last, made.get(("tiles", False)))
+        made[key] = _Unkept(mask, positions, last, made.get(("tiles", False)))
     return made[key]
 
 
@@ -471,9 +477,12 @@ def _tally(tiles: Tensor, sides: Tensor, outputs: int) -> Tensor:
 
 
 def _look_again(asked: Tensor, stream: int) -> None:
-    """Look at a mask, and at every other that this stream has seen and that has changed: with a single wait."""
-    seen = [(mask, by_stream.get(stream)) for mask, by_stream in list(_seen.items())]
-    stale = [mask for mask, found in seen if found is not None and found.state != _state(mask)]
+    """Look at a mask, and at every other that this stream alone has seen and that has changed: with a single wait.
+
+    Those that others have seen, too, another may be changing just now.
+    """
+    seen = [(mask, by_stream[stream]) for mask, by_stream in list(_seen.items()) if [*by_stream] == [stream]]
+    stale = [mask for mask, found in seen if found.state != _state(mask)]
     masks = [asked, *(m for m in stale if m is not asked and m.device == asked.device and m.numel())]
     surveys = [_survey(mask) for mask in masks]
     counts = torch.stack([_tally(*survey, len(mask)) for mask, survey in zip(masks, surveys, strict=True)]).tolist()

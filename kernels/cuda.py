@@ -66,8 +66,9 @@ def declare(library: Any) -> Any:
 
 
 def available(device: torch.device) -> bool:
-    """Whether the kernels run on a device."""
-    return device.type in DEVICES and load()[0] is not None
+    """Whether the kernels run on a device: NVIDIA's from compute capability 8.0 on."""
+    is_known = device.type != "cuda" or gpu.capability(device) >= (8, 0)
+    return device.type in DEVICES and is_known and load()[0] is not None
 
 
 def launch(name: str, device: torch.device, *arguments: Any) -> None:

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from . import gpu, native, plans, reference
 from .apply_mask import compute_copy
 from .dispatch import library_is_best, takes_onednn, waits_for_host
-from .gradient import Needs, check_masked_operands, distribute_gradient, runs_directly
+from .gradient import Needs, check_masked_operands, distribute_gradient, is_left_to_torch, runs_directly
 from .split_gradient import gather_support, split_one
 
 _SMALL = 1 << 14  # elements up to which plain torch, in fewer calls, is faster
@@ -157,8 +157,7 @@ class _LayerWeight(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Where gradients are tracked somebody will differentiate them.
-        return *_split(ctx, grad, distribute_gradient if torch.is_grad_enabled() else distribute), None
+        return *_split(ctx, grad, distribute_gradient if is_left_to_torch(grad) else distribute), None
 
 
 class _TracedWeight(Function):

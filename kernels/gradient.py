@@ -50,6 +50,10 @@ def check_masked_operands(
         raise ValueError(f"mask has dtype {mask.dtype}; expected torch.bool (True = kept)")
     if mask.shape != weight.shape:
         raise ValueError(f"mask has shape {list(mask.shape)}; expected {list(weight.shape)}, the weight's")
+    for name, tensor in (("mask", mask), ("positions", positions)):
+        # Nothing is computed on the meta device, where counting FLOPs takes a layer without what it has collected for.
+        if tensor is not None and tensor.device != weight.device and not (tensor is positions and weight.is_meta):
+            raise ValueError(f"{name} is on {tensor.device}; expected {weight.device}, the weight's")
     if mask_scores is not None and mask_scores.shape != weight.shape:
         raise ValueError(
             f"mask_scores has shape {list(mask_scores.shape)}; expected {list(weight.shape)}, the weight's"
@@ -119,10 +123,19 @@ TAGS = (torch.Tag.cudagraph_unsafe,)
 """
 
 
-def check_dtypes(input: Tensor, weight: Tensor) -> None:
-    """Refuse operands of two types, as torch's own products do, unless autocast is there to make them one."""
-    if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
-        raise ValueError(f"input has dtype {input.dtype}; expected {weight.dtype}, the weight's")
+def check_product(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Refuse operands of two types, unless autocast is there to make them one, and a bias that does not fit.
+
+    As torch's own products do, but for a bias that it would expand: kernels would read past its end.
+    """
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {list(bias.shape)}; expected {[weight.shape[0]]}, one for each output")
+    for name, tensor in (("input", input), ("bias", bias)):
+        if tensor is None or tensor.dtype == weight.dtype:
+            continue
+        # Autocast leaves float64 as it is.
+        if torch.float64 in (tensor.dtype, weight.dtype) or not torch.is_autocast_enabled(input.device.type):
+            raise ValueError(f"{name} has dtype {tensor.dtype}; expected {weight.dtype}, the weight's")
 
 
 def _cast_operands(operands: frozenset[int], args: tuple, device_type: str) -> list[Any]:
@@ -162,6 +175,14 @@ def register_autocast(name: str, operands: frozenset[int]) -> None:
     _library.impl(name, kernel_for("cuda"), "AutocastCUDA", with_keyset=True)
 
 
+def is_left_to_torch(grad: Tensor) -> bool:
+    """Whether a backward must use operators of torch: somebody will differentiate it, or ``grad`` is many of them.
+
+    The latter of ``is_grads_batched=True``, which has no memory that a kernel could read.
+    """
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
 def runs_directly(*tensors: Tensor) -> bool:
     """Whether there is nobody to whom the dispatcher would hand an op on these."""
     for t in tensors:  # no all(...): this runs for every layer
@@ -197,7 +218,34 @@ def eager_function(
     return type("Eager", (Function,), {"forward": staticmethod(run), "backward": staticmethod(run_backward)})
 
 
-def call(op: Any, eager: type[Function], operands: frozenset[int], args: tuple) -> Tensor:
+def _is_functional_grad() -> bool:
+    """Whether ``torch.func.grad`` or one of its kin looks on, for which ``torch.library`` has no gradients."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Grad for level in stack)
+
+
+def _under_functional_grad(reference: Callable[..., Tensor], operands: frozenset[int], args: tuple) -> Tensor:
+    """The op in plain torch, with the same gradients of input, weight, bias and scores."""
+    device_type = args[0].device.type
+    if torch.is_autocast_enabled(device_type):
+        args = tuple(_cast_operands(operands, args, device_type))
+    input, weight, mask, bias, scores, sink, _, *rest = args
+    if sink is not None:
+        raise NotImplementedError(
+            "torch.func gives gradients back and leaves none in .grad, so nothing can be collected (grad_sink); "
+            "release the method, or call collect('none') on the layers"
+        )
+    if scores is not None:  # 0, with the gradient weight * G
+        z = effective_weight(weight, mask) + weight * (scores - scores.detach()).to(weight.dtype)
+        return reference(input, z, torch.ones_like(mask), bias, *rest)
+    return reference(input, weight, mask, bias, *rest)
+
+
+def call(
+    op: Any, eager: type[Function], reference: Callable[..., Tensor], operands: frozenset[int], args: tuple
+) -> Tensor:
     """A masked op, without going through the dispatcher where that makes no difference.
 
     The dispatcher and what ``torch.library`` adds to it take longer than the kernels of a small layer.
@@ -205,11 +253,12 @@ def call(op: Any, eager: type[Function], operands: frozenset[int], args: tuple) 
     Args:
         op: as registered with ``torch.library``.
         eager: the same as a function of autograd, by :func:`eager_function`.
+        reference: of input, weight, mask, bias, and what follows ``positions`` in ``args``.
         operands: as in :func:`register_autocast`.
-        args: of the op, of which the first three are input, weight and mask.
+        args: of the op: input, weight, mask, bias, scores, sink, positions, and the rest.
     """
     if not runs_directly(*args[:3]):
-        return op(*args)
+        return _under_functional_grad(reference, operands, args) if _is_functional_grad() else op(*args)
     device_type = args[0].device.type
     if not torch.is_autocast_enabled(device_type):
         return eager.apply(*args)

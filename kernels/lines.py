@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from . import native, plans
 from .gradient import Needs, distribute_gradient
@@ -347,6 +346,8 @@ class Statistics(Step):
                 run.term(self.norm, 0),
                 run.threads,
             )
+            if n.running is not None:
+                torch.autograd.graph.increment_version(list(n.running))
             return
         assert n.running is not None
         first, channels = run.program.terms[self.norm]
@@ -779,8 +780,12 @@ class _Execute(Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # autograd would leave this path out of some second derivatives, without a word
+            raise RuntimeError(
+                "a network whose maps stay in lines has no second derivatives (create_graph=True); use "
+                'optimize_for_cpu(model, layout="channels_last"), or the model without that call'
+            )
         program: Program = ctx.program
         needs = ctx.needs_input_grad[5:]
         terms, *saved = ctx.saved_tensors

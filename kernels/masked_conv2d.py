@@ -10,16 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from . import dense, gpu_products, plans, reference
+from . import dense, gpu_products, native, plans, reference
 from .dispatch import sparse_grads, sparse_support
 from .gradient import (
     TAGS,
     Needs,
     call,
-    check_dtypes,
     check_masked_operands,
+    check_product,
     distribute_gradient,
     eager_function,
+    is_left_to_torch,
     register_autocast,
     runs_directly,
 )
@@ -39,6 +40,7 @@ def _forward(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
+    input = native.in_memory(input)
     if gpu_products.runs(input, weight):
         return gpu_products.conv2d(input, weight, mask, bias, (stride, padding, dilation, groups))
     support = sparse_support("masked_conv2d", input, weight, mask, stride[0] * stride[1], passes="forward")
@@ -112,6 +114,7 @@ def _sparse_backward(
 ) -> list[Tensor]:
     """The gradients that ``needs`` (see Needs) asks for, in its order."""
     wanted = Needs(*needs)
+    input, grad_output = native.in_memory(input), native.in_memory(grad_output)
     grads: dict[str, Tensor | None] = {}
     geometry = Geometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
     pixels = stride[0] * stride[1]
@@ -172,7 +175,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, mask, positions = ctx.saved_tensors
     need_input, need_weight, _, need_bias, need_scores, need_sink = ctx.needs_input_grad[:6]
     needs = Needs(need_input, need_weight and not ctx.sink_is_weight, need_scores, need_sink, need_bias)
-    if torch.is_grad_enabled():  # somebody will differentiate the gradients
+    if is_left_to_torch(grad_output):
         grads = _dense_backward(grad_output, input, weight, mask, positions, ctx.geometry, needs)
     else:
         operands = grad_output, input, weight, mask
@@ -244,7 +247,7 @@ def masked_conv2d(
     check_masked_operands(weight, mask, mask_scores, grad_sink, positions)
     if input.dim() not in (3, 4):
         raise ValueError(f"input has shape {list(input.shape)}; expected [B, C, H, W] or [C, H, W]")
-    check_dtypes(input, weight)
+    check_product(input, weight, bias)
     channels = weight.shape[1] * groups
     if input.shape[-3] != channels:
         raise ValueError(f"input has {input.shape[-3]} channels, but weight and groups={groups} ask for {channels}")
@@ -252,7 +255,7 @@ def masked_conv2d(
     input, padding = _resolve_padding(input, weight, stride, padding, dilation)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     args = (batched, weight, mask, bias, mask_scores, grad_sink, positions, stride, padding, dilation, groups)
-    output = call(torch.ops.sparsebilevel.masked_conv2d, _eager, _OPERANDS, args)
+    output = call(torch.ops.sparsebilevel.masked_conv2d, _eager, reference.masked_conv2d, _OPERANDS, args)
     return output if input.dim() == 4 else output.squeeze(0)
 
 

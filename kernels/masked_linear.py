@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import dense, gpu_products, plans, reference
+from . import dense, gpu_products, native, plans, reference
 from .dispatch import sparse_grads, sparse_support
 from .gradient import (
     TAGS,
     Needs,
     call,
-    check_dtypes,
     check_masked_operands,
+    check_product,
     distribute_gradient,
     eager_function,
+    is_left_to_torch,
     register_autocast,
     runs_directly,
 )
@@ -34,7 +35,7 @@ def _forward(
     grad_sink: Tensor | None,
     positions: Tensor | None,
 ) -> Tensor:
-    rows = _rows(input)
+    rows = native.in_memory(_rows(input))
     if gpu_products.runs(rows, weight):
         output = gpu_products.linear(rows, weight, mask, bias)
         return output if rows is input else output.view(*input.shape[:-1], weight.shape[0])
@@ -92,7 +93,7 @@ def _sparse_backward(
     """The gradients that ``needs`` (see Needs) asks for, in its order."""
     wanted = Needs(*needs)
     grads: dict[str, Tensor | None] = {}
-    rows, grad_rows = _rows(input), _rows(grad_output)
+    rows, grad_rows = native.in_memory(_rows(input)), native.in_memory(_rows(grad_output))
     if gpu_products.runs(rows, weight):
         if wanted.input:
             grad_input = gpu_products.linear_input_grad(grad_rows, weight, mask)
@@ -142,7 +143,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, mask, positions = ctx.saved_tensors
     need_input, need_weight, _, need_bias, need_scores, need_sink, _ = ctx.needs_input_grad
     needs = Needs(need_input, need_weight and not ctx.sink_is_weight, need_scores, need_sink, need_bias)
-    if torch.is_grad_enabled():  # somebody will differentiate the gradients
+    if is_left_to_torch(grad_output):
         grads = _dense_backward(grad_output, input, weight, mask, positions, needs)
     else:
         operands = grad_output, input, weight, mask
@@ -207,6 +208,6 @@ def masked_linear(
     check_masked_operands(weight, mask, mask_scores, grad_sink, positions)
     if input.shape[-1:] != weight.shape[1:]:
         raise ValueError(f"input has shape {list(input.shape)}; its last size must be {weight.shape[1]}, the weight's")
-    check_dtypes(input, weight)
+    check_product(input, weight, bias)
     args = (input, weight, mask, bias, mask_scores, grad_sink, positions)
-    return call(torch.ops.sparsebilevel.masked_linear, _eager, _OPERANDS, args)
+    return call(torch.ops.sparsebilevel.masked_linear, _eager, reference.masked_linear, _OPERANDS, args)

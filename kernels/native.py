@@ -61,6 +61,11 @@ PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 """Of tensors of other classes, fake ones among them, the memory is nobody else's to read."""
 
 
+def in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that is only marked as zero, as some gradients of torch are, or as negative, as a kernel can read it."""
+    return tensor.clone() if tensor._is_zerotensor() or tensor.is_neg() else tensor
+
+
 def watched() -> bool:
     """Whether somebody wants to see operators rather than what they do: compilers, tracers, transforms, modes."""
     return (

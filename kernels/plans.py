@@ -212,7 +212,7 @@ def _zeros_like(weight: Tensor) -> Tensor:
 
 def to_lines(maps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Maps ``[B, C, H, W]`` of any strides to lines ``[ceil(B / 16), C, H, W, 16]``, of their type or another."""
-    maps = maps.resolve_neg()  # what is only marked as negative in memory
+    maps = native.in_memory(maps)
     lines = empty(-(-maps.shape[0] // LANES), *maps.shape[1:], LANES, dtype=dtype or maps.dtype)
     address, threads = lines.data_ptr(), torch.get_num_threads()
     native.lib.to_lines(_maps(maps), list(maps.shape[1:]), address, is_bfloat16(lines), threads)
@@ -243,7 +243,7 @@ def _source(maps: Tensor | tuple, plan: Any) -> tuple[Any, tuple]:
     """Maps that the plan's kernels read quickly, and as the extension takes them; lines are such already."""
     if isinstance(maps, tuple):
         return None, maps
-    maps = maps.resolve_neg()  # what is only marked as negative in memory
+    maps = native.in_memory(maps)
     if plan.has_pixel_lanes:
         return maps, _maps(maps)
     if _is_planar(maps):
@@ -332,4 +332,8 @@ def weight_grad(
     grads = torch.zeros(learning.positions.numel() + 1)  # the last one is what padding takes
     run(learning, weight, grads, False)
     active = torch.where(learning.active, grads[:-1], 0).to(weight.dtype)
-    return _zeros_like(weight).put_(learning.positions, active), grads[learning.wanted]
+    grad_weight = _zeros_like(weight)
+    if torch.are_deterministic_algorithms_enabled():  # these refuse put_, which is the faster, though none comes twice
+        flat = torch.zeros(weight.numel(), dtype=weight.dtype).scatter_(0, learning.positions, active)
+        return grad_weight.copy_(flat.view(weight.shape)), grads[learning.wanted]
+    return grad_weight.put_(learning.positions, active), grads[learning.wanted]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -220,12 +221,12 @@ def _split_gradient_one(
         )
 
 
-@triton.jit(do_not_specialize=["size"])
-def _gather_support(grad, positions, out, size, channels, taps, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr):
-    """``G`` at flat positions in row-major order; 0 at negative ones. ``size`` is how many there are."""
+@triton.jit(do_not_specialize=["size", "limit"])
+def _gather_support(grad, positions, out, size, limit, channels, taps, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr):
+    """``G``, of ``limit`` elements, at ``size`` flat positions in row-major order; 0 at those that it has not."""
     at = tl.program_id(0).to(tl.int64) * (32 * ROWS) + tl.arange(0, 32 * ROWS)
     position = tl.load(positions + at, mask=at < size, other=-1)
-    keep = position >= 0
+    keep = (position >= 0) & (position < limit)
     if CHANNELS_LAST:
         flat = position.to(tl.int32)  # divisions of 64 bits take three times the registers
         row, tap = flat // taps, flat % taps
@@ -382,16 +383,20 @@ def _adamw(
     step_size,
     root_correction,
     lr,
-    beta1,
+    rest1,
     beta2,
+    rest2,
     eps,
     weight_decay,
     FULL: tl.constexpr,
 ):
-    """What AdamW makes of values with the gradient ``g``; the moments are written."""
+    """What AdamW makes of values with the gradient ``g``; the moments are written.
+
+    The rests are 1 - beta, which has lost half of its digits if it is computed of a beta in float32.
+    """
     a = _load(average, at, size, FULL)
-    a += (1 - beta1) * (g - a)
-    q = beta2 * _load(square, at, size, FULL) + (1 - beta2) * g * g
+    a += rest1 * (g - a)
+    q = beta2 * _load(square, at, size, FULL) + rest2 * g * g
     _store(average, at, size, a, FULL)
     _store(square, at, size, q, FULL)
     return value * (1 - lr * weight_decay) - step_size * a / (tl.sqrt(q) / root_correction + eps)
@@ -412,13 +417,15 @@ def _adamw_chunk(
     first,
     size,
     lr,
-    beta1,
+    rest1,
     beta2,
+    rest2,
     eps,
     weight_decay,
     scores_lr,
-    scores_beta1,
+    scores_rest1,
     scores_beta2,
+    scores_rest2,
     scores_eps,
     scores_weight_decay,
     SIGN: tl.constexpr,
@@ -435,12 +442,12 @@ def _adamw_chunk(
         s = _adamw(
             *(_load(scores, at, size, FULL), SCORES_SIGN * (w * g), scores_average, scores_square, at, size),
             *(tl.load(corrections + 2), tl.load(corrections + 3)),
-            *(scores_lr, scores_beta1, scores_beta2, scores_eps, scores_weight_decay, FULL),
+            *(scores_lr, scores_rest1, scores_beta2, scores_rest2, scores_eps, scores_weight_decay, FULL),
         )
         _store(scores, at, size, s, FULL)
     w = _adamw(
         *(w, tl.where(keep, SIGN * g, 0.0), average, square, at, size),
-        *(tl.load(corrections), tl.load(corrections + 1), lr, beta1, beta2, eps, weight_decay, FULL),
+        *(tl.load(corrections), tl.load(corrections + 1), lr, rest1, beta2, rest2, eps, weight_decay, FULL),
     )
     _store(weight, at, size, w, FULL)
     if HAS_COPY:
@@ -453,13 +460,15 @@ def _adamw_step(
     chunks,
     corrections,
     lr,
-    beta1,
+    rest1,
     beta2,
+    rest2,
     eps,
     weight_decay,
     scores_lr,
-    scores_beta1,
+    scores_rest1,
     scores_beta2,
+    scores_rest2,
     scores_eps,
     scores_weight_decay,
     GRAD: tl.constexpr,
@@ -486,15 +495,15 @@ def _adamw_step(
     if (first + 1) * (32 * ROWS) <= size:
         _adamw_chunk(
             *(grad, weight, mask, copy, average, square, scores, scores_average, scores_square),
-            *(corrections, first, size, lr, beta1, beta2, eps, weight_decay),
-            *(scores_lr, scores_beta1, scores_beta2, scores_eps, scores_weight_decay),
+            *(corrections, first, size, lr, rest1, beta2, rest2, eps, weight_decay),
+            *(scores_lr, scores_rest1, scores_beta2, scores_rest2, scores_eps, scores_weight_decay),
             *(SIGN, HAS_SCORES, SCORES_SIGN, HAS_COPY, ROWS, True),
         )
     else:
         _adamw_chunk(
             *(grad, weight, mask, copy, average, square, scores, scores_average, scores_square),
-            *(corrections, first, size, lr, beta1, beta2, eps, weight_decay),
-            *(scores_lr, scores_beta1, scores_beta2, scores_eps, scores_weight_decay),
+            *(corrections, first, size, lr, rest1, beta2, rest2, eps, weight_decay),
+            *(scores_lr, scores_rest1, scores_beta2, scores_rest2, scores_eps, scores_weight_decay),
             *(SIGN, HAS_SCORES, SCORES_SIGN, HAS_COPY, ROWS, False),
         )
 
@@ -503,6 +512,7 @@ def _adamw_step(
 
 _MOST_TABLES = 64
 _tables: OrderedDict[tuple, Tensor] = OrderedDict()
+_tables_lock = threading.Lock()
 
 
 def _kept(key: tuple, make: Callable[[], Tensor], device: torch.device) -> Tensor:
@@ -512,14 +522,15 @@ def _kept(key: tuple, make: Callable[[], Tensor], device: torch.device) -> Tenso
     from the driver would wait for the device.
     """
     key = (device, gpu.stream_id(device), key)
-    found = _tables.get(key)
-    if found is None:
-        made = make()
-        found = made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
-        while len(_tables) >= _MOST_TABLES:
-            _tables.popitem(last=False)
-        _tables[key] = found
-    _tables.move_to_end(key)
+    with _tables_lock:
+        found = _tables.get(key)
+        if found is None:
+            made = make()
+            found = made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
+            while len(_tables) >= _MOST_TABLES:
+                _tables.popitem(last=False)
+            _tables[key] = found
+        _tables.move_to_end(key)
     return found
 
 
@@ -640,7 +651,7 @@ def gather_support(grad: Tensor, positions: Tensor) -> Tensor:
     if size := positions.numel():
         channels_last = not grad.is_contiguous()
         channels, taps = (grad.shape[1], grad.shape[2] * grad.shape[3]) if channels_last else (1, 1)
-        operands = grad, positions, out, size, channels, taps
+        operands = grad, positions, out, size, grad.numel(), channels, taps
         launch(grad.device, _gather_support, (-(-size // CHUNK),), *operands, CHANNELS_LAST=channels_last, **_FIXED)
     return out
 
@@ -718,7 +729,9 @@ def sgd_step(
 
 
 def _adamw_settings(settings: Mapping[str, Any]) -> list[float]:
-    return [float(value) for value in (settings["lr"], *settings["betas"], settings["eps"], settings["weight_decay"])]
+    beta1, beta2 = settings["betas"]
+    numbers = settings["lr"], 1 - beta1, beta2, 1 - beta2, settings["eps"], settings["weight_decay"]
+    return [float(number) for number in numbers]
 
 
 def _adamw_corrections(settings: Mapping[str, Any], steps: Sequence[Tensor]) -> list[Tensor]:

@@ -140,13 +140,14 @@ def test_gather_support(shape, dtype, monkeypatch):
     grad = torch.randn(shape).to(dtype)
     orders = [grad] + ([grad.contiguous(memory_format=torch.channels_last)] if grad.dim() == 4 else [])
     for count in (0, 1, 5000):
-        positions = torch.randint(-2, grad.numel(), (count,)) if grad.numel() else torch.full((count,), -1)
+        positions = torch.randint(-2, grad.numel() + 2, (count,))
+        given = positions.where((positions >= 0) & (positions < grad.numel()), -1)  # the others are 0
         for g in orders:
             torch.full((5000,), float("nan"))  # what the allocator gives out next
             got = gather_support(g, positions)
             assert got.dtype == torch.float32
             flat = torch.cat([g.reshape(-1), g.new_zeros(1)]).float()
-            assert torch.equal(got, flat[positions.clamp(min=-1)])  # the last of it where they are negative
+            assert torch.equal(got, flat[given])
     with monkeypatch.context() as only:
         only.setattr(triton_elementwise, "gather_support", None)
         if len(shape) == 2 and grad.numel():
@@ -290,8 +291,40 @@ def test_one_launch_a_step_and_none_for_an_unchanged_model(launches):
     sparse[1].set_mask(~sparse[1].mask, check=False)
     optimizer.zero_grad()
     y = model(x)
-    assert launches == [len(sparse)]
+    assert launches == [len(sparse) - 1, 1]  # whose mask somebody has changed since
     assert_close(y, sb.densify(model)(x))
+
+
+def test_copies_that_nobody_asks_for_any_more_go(launches):
+    """As of an evaluation in another dtype; those of the training are not held up by them."""
+    w, m = torch.nn.Parameter(torch.randn(6, 8)), torch.rand(6, 8) < 0.5
+    optimizer = torch.optim.SGD([w], lr=0.1)
+    compute_copy(w, m, torch.float32)
+    for step in range(4):
+        assert_close(compute_copy(w, m, torch.bfloat16), torch.where(m, w, 0).bfloat16())
+        assert set(apply_mask_module._copies[id(w)]) == {torch.bfloat16} | ({torch.float32} if step < 3 else set())
+        w.grad = torch.ones_like(w)
+        optimizer.step()
+    assert launches == [1] * 6  # one of them for the other, which had been asked for before the first step
+    assert torch.equal(compute_copy(w, m, torch.float32), torch.where(m, w, 0))
+
+
+def test_the_optimizer_writes_the_copy_that_is_used():
+    w, m = torch.nn.Parameter(torch.randn(6, 8)), torch.rand(6, 8) < 0.5
+    optimizer = torch.optim.SGD([w], lr=0.1)
+    for dtype in (torch.float32, torch.bfloat16, torch.bfloat16):
+        compute_copy(w, m, dtype)
+        w.grad = torch.ones_like(w)
+        optimizer.step()
+    assert apply_mask_module.kept_copy(w, m).dtype == torch.bfloat16
+
+
+def test_copies_are_given_back_when_a_model_goes_elsewhere(launches):
+    model = small_model()
+    model(torch.randn(2, 3, 4, 4))
+    assert sum(map(len, apply_mask_module._copies.values())) == 3
+    model.double()
+    assert sum(map(len, apply_mask_module._copies.values())) == 0
 
 
 def test_a_changed_tensor_never_meets_an_old_copy(launches):
@@ -387,9 +420,11 @@ def test_another_stream_waits_for_the_one_that_wrote_a_copy(launches, monkeypatc
     on(second, one)
     assert (first.waits, second.waits) == ([], [first])
     on(second, other)
-    with torch.no_grad():
-        one.add_(1)
-        other.add_(1)
+    optimizers = {w: torch.optim.SGD([w], lr=0.1) for w in (one, other)}
+    for stream, w in ((first, one), (second, other)):
+        use_stream(monkeypatch, stream)
+        w.grad = torch.ones_like(w)
+        optimizers[w].step()
     launches.clear()
     on(first, one)
     assert launches == [1]  # the weights of the second stream may not be ready
@@ -462,6 +497,29 @@ def test_a_compiled_step_leaves_no_old_copy(launches):
     assert torch.equal(compute_copy(w, m, torch.float32), torch.where(m, w, 0))
 
 
+def test_weights_that_another_stream_steps_are_left_to_it(launches, monkeypatch):
+    """Although this one made the copy: it has waited for nobody who may be writing the weight."""
+    first, second = Stream(), Stream()
+    if DEVICE.type != "cuda":
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    weights = [torch.nn.Parameter(torch.randn(6, 8)) for _ in range(2)]
+    m = torch.rand(6, 8) < 0.5
+    use_stream(monkeypatch, first)
+    for w in weights:
+        compute_copy(w, m, torch.float32)
+    for stream, w in ((second, weights[0]), (first, weights[1])):
+        use_stream(monkeypatch, stream)
+        compute_copy(w, m, torch.float32)
+        w.grad = torch.ones_like(w)
+        torch.optim.SGD([w], lr=0.1).step()
+    launches.clear()
+    assert torch.equal(compute_copy(weights[1], m, torch.float32), torch.where(m, weights[1], 0))
+    assert launches == [1]
+    use_stream(monkeypatch, second)
+    assert torch.equal(compute_copy(weights[0], m, torch.float32), torch.where(m, weights[0], 0))
+    assert launches == [1, 1]
+
+
 def test_without_copies_kept(launches, monkeypatch):
     monkeypatch.setenv("SPARSEBILEVEL_COMPUTE_COPY", "0")
     w, m = torch.nn.Parameter(torch.randn(6, 8)), torch.rand(6, 8) < 0.5
@@ -469,6 +527,38 @@ def test_without_copies_kept(launches, monkeypatch):
         assert torch.equal(compute_copy(w, m, torch.float32), torch.where(m, w, 0))
         w.data.add_(1)
     assert launches == [1, 1]
+
+
+def test_without_lists_kept(monkeypatch):
+    """Tiles follow a mask that changes unseen, as by the replay of a graph."""
+    monkeypatch.setenv("SPARSEBILEVEL_COMPUTE_COPY", "0")
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "block")
+    w, x = torch.nn.Parameter(torch.randn(64, 64)), torch.randn(8, 64, requires_grad=True)
+    m = torch.zeros(64, 64, dtype=torch.bool)
+    m[:32, :32] = True
+    positions = torch.tensor([40 * 64 + 40, -1])
+    for tile in (slice(0, 32), slice(32, 64)):
+        m.data[tile, tile] = True
+        sink = make_grad_sink(w, positions)
+        y = masked_linear(x, w, m, grad_sink=sink, positions=positions)
+        assert_close(y, F.linear(x, torch.where(m, w, 0)))
+        dx, dw, ds = torch.autograd.grad(y.sum(), (x, w, sink))
+        assert_close(dx, torch.where(m, w, 0).sum(0).expand(8, 64))
+        assert_close(dw, x.detach().sum(0).expand(64, 64) * m)
+        assert_close(ds, torch.stack([x.detach().sum(0)[40], torch.zeros(())]))
+
+
+@pytest.mark.parametrize("backend", ["block", "fused", "dense"])
+def test_gradients_that_are_marked_as_zero(backend, monkeypatch):
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", backend)
+    w, x = torch.nn.Parameter(torch.randn(64, 64)), torch.randn(8, 64, requires_grad=True)
+    m = torch.zeros(64, 64, dtype=torch.bool)
+    m[:32, :32] = True
+    (torch.sgn(masked_linear(x, w, m)) * 3).sum().backward()
+    assert not x.grad.any()
+    assert not w.grad.any()
+    marked = torch.complex(torch.zeros(8, 64), x.detach()).conj().imag  # as negative
+    assert_close(masked_linear(marked, w, m), F.linear(-x.detach(), torch.where(m, w, 0)))
 
 
 def test_what_a_captured_graph_holds_follows_weight_and_mask(launches, monkeypatch):

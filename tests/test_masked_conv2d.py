@@ -215,6 +215,7 @@ def test_accumulates_exactly_over_two_backwards():
         ({"mask": torch.ones(6, 4, 3, 3)}, r"mask has dtype torch.float32; expected torch.bool"),
         ({"mask": torch.ones(6, 4, dtype=torch.bool)}, r"mask has shape \[6, 4\]; expected \[6, 4, 3, 3\]"),
         ({"input": torch.ones(2, 3, 6, 5)}, r"input has 3 channels, but weight and groups=1 ask for 4"),
+        ({"bias": torch.ones(5)}, r"bias has shape \[5\]; expected \[6\], one for each output"),
         ({"groups": 2}, r"input has 4 channels, but weight and groups=2 ask for 8"),
         ({"input": torch.ones(6, 5)}, r"input has shape \[6, 5\]; expected \[B, C, H, W\] or \[C, H, W\]"),
         ({"padding": "full"}, r"padding='full' is not allowed; expected an int, a pair, 'valid' or 'same'"),

@@ -205,6 +205,68 @@ def test_forward_mode_is_refused_rather_than_dropped():
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("backend", ["dense", "sparse"])
+def test_functional_gradients_are_those_of_autograd(backend, monkeypatch):
+    """Of every sample, as torch.func gives them."""
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", backend)
+    x, w, m, b, s = (t.detach() for t in operands(rows=(6,), dtype=torch.float32))
+
+    def loss(w, b, s, x):
+        return masked_linear(x[None], w, m, b, mask_scores=s).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss, (0, 1, 2)), (None, None, None, 0))(w, b, s, x)
+    for i in range(len(x)):
+        leaves = [t.clone().requires_grad_() for t in (w, b, s)]
+        loss(*leaves, x[i]).backward()
+        for got, leaf in zip(found, leaves, strict=True):
+            assert_close(got[i], leaf.grad)
+    sink = make_grad_sink(w)
+    with pytest.raises(NotImplementedError, match="nothing can be collected"):
+        torch.func.grad(lambda w: masked_linear(x, w, m, grad_sink=sink).sum())(w)
+
+
+@pytest.mark.parametrize("backend", ["dense", "sparse"])
+def test_many_gradients_at_once(backend, monkeypatch):
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", backend)
+    x, w, m, b, _ = operands(rows=(6,), dtype=torch.float32)
+    y, dy = masked_linear(x, w, m, b), torch.randn(3, 6, 4)
+    found = torch.autograd.grad(y, (x, w, b), dy, is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        want = torch.autograd.grad(y, (x, w, b), dy[i], retain_graph=True)
+        for got, one in zip(found, want, strict=True):
+            assert_close(got[i], one)
+
+
+@pytest.mark.parametrize("backend", ["dense", "sparse"])
+def test_gradients_that_are_marked_as_zero(backend, monkeypatch):
+    """Torch gives them out, as for ``sgn``; there is no memory behind them."""
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", backend)
+    x, w, m, b, _ = operands(rows=(40,), n=32, k=32, dtype=torch.float32)
+    (torch.sgn(masked_linear(x, w, m, b)) * 3).sum().backward()
+    assert not any(leaf.grad.any() for leaf in (x, w, b))
+    marked = torch.complex(torch.zeros(40, 32), x.detach()).conj().imag  # as negative
+    assert marked.is_neg()
+    assert_close(masked_linear(marked, w, m, b), masked_linear(-x.detach(), w, m, b))
+
+
+@pytest.mark.parametrize("backend", ["dense", "sparse"])
+def test_runs_where_only_deterministic_algorithms_may(backend, monkeypatch):
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", backend)
+    x, w, m, b, _ = operands(rows=(6,), dtype=torch.float32)
+    positions = torch.tensor([3, 0, 7, -1])
+    grads = []
+    for is_deterministic in (False, True):
+        sink = make_grad_sink(w, positions)
+        torch.use_deterministic_algorithms(is_deterministic)
+        try:
+            loss = masked_linear(x, w, m, b, grad_sink=sink, positions=positions).square().sum()
+            grads.append(torch.autograd.grad(loss, (x, w, sink)))
+        finally:
+            torch.use_deterministic_algorithms(False)
+    for one, other in zip(*grads, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_vmap_gives_the_batched_result():
     x, w, m, b, _ = (t.detach() for t in operands((6,)))
     assert_close(torch.func.vmap(lambda x: masked_linear(x, w, m, b))(x), masked_linear(x, w, m, b))
@@ -287,6 +349,10 @@ def test_the_reason_names_the_dense_library(monkeypatch):
         ({"mask": torch.ones(5, 4, dtype=torch.bool)}, r"mask has shape \[5, 4\]; expected \[4, 5\]"),
         ({"input": torch.ones(3, 4)}, r"input has shape \[3, 4\]; its last size must be 5"),
         ({"input": torch.tensor(1.0)}, r"input has shape \[\]; its last size must be 5"),
+        ({"mask": torch.ones(4, 5, dtype=torch.bool, device="meta")}, "mask is on meta; expected cpu, the weight's"),
+        ({"positions": torch.zeros(2, device="meta").long()}, "positions is on meta; expected cpu, the weight's"),
+        ({"bias": torch.ones(1)}, r"bias has shape \[1\]; expected \[4\], one for each output"),
+        ({"bias": torch.ones(4).double()}, "bias has dtype torch.float64; expected torch.float32, the weight's"),
         ({"mask_scores": torch.ones(4)}, r"mask_scores has shape \[4\]; expected \[4, 5\]"),
         ({"grad_sink": torch.zeros(3)}, r"grad_sink has shape \[3\]; expected \[4, 5\], the weight's"),
         ({"grad_sink": torch.zeros(3), "positions": torch.zeros(2).long()}, r"expected \[2\], that of positions"),

@@ -339,3 +339,51 @@ def test_every_pass_follows_a_mask_that_changes_in_place(path):
         masks = {f"{name}.weight": layer.mask for name, layer in sb.sparse_layers(net)}
         for (name, p), q in zip(net.named_parameters(), dense.parameters(), strict=True):
             assert_close(p.grad, q.grad * masks.get(name, 1), rtol=1e-4, atol=1e-3)
+
+
+# -- gradients that are special ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=str)
+def test_what_a_relu_hides_stays_out_of_gradients_in_layout(isa):
+    """An infinite activation in evaluation: 0 times it would be NaN."""
+    native.lib.set_isa(isa)
+    net = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(1), nn.ReLU(), nn.Conv2d(1, 1, 1, bias=False))
+    sb.sparsify(net, 0.0)
+    for parameter in net.parameters():
+        nn.init.ones_(parameter)
+    plain = copy.deepcopy(net).eval()
+    in_layout = sb.optimize_for_cpu(net).eval()
+    x = torch.randn(16, 1, 4, 4)
+    x[0, 0, 0, 0] = -float("inf")
+    grads = []
+    for model in (plain, in_layout):
+        leaf = x.clone().requires_grad_()
+        model(leaf).sum().backward()
+        grads.append(leaf.grad)
+    assert grads[0].isfinite().all()
+    assert_close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_gradients_that_are_marked_as_zero(path):
+    """Torch gives them out, as for ``sgn``; there is no memory behind them."""
+    net, x = PATHS[path](sb.sparsify(resnet_cifar(8), 0.9), torch.randn(16, 3, 16, 16))
+    (torch.sgn(net(x)) * 3).sum().backward()
+    assert not any(p.grad.any() for p in net.parameters())
+
+
+def test_second_derivatives_in_layout_are_refused():
+    """Autograd would give some of them, and leave out others."""
+    net, x = PATHS["in layout"](sb.sparsify(resnet_cifar(8), 0.9), torch.randn(16, 3, 16, 16))
+    with pytest.raises(RuntimeError, match="has no second derivatives"):
+        torch.autograd.grad(net(x).square().sum(), list(net.parameters()), create_graph=True)
+
+
+def test_running_statistics_that_change_are_noticed_in_layout():
+    net = sb.optimize_for_cpu(sb.sparsify(resnet_cifar(8), 0.9))
+    x = torch.randn(16, 3, 16, 16)
+    norm = next(module for module in net.modules() if isinstance(module, nn.BatchNorm2d))
+    before = norm.running_mean._version
+    net(x)
+    assert norm.running_mean._version > before

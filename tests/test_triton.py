@@ -66,7 +66,7 @@ STEP = {"GRAD": tl.float32, "MASK": tl.int8, "COPY": tl.bfloat16, "HAS_COPY": Tr
 STEP |= {"SIGN": 1, "HAS_SCORES": False, "SCORES_SIGN": 1}
 SGD = STEP | {"NESTEROV": False, "MOMENTUM": True, "SCORES_NESTEROV": False, "SCORES_MOMENTUM": True, "FRESH": False}
 SGD_NUMBERS = "lr momentum dampening weight_decay"
-ADAMW_NUMBERS = "lr beta1 beta2 eps weight_decay"
+ADAMW_NUMBERS = "lr rest1 beta2 rest2 eps weight_decay"
 MATMUL = {"DESCRIPTOR": False, "PRECISION": "ieee", "UPCAST": False}
 MASKED = {"BLOCK_T": 128, "BLOCK_M": 128, "BLOCK_C": 64, "GROUP": 8, "HAS_BIAS": True, **MATMUL}
 GRAD = {"BLOCK_T": 64, "BLOCK_N": 128, "BLOCK_K": 128, "BITS": False, **MATMUL}
@@ -253,7 +253,7 @@ KERNELS = {
     ),
     "gather_support": Kernel(
         triton_elementwise._gather_support,
-        _types("grad=*bf16 positions=*i64 out=*fp32", i32="size channels taps"),
+        _types("grad=*bf16 positions=*i64 out=*fp32", i32="size limit channels taps"),
         {"CHANNELS_LAST": True, "ROWS": triton_elementwise.ROWS},
         48,
         (r"LDG\.E\.128|LDG\.E\.64",),

@@ -4,8 +4,8 @@
 
 #if defined(__x86_64__)
 #define SPARSEBILEVEL_X86 1
-#define SPARSEBILEVEL_AVX2 __attribute__((target("avx2,fma,f16c,bmi2")))
-#define SPARSEBILEVEL_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")))
+#define SPARSEBILEVEL_AVX2 __attribute__((target("avx2,fma,bmi2")))
+#define SPARSEBILEVEL_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2")))
 // The same for a whole region of a file: templates cannot carry a target attribute each. Nothing but code of our own
 // may be inside, since an inline function of a library would be compiled for that instruction set everywhere.
 #define SPARSEBILEVEL_PRAGMA(x) _Pragma(#x)
@@ -17,8 +17,8 @@
 #define SPARSEBILEVEL_BEGIN(features) SPARSEBILEVEL_PRAGMA(GCC push_options) SPARSEBILEVEL_PRAGMA(GCC target(features))
 #define SPARSEBILEVEL_END_ISA SPARSEBILEVEL_PRAGMA(GCC pop_options)
 #endif
-#define SPARSEBILEVEL_BEGIN_AVX2 SPARSEBILEVEL_BEGIN("avx2,fma,f16c,bmi2")
-#define SPARSEBILEVEL_BEGIN_AVX512 SPARSEBILEVEL_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")
+#define SPARSEBILEVEL_BEGIN_AVX2 SPARSEBILEVEL_BEGIN("avx2,fma,bmi2")
+#define SPARSEBILEVEL_BEGIN_AVX512 SPARSEBILEVEL_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2")
 #endif
 
 namespace sparsebilevel {

@@ -241,7 +241,7 @@ Vector::Type before_activation(const E* grad, const E* lines, const E* activatio
   if (!t.relu) return g;
   const Vector::Type y = activation ? Vector::load(activation)
                                     : Vector::fma(Vector::broadcast(t.scale), Vector::load(lines), Vector::broadcast(t.shift));
-  return Vector::where_positive(y, g);
+  return Vector::where_passing(y, g);
 }
 
 template <typename E>
@@ -269,9 +269,11 @@ void normalize_grad(const E* grad, const E* lines, const E* activation, Normaliz
                     E* grad_lines, E* before) {
   const Vector::Type a = Vector::broadcast(t.a), b = Vector::broadcast(t.b), c = Vector::broadcast(t.c);
   const Vector::Type center = Vector::broadcast(-t.mean);
+  const bool of_statistics = t.b != 0 || t.c != 0;  // else nothing of the maps may enter: 0 times inf is NaN
   for (int64_t i = 0; i < count * kLanes; i += Vector::kWidth) {
     Vector::Type g = before_activation(grad + i, lines + i, activation ? activation + i : nullptr, t);
-    Vector::Type d = Vector::fma(a, g, Vector::fma(b, Vector::add(Vector::load(lines + i), center), c));
+    Vector::Type d = Vector::mul(a, g);
+    if (of_statistics) d = Vector::fma(a, g, Vector::fma(b, Vector::add(Vector::load(lines + i), center), c));
     if (valid < kLanes) {
       const int here = valid - static_cast<int>(i % kLanes);
       g = Vector::keep_first(g, here);

@@ -5,8 +5,8 @@
 // the second argument if one is NaN; max_or_nan, NaN if either is.
 // load, store, of float32 and of bfloat16, rounded to the nearest and to the even one of two; load_first and store_first
 // touch the first n elements only; load_lanes those whose bit is set.
-// keep_first, with zero in all lanes but the first n (any n); where_positive(x, v), v where x > 0, else zero;
-// where_passing(x, v), zero where x <= 0, else v, as in torch's ReLU; where_equal and where_different(x, y, v) likewise.
+// keep_first, with zero in all lanes but the first n (any n); where_passing(x, v), zero where x <= 0, else v, as in torch's
+// ReLU; where_equal and where_different(x, y, v) likewise.
 // On each group of four lanes unpack_lo/hi (32 bits) and unpack_lo/hi_pair (64 bits); of kWidth / 4 vectors, fold, which
 // adds up their groups into one, and transpose_groups.
 // rounded, the value as it is stored: no product before it becomes part of a fused multiply-add after it.
@@ -76,7 +76,6 @@ struct ScalarVector {
     for (int i = n < 0 ? 0 : n; i < kWidth; ++i) v[i] = 0;
     return v;
   }
-  static Type where_positive(Type x, Type v) { return x > zero() ? v : zero(); }
   static Type where_passing(Type x, Type v) { return x <= zero() ? zero() : v; }
   static Type where_equal(Type x, Type y, Type v) { return x == y ? v : zero(); }
   static Type where_different(Type x, Type y, Type v) { return x == y ? zero() : v; }
@@ -147,7 +146,6 @@ struct Avx2Vector {
   }
 
   static Type keep_first(Type v, int n) { return _mm256_and_ps(v, _mm256_castsi256_ps(first(n))); }
-  static Type where_positive(Type x, Type v) { return _mm256_and_ps(v, _mm256_cmp_ps(x, zero(), _CMP_GT_OQ)); }
   static Type where_passing(Type x, Type v) { return _mm256_and_ps(v, _mm256_cmp_ps(x, zero(), _CMP_NLE_UQ)); }
   static Type where_equal(Type x, Type y, Type v) { return _mm256_and_ps(v, _mm256_cmp_ps(x, y, _CMP_EQ_OQ)); }
   static Type where_different(Type x, Type y, Type v) { return _mm256_and_ps(v, _mm256_cmp_ps(x, y, _CMP_NEQ_UQ)); }
@@ -212,9 +210,6 @@ struct Avx512Vector {
   static void store_first(Bfloat16* p, Type v, int n) { _mm256_mask_storeu_epi16(p, first(n), narrowed(v)); }
 
   static Type keep_first(Type v, int n) { return n >= kWidth ? v : _mm512_maskz_mov_ps(n > 0 ? first(n) : 0, v); }
-  static Type where_positive(Type x, Type v) {
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, zero(), _CMP_GT_OQ), v);
-  }
   static Type where_passing(Type x, Type v) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, zero(), _CMP_NLE_UQ), v);
   }

@@ -134,11 +134,8 @@ __device__ inline void multiply(float (&sums)[kSums], uint64_t left, uint64_t ri
 }
 __device__ inline void begin_multiplying() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void end_multiplying() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until no more than so many of those that were ended last are still running.
-template <int kRunning = 0>
-__device__ inline void wait_for_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kRunning) : "memory");
-}
+// Until all that were ended are done.
+__device__ inline void wait_for_products() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 // After it the compiler knows that the sums have changed.
 template <int kSums>
 __device__ inline void take(float (&sums)[kSums]) {

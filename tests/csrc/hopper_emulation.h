@@ -191,11 +191,10 @@ inline void begin_multiplying() {
   emulation::products[threadIdx.x].emplace_back();
 }
 inline void end_multiplying() { emulation::exchange(0xffffffffu, "wgmma.commit_group", 0); }
-template <size_t kRunning = 0>
-void wait_for_products() {
+inline void wait_for_products() {
   emulation::exchange(0xffffffffu, "wgmma.wait_group", 0);
   auto& groups = emulation::products[threadIdx.x];
-  while (groups.size() > kRunning) {
+  while (!groups.empty()) {
     for (const auto& product : groups.front()) product();
     groups.pop_front();
   }
