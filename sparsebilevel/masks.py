@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import warnings
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -31,9 +32,14 @@ def as_fraction(value: float) -> Fraction:
 
 def check_sparsity(sparsity: float | Fraction, name: str = "sparsity") -> Fraction:
     """``sparsity`` as a fraction, refused outside [0, 1)."""
-    if not isinstance(sparsity, (int, float, Fraction)) or isinstance(sparsity, bool) or not 0 <= sparsity < 1:
+    if not isinstance(sparsity, numbers.Real) or isinstance(sparsity, bool) or not 0 <= sparsity < 1:
         raise ValueError(f"{name}={sparsity!r} is not allowed; expected a number in [0, 1)")
-    return sparsity if isinstance(sparsity, Fraction) else as_fraction(sparsity)
+    return sparsity if isinstance(sparsity, Fraction) else as_fraction(float(sparsity))
+
+
+def _sum(scores: Tensor, dims: int | tuple[int, ...]) -> Tensor:
+    """In float32 at least: in 16 bits the sums of many groups would be equal."""
+    return scores.sum(dims, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Pattern:
         raise NotImplementedError
 
     def group_scores(self, scores: Tensor) -> Tensor:
-        """Scores ``[num_groups]`` (sums over the groups) of scores shaped as the weight."""
+        """Scores ``[num_groups]``, the sums over the groups, float32 at least, of scores shaped as the weight."""
         raise NotImplementedError
 
     def expand(self, groups: Tensor, shape: Sequence[int]) -> Tensor:
@@ -132,7 +138,7 @@ class Filter(_Slices):
         return shape[0]
 
     def group_scores(self, scores: Tensor) -> Tensor:
-        return scores.flatten(1).sum(1)
+        return _sum(scores.flatten(1), 1)
 
     def expand(self, groups: Tensor, shape: Sequence[int]) -> Tensor:
         return groups.view(-1, *[1] * (len(shape) - 1)).expand(tuple(shape)).contiguous()
@@ -146,7 +152,7 @@ class Channel(_Slices):
         return shape[1]
 
     def group_scores(self, scores: Tensor) -> Tensor:
-        return scores.transpose(0, 1).flatten(1).sum(1)
+        return _sum(scores.transpose(0, 1).flatten(1), 1)
 
     def expand(self, groups: Tensor, shape: Sequence[int]) -> Tensor:
         return groups.view(1, -1, *[1] * (len(shape) - 2)).expand(tuple(shape)).contiguous()
@@ -176,7 +182,7 @@ class Block(Pattern):
         rows, cols, taps = self._grid(scores.shape)
         padded = scores.new_zeros(rows * self.bh, cols * self.bw, taps)
         padded[: scores.shape[0], : scores.shape[1]] = scores.reshape(*scores.shape[:2], taps)
-        return padded.view(rows, self.bh, cols, self.bw, taps).sum((1, 3)).reshape(-1)
+        return _sum(padded.view(rows, self.bh, cols, self.bw, taps), (1, 3)).reshape(-1)
 
     def expand(self, groups: Tensor, shape: Sequence[int]) -> Tensor:
         full = groups.view(self._grid(shape)).repeat_interleave(self.bh, 0).repeat_interleave(self.bw, 1)
@@ -233,6 +239,8 @@ def parse_pattern(text: str | Pattern) -> Pattern:
     """A pattern from its spelling: ``unstructured``, ``filter``, ``channel:32``, ``block:64x64``, ``nm:2:4``."""
     if isinstance(text, Pattern):
         return text
+    if not isinstance(text, str):
+        raise ValueError(f"pattern={text!r} is not allowed; expected a Pattern or its name, such as 'block:64x64'")
     name, _, rest = text.lower().partition(":")
     try:
         numbers = [int(part) for part in rest.replace("x", ":").split(":")] if rest else []
@@ -384,7 +392,9 @@ def global_masks(scores: Mapping[str, Tensor], k: int, pattern: Pattern | None =
     empty = [name for name, mask in zip(groups, kept, strict=True) if not mask.any()]
     if empty:
         warnings.warn(
-            f"a global choice of {k} of {total} would empty {', '.join(empty)}; each keeps its best group", stacklevel=2
+            f"layers {', '.join(map(repr, empty))} would lose all weights in a global choice of {k} of {total} groups; "
+            "one group is kept in each",
+            stacklevel=2,
         )
         # The best group of every layer is safe; the rest compete for what is left.
         best = [int(g.argmax()) for g in groups.values()]

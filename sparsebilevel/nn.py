@@ -25,6 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .kernels import PASSES, Backend, choose_backend, describe, gpu, make_grad_sink, masked_conv2d, masked_linear
+from .kernels.apply_mask import give_back
 from .kernels.batch_norm import batch_norm_for_uses
 from .kernels.block_sparse import look
 from .kernels.dense import layer_weight
@@ -180,7 +181,8 @@ class SparseMaskedModule(nn.Module):
     @property
     def shares_gradient(self) -> bool:
         """Whether ``weight.grad`` is ``G``, see :func:`sparsebilevel.optim.share_gradient`."""
-        return self._wants_shared_gradient and isinstance(self.mask_scores, nn.Parameter)
+        wanted = self._wants_shared_gradient and self.weight.requires_grad  # a frozen one has no gradient to share
+        return wanted and isinstance(self.mask_scores, nn.Parameter)
 
     # -- what a reader sees -------------------------------------------------------------------------------------------
 
@@ -271,13 +273,16 @@ class SparseMaskedModule(nn.Module):
     # -- what nn.Module must not do to masks --------------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        scores = self._buffers.get("mask_scores")
+        scores, was_meta = self._buffers.get("mask_scores"), self.mask.is_meta
         super()._apply(fn, recurse)
+        if was_meta:  # to_empty: what is there now is whatever the memory held
+            self.reset_mask()
         cast = self._buffers.get("mask_scores")
         if scores is not None and cast is not None and cast.dtype != scores.dtype:
             # .half() and friends: a sum of many small steps must not lose its low bits.
             self.mask_scores = torch.empty_like(cast, dtype=scores.dtype).copy_(scores)
         self._refit_collection()
+        give_back(self.weight, self.mask)
         _note_weight(self)
         return self
 
@@ -329,12 +334,12 @@ class SparseMaskedModule(nn.Module):
         device = self.weight.device
         if torch.compiler.is_compiling() or not gpu.available(device):
             return False
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else input.dtype
+        if not waits_for_host(self._rows(input), tuple(self.weight.shape), dtype, device):
+            return False
         if not runs_directly(input, self.weight, self.mask):
             return False
         if gpu.is_capturing(device) or not library_is_best(device):
-            return False
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else input.dtype
-        if not waits_for_host(self._rows(input), tuple(self.weight.shape), dtype, device):
             return False
         if getattr(self, "groups", 1) == 1 and dtype != torch.float64:
             look(self.mask, self._positions)  # for a CUDA graph that may be captured after this, and must not wait
@@ -346,7 +351,7 @@ class SparseMaskedModule(nn.Module):
 
     def _sink_arguments(self) -> dict[str, Any]:
         scores = self._parameters.get("mask_scores")  # as a buffer they get no gradient
-        if scores is not None and self._wants_shared_gradient:
+        if scores is not None and self._wants_shared_gradient and self.weight.requires_grad:
             return {"mask_scores": None, "grad_sink": self.weight, "positions": None}
         return {"mask_scores": scores, "grad_sink": self._grad_sink, "positions": self._positions}
 
@@ -661,6 +666,8 @@ def sparse_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def _select(model: nn.Module, argument: str, selectors: Selector | Collection[Selector]) -> set[int]:
     """Ids of the modules that ``selectors`` pick, and of all modules inside them."""
     chosen: set[int] = set()
+    if not isinstance(selectors, (Selector, Collection)):
+        raise ValueError(f"{argument}={selectors!r} is not allowed; expected names, glob patterns, types or modules")
     for selector in [selectors] if isinstance(selectors, Selector) else selectors:
         optional = isinstance(selector, type)  # a rule may find nothing, a name must exist
         if isinstance(selector, str):
@@ -678,11 +685,22 @@ def _select(model: nn.Module, argument: str, selectors: Selector | Collection[Se
     return chosen
 
 
-def _reasons_to_stay_dense(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Layers whose weight is not theirs alone, and why."""
+def _reasons_to_stay_dense(
+    model: nn.Module, layers: Mapping[str, nn.Module], included: set[int] | None, excluded: set[int]
+) -> dict[str, str]:
+    """Layers that one would expect to become sparse and do not, and why."""
     chosen = {id(m) for m in layers.values()}
     foreign = {id(p) for m in model.modules() if id(m) not in chosen for p in m._parameters.values() if p is not None}
     reasons = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, tuple(_SPARSE_CLASSES)) or id(module) in excluded:
+            continue
+        if included is not None and id(module) not in included:
+            continue
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+            reasons[name] = "its size is not known yet; run a batch through the model first"
+        elif nn.utils.parametrize.is_parametrized(module, "weight"):  # type: ignore[arg-type]
+            reasons[name] = "its weight is computed (torch.nn.utils.parametrize)"
     for name, layer in layers.items():
         if layer._parameters.get("weight") is None:
             reasons[name] = "its weight is computed (weight_norm, spectral_norm, prune)"
@@ -724,7 +742,8 @@ def sparsify(
 
     Weights are not changed: what the mask hides is still stored, until a method says otherwise. Subclasses of the two
     layer types are left alone (their forward is their own), and so are, with a warning, the projections of
-    ``nn.MultiheadAttention``, and a layer whose weight another module shares or weight_norm and the like compute.
+    ``nn.MultiheadAttention``, a layer whose weight another module shares or weight_norm and the like compute, and lazy
+    layers that have no weight yet.
 
     Args:
         model: any module; Parameters, hooks and module identities are kept. A bare ``nn.Linear`` works too.
@@ -737,7 +756,8 @@ def sparsify(
         dense_first: convert the first layer but keep all its weights, as the literature does with ``uniform``.
         init: initial masks: ``random``, ``magnitude`` (largest weights; over the whole model if ``distribution`` is
             ``global``) or ``dense`` (all ones; a method prunes later).
-        seed: of the random masks; None takes torch's global generator. Masks do not depend on the device.
+        seed: of the random masks; None takes torch's global generator. Masks do not depend on the device. Under
+            torch.distributed all ranks must draw the same ones, unless a method, which takes those of rank 0, follows.
 
     Returns:
         The same model.
@@ -766,9 +786,9 @@ def sparsify(
         and (included is None or id(module) in included)
         and id(module) not in excluded
     }
-    for name, reason in _reasons_to_stay_dense(model, layers).items():
+    for name, reason in _reasons_to_stay_dense(model, layers, included, excluded).items():
         warnings.warn(f"{name!r} stays dense: {reason}", stacklevel=2)
-        del layers[name]
+        layers.pop(name, None)
     _warn_of_attention(model, included, excluded)
     if not layers:
         raise ValueError(f"model has no nn.Linear or nn.Conv2d to convert (include={include!r}, exclude={exclude!r})")
@@ -777,6 +797,8 @@ def sparsify(
     for name, module in layers.items():
         owners.setdefault(id(module.weight), name)
     weights: dict[str, Tensor] = {name: layers[name].weight for name in owners.values()}
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise ValueError(f"seed={seed!r} is not allowed; expected a whole number or None")
     dense = next(iter(weights)) if dense_first else None
     shapes = {name: tuple(w.shape) for name, w in weights.items()}
     counts = layer_counts(shapes, sparsity, distribution, pattern, () if dense is None else (dense,))
@@ -837,7 +859,8 @@ class _LeftToMethods:
         for name, layer in sparse_layers(self.model):
             for tensor in ("mask", "mask_scores"):
                 if tensor not in layer._parameters:
-                    yield f"{name}.{tensor}".lstrip(".")
+                    path = f"{name}.{tensor}".lstrip(".")
+                    yield from (path, f"_orig_mod.{path}")  # as torch.compile has it
 
 
 # In inference these read ``linear1.weight`` past its forward, unless the attribute named here is false.

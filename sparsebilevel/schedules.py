@@ -107,6 +107,8 @@ def _densities_by_name(
     """Density of every layer by the first entry that fits its name; every entry must hold for some layer."""
     densities: dict[str, Fraction] = {}
     for pattern, value in sparsity.items():
+        if not isinstance(pattern, str):
+            raise ValueError(f"sparsity has {pattern!r}; expected names of layers or glob patterns of them")
         density = 1 - check_sparsity(value, f"sparsity[{pattern!r}]")
         fitting = [name for name in layers if name == pattern or fnmatch.fnmatchcase(name, pattern)]
         if not fitting:
@@ -171,7 +173,7 @@ class UpdateSchedule:
     end: int | None = None
 
     def __post_init__(self) -> None:
-        if self.freq < 0 or int(self.freq) != self.freq:
+        if not isinstance(self.freq, (int, float)) or self.freq < 0 or int(self.freq) != self.freq:
             raise ValueError(f"update_freq={self.freq!r} is not allowed; expected a whole number of steps, 0 = never")
         if self.end is not None and self.end < self.start:
             raise ValueError(f"update_end={self.end} is not allowed; it is before update_start={self.start}")

@@ -865,6 +865,93 @@ def test_the_score_step_follows_the_learning_rate_of_its_weight():
         bidst.step()
 
 
+def constant_steps(make, grad, steps=200):
+    """How far a weight goes for a constant gradient, a step, over that gradient; with a run of BiDST that knows it."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    sb.sparsify(model, 0.0)
+    opt = make(model.parameters())
+    bidst = sb.BiDST(model, opt, score_lr=None, implicit="none")
+    for _ in range(steps):
+        before = model[0].weight.detach().clone()
+        model[0].weight.grad = torch.full((2, 2), grad)
+        opt.step()
+    return float((before - model[0].weight.detach())[0, 0]) / grad, float(bidst.current_score_lr("0"))
+
+
+@pytest.mark.parametrize("grad", [1e-3, 2.0])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda ps: torch.optim.SGD(ps, 0.01),
+        lambda ps: torch.optim.SGD(ps, 0.01, momentum=0.9),
+        lambda ps: torch.optim.SGD(ps, 0.01, momentum=0.9, dampening=0.5),
+        lambda ps: torch.optim.Adam(ps, 0.01),
+        lambda ps: torch.optim.AdamW(ps, 0.01, weight_decay=0.0),
+        lambda ps: torch.optim.RMSprop(ps, 0.01, alpha=0.9),
+        lambda ps: torch.optim.RMSprop(ps, 0.01, alpha=0.9, momentum=0.8),
+        lambda ps: torch.optim.Adagrad(ps, 0.01),
+    ],
+)
+def test_the_score_step_is_that_of_the_weights_whatever_the_optimizer(make, grad):
+    moved, rate = constant_steps(make, grad)
+    assert rate == pytest.approx(moved, rel=1e-3)
+
+
+def test_scores_learn_as_fast_with_adam_as_with_sgd():
+    grown = {}
+    for name, make in (("sgd", sgd), ("adamw", lambda model: torch.optim.AdamW(model.parameters(), 3e-3))):
+        model = sparse_net(0.9)
+        opt = make(model)
+        bidst = sb.BiDST(model, opt, update_freq=20)
+        train(model, opt, bidst, 60)
+        grown[name] = sum(record["grown"] for record in bidst.history)
+    assert grown["adamw"] > grown["sgd"] / 2 > 0
+
+
+def test_an_optimizer_whose_steps_are_not_known_is_named(caplog):
+    model = sparse_net()
+    opt = torch.optim.Rprop(model.parameters(), 0.01)
+    train(model, opt, sb.BiDST(model, opt, update_freq=2), 3)
+    assert caplog.text.count("BiDST takes Rprop for plain SGD, since no score_lr is given") == 1
+    model = sparse_net()
+    opt = torch.optim.SGD(model.parameters(), 0.01, momentum=1.0)
+    with pytest.raises(ValueError, match=r"momentum is 1.0, with which no step size follows; give score_lr"):
+        train(model, opt, sb.BiDST(model, opt, update_freq=2), 1)
+
+
+def test_a_gradient_that_was_nan_is_named_with_its_layer():
+    model = sparse_net()
+    opt = sgd(model)
+    bidst = sb.BiDST(model, opt, update_freq=2)
+    (compute_loss(model, 0) * float("nan")).backward()  # skipped by the loop
+    opt.zero_grad()
+    with pytest.raises(ValueError, match=r"'0': scores must not be NaN.*sparsifier.zero_grad\(\) beside"):
+        train(model, opt, bidst, 2)
+
+
+@pytest.mark.parametrize("name", ["bip", "bidst"])
+def test_metrics_may_be_read_again(name):
+    model = sparse_net(init="dense" if name == "bip" else "random")
+    opt = sgd(model)
+    sparsifier = sb.BiP(model, opt) if name == "bip" else sb.BiDST(model, opt, update_freq=10)
+    train(model, opt, sparsifier, 3)
+    assert sparsifier.metrics() == sparsifier.metrics()
+    assert sparsifier.metrics()["direct"] > 0
+    sparsifier.reset_metrics()
+    assert "direct" not in sparsifier.metrics()
+
+
+def test_a_model_may_become_double_between_steps():
+    model = sparse_net()
+    opt = sgd(model)
+    bidst = sb.BiDST(model, opt, update_freq=10)
+    train(model, opt, bidst, 3)
+    model.double()
+    x, y = batch(5)
+    F.cross_entropy(model(x.double()), y).backward()
+    bidst.step()
+
+
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 

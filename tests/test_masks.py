@@ -178,10 +178,22 @@ def test_global_masks_are_one_ranking(sizes, data):
 
 def test_a_layer_that_the_ranking_would_empty_keeps_its_best_group():
     scores = {"large": torch.tensor([[5.0, 4.0, 3.0, 2.0]]), "small": torch.tensor([[0.1, 0.3, 0.2]])}
-    with pytest.warns(UserWarning, match="would empty small; each keeps its best group"):
+    with pytest.warns(UserWarning, match="layers 'small' would lose all weights in a global choice of 3 of 7 groups"):
         masks = global_masks(scores, 3)
     assert masks["large"].tolist() == [[True, True, False, False]]
     assert masks["small"].tolist() == [[False, True, False]]
+
+
+@pytest.mark.parametrize("pattern", [Filter(), Channel(), Block(1, 64)])
+def test_sums_of_16_bits_are_told_apart(pattern):
+    scores = torch.ones(8, 64, dtype=torch.bfloat16)
+    for row in range(8):
+        scores[row, : 8 - row] = 0.99609375  # the last one has the largest sum
+    if isinstance(pattern, Channel):
+        scores = scores.t().contiguous()
+    want = pattern.expand(torch.arange(8) >= 4, scores.shape)
+    assert torch.equal(global_masks({"a": scores}, 4, pattern)["a"], want)
+    assert torch.equal(pattern.mask(scores, 4), want)
 
 
 def test_global_masks_of_filters():

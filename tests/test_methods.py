@@ -104,6 +104,36 @@ def test_state_from_before_the_sparsifier_is_cleared_too():
     assert not any(m.weight[~m.mask].any() for m in sparsifier.weights.values())
 
 
+@pytest.mark.parametrize("name", ["set", "rigl", "bidst"])
+def test_a_frozen_layer_keeps_its_mask(name):
+    model, opt, sparsifier = build(name, update_freq=2)
+    model[3].weight.requires_grad_(False)
+    before, weight = masks_of(sparsifier), model[3].weight.clone()
+    train(model, opt, sparsifier, 8)
+    assert torch.equal(model[3].mask, before["3"])
+    assert torch.equal(model[3].weight, weight)
+    assert not same_masks(masks_of(sparsifier), before)  # the others go on
+
+
+@pytest.mark.parametrize("name", ["rigl", "bidst", "hydra"])
+def test_passes_that_are_not_to_count_can_be_forgotten(name):
+    """As those that make adversarial examples."""
+    results = []
+    for passes in (0, 2):
+        model, opt, sparsifier = build(name, **({"update_freq": 2} if name != "hydra" else {}))
+        for step in range(6):
+            for _ in range(passes):
+                x = batch(50 + step)[0].requires_grad_()
+                model(x).square().sum().backward()
+                opt.zero_grad()
+                sparsifier.zero_grad()
+            take_step(model, opt, sparsifier, step)
+        results.append((sparsifier.first_masks, masks_of(sparsifier), model.state_dict()))
+    assert same_masks(results[0][1], results[1][1])
+    keys = [key for key in results[0][2] if "running" not in key and "batches" not in key]
+    assert all(torch.equal(results[0][2][key], results[1][2][key]) for key in keys if "1." != key[:2])
+
+
 @pytest.mark.parametrize("name", ["hydra", "bip"])
 def test_dense_stored_methods_keep_dropped_weights(name):
     model, opt, sparsifier = build(name)
@@ -220,6 +250,33 @@ def test_rigl_paper_replaces_the_step_of_the_optimizer():
     model, _, sparsifier, before, _, masks = run(paper=False)
     stayed = masks["0"] & sparsifier.weights["0"].mask
     assert not torch.equal(model[0].weight[stayed], before["0.weight"][stayed])
+
+
+def test_rigl_paper_withholds_the_step_of_a_closure_too():
+    results = []
+    for with_closure in (False, True):
+        model, opt, sparsifier = build("rigl-paper", update_freq=2)
+        for step in range(5):
+
+            def closure(step=step, model=model, opt=opt):
+                opt.zero_grad()
+                loss = compute_loss(model, step)
+                loss.backward()
+                return loss
+
+            loss = opt.step(closure) if with_closure else (closure(), opt.step())[0]
+            assert loss > 0
+            sparsifier.step()
+        results.append(model.state_dict())
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+def test_rigl_paper_withholds_the_steps_of_a_copy_too():
+    originals = build("rigl-paper", update_freq=2)
+    copies = copy.deepcopy(originals)
+    for run in (originals, copies):
+        train(*run, 5)
+    assert all(torch.equal(a, b) for a, b in zip(originals[0].parameters(), copies[0].parameters(), strict=True))
 
 
 def test_the_drop_fraction_follows_a_cosine():
@@ -577,6 +634,26 @@ def test_another_method_may_follow_when_the_mask_is_final(name):
     assert len(rigl.history) == 2
 
 
+@pytest.mark.parametrize("name", ["bidst", "bip", "hydra"])
+def test_release_takes_the_scores_along_and_lets_parameters_train(name):
+    model, opt, sparsifier = build(name)
+    sparsifier.release()
+    assert not any(key.endswith("mask_scores") for key in model.state_dict())
+    assert all(p.requires_grad for p in model.parameters())
+    if name == "bidst":
+        compute_loss(model, 0).backward()
+        with pytest.raises(RuntimeError, match="BiDST was released, and its model is not its own any more"):
+            sparsifier.step()
+    sb.Static(model, opt)
+
+
+def test_release_leaves_scores_that_are_the_users():
+    model, opt, sparsifier = build("static")
+    model[3].set_mask_scores(nn.Parameter(torch.zeros(8, 6, 3, 3)))
+    sparsifier.release()
+    assert isinstance(model[3].mask_scores, nn.Parameter)
+
+
 def test_a_method_that_cannot_be_made_leaves_the_model_free():
     model = sparse_net(pattern="nm:1:2")
     with pytest.raises(ValueError, match="pattern NM is not allowed with SET") as kept:  # the error holds the method
@@ -810,8 +887,58 @@ def test_a_distribution_belongs_to_a_new_target():
 
 def test_a_new_target_needs_one_pattern():
     model = sparse_net(0.5, pattern="filter", dense_first=True)
+    model[6].pattern = Channel()
     with pytest.raises(ValueError, match="sparsity=0.9 must be given to sparsify: the layers have different patterns"):
         sb.Static(model, sparsity=0.9)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "filter"])
+def test_a_new_target_leaves_dense_layers_dense(pattern):
+    sparsifier = sb.Static(sparse_net(0.5, pattern=pattern, dense_first=True), sparsity=0.75)
+    assert [int(w.mask.all()) for w in sparsifier.weights.values()] == [1, 0, 0]
+    assert sparsifier.weights["3"].layers[0].sparsity == 0.75
+    all_dense = sb.Static(sparse_net(0.0), sparsity=0.75)  # where no layer is dense beside others
+    assert all_dense.weights["0"].layers[0].sparsity == 0.75
+
+
+@pytest.mark.parametrize("name", ["bip", "omp", "hydra"])
+@pytest.mark.parametrize("follower", [sb.Static, sb.RigL, sb.BiDST])
+def test_masks_that_another_method_left_are_taken_over(name, follower, caplog):
+    model, opt, first = build(name, **({"scope": "global"} if name != "omp" else {}))
+    with torch.no_grad():
+        model[0].weight.mul_(20)  # so that one ranking over all layers gives them counts of their own
+    train(model, opt, first, 3)
+    first.finish() if hasattr(first, "finish") else first.release()
+    kept, before = counts(first), masks_of(first)
+    if name != "hydra":  # whose scores forget how large a layer is
+        assert kept != {n: w.num_kept for n, w in first.weights.items()}
+    weights = {n: w.weight.detach().clone() for n, w in first.weights.items()}
+    with caplog.at_level(logging.WARNING, "sparsebilevel"):
+        second = follower(model, opt, **{} if follower is sb.Static else {"update_freq": 2})
+    assert same_masks(masks_of(second), before)
+    assert all(torch.equal(w.weight, weights[n]) for n, w in second.weights.items())
+    train(model, opt, second, 4)
+    assert counts(second) == kept
+    assert "takes over" not in caplog.text  # as many weights as were asked for, so that it is no news
+
+
+def test_masks_of_another_sparsity_are_taken_over_and_said(caplog):
+    other = sparse_net(0.5)
+    model = sparse_net(0.9)
+    model.load_state_dict(other.state_dict())
+    with caplog.at_level(logging.WARNING, "sparsebilevel"):
+        sparsifier = sb.Static(model)
+    assert same_masks(masks_of(sparsifier), {n: layer.mask for n, layer in sb.sparse_layers(other)})
+    assert "Static takes over masks that keep 450 groups" in caplog.text
+    assert sb.Static(sparse_net(0.5), sparsity=0.9).sparsity == pytest.approx(0.9, abs=1e-3)  # unless another is given
+
+
+def test_masks_that_change_behind_a_method_are_noticed(caplog):
+    model, opt, sparsifier = build("rigl")
+    model[3].mask.fill_(True)
+    train(model, opt, sparsifier, 4)
+    assert "RigL gives masks that have changed their target again" in caplog.text
+    assert counts(sparsifier)["3"] == sparsifier.weights["3"].num_kept
 
 
 # -- optimizers and scalers -------------------------------------------------------------------------------------------
@@ -925,6 +1052,14 @@ def test_the_order_of_the_calls_with_a_scaler(name, calls_before):
     with pytest.raises(RuntimeError, match="call scaler.step.* sparsifier.step.* and scaler.update.* in this order"):
         sparsifier.step(scaler)
     assert sparsifier.step_count == 1
+
+
+def test_an_overflow_that_nothing_would_lower_is_an_error():
+    model, opt, sparsifier = build("hydra")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
+    scaler.scale(compute_loss(model, 0) * 1e10).backward()
+    with pytest.raises(RuntimeError, match="overflow at the scale .* which nothing lowers"):
+        sparsifier.step(scaler)
 
 
 def test_one_of_several_optimizers_may_rest():
@@ -1095,6 +1230,21 @@ def test_nm_is_refused_where_it_makes_no_sense(cls):
     model = sparse_net(pattern="nm:1:2")
     with pytest.raises(ValueError, match="NM"):
         cls(model, sgd(model))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", 3, [None], [torch.zeros(2)]], ids=str)
+def test_what_is_no_optimizer_is_refused(optimizer):
+    with pytest.raises(
+        ValueError, match="optimizer is or has a .*; expected a torch.optim.Optimizer, several, or None"
+    ):
+        sb.RigL(sparse_net(), optimizer)
+
+
+def test_a_weight_that_is_computed_is_refused():
+    model = sparse_net()
+    nn.utils.parametrizations.weight_norm(model[6])
+    with pytest.raises(ValueError, match="the weight of '6' is computed"):
+        sb.Static(model)
 
 
 def test_a_dense_model_is_refused():

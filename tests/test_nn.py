@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -414,6 +415,43 @@ def test_meta_construction_then_to_empty_and_reset_gives_exact_counts():
     assert model[0].effective_grad.device.type == "cpu"
 
 
+def test_masks_that_come_from_the_meta_device_are_drawn():
+    """And not what the memory held: a dense checkpoint would leave that in place."""
+    with torch.device("meta"):
+        model = cnn(0.75)
+    model.to_empty(device="cpu")
+    assert [int(mask.sum()) for mask in masks(model).values()] == [m.numel() // 4 for m in masks(model).values()]
+    model.load_state_dict(cnn(0).state_dict())
+    model(torch.randn(2, 4, 5, 5))
+
+
+def test_ddp_broadcasts_no_masks_of_compiled_models_either():
+    model = mlp()
+    model[0].set_mask_scores(torch.zeros(8, 5))
+    ignored = set(model._ddp_params_and_buffers_to_ignore)
+    buffers = {name for name, _ in torch.compile(model).named_buffers()}
+    assert buffers == {"_orig_mod.0.mask", "_orig_mod.0.mask_scores", "_orig_mod.2.mask"}
+    assert buffers <= ignored
+    assert {name for name, _ in model.named_buffers()} <= ignored
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(5, 5)), "its weight is computed"),
+        (lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(5, 5, 3)), "its weight is computed"),
+        (lambda: nn.LazyLinear(5), "its size is not known yet; run a batch through the model first"),
+    ],
+)
+def test_layers_that_stay_dense_are_named(make, reason):
+    with pytest.warns(UserWarning, match=f"'1' stays dense: {reason}"):
+        model = sb.sparsify(nn.Sequential(nn.Linear(5, 5), make()), 0.5)
+    assert list(masks(model)) == ["0"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sb.sparsify(nn.Sequential(nn.Linear(5, 5), make()), 0.5, exclude="1")
+
+
 def test_assign_loads_into_a_meta_model_and_moves_the_collection():
     model = mlp()
     with torch.device("meta"):
@@ -626,6 +664,11 @@ def test_include_and_exclude_take_names_globs_types_and_modules(include, exclude
         ({"sparsity": {"0": 0.5}}, r"sparsity has no value for \['2'\]"),
         ({"sparsity": {"0": 0.5, "2": 0.5, "9": 0.5}}, r"sparsity has '9', which no layer matches; the layers are"),
         ({"distribution": "even"}, "distribution='even' is not known; allowed: uniform, er, erk, global"),
+        ({"sparsity": {0: 0.5}}, r"sparsity has 0; expected names of layers or glob patterns"),
+        ({"pattern": None}, r"pattern=None is not allowed; expected a Pattern or its name"),
+        ({"include": 3}, r"include=3 is not allowed; expected names, glob patterns, types or modules"),
+        ({"exclude": None}, r"exclude=None is not allowed"),
+        ({"seed": 1.5}, r"seed=1.5 is not allowed; expected a whole number or None"),
         ({"pattern": "rows"}, "pattern='rows' is not allowed; expected one of unstructured, filter"),
         ({"pattern": "nm:2:4"}, r"weight of shape \[8, 5\] has 5 input channels, not a multiple of m=4"),
         ({"init": "zeros"}, "init='zeros' is not known; allowed: random, magnitude, dense"),

@@ -618,6 +618,20 @@ def test_who_may_step_a_shared_gradient():
     torch.optim.SGD(model.parameters(), lr=0.1).step()
 
 
+def test_scores_of_a_frozen_weight_learn_on():
+    """It has no gradient that could be shared."""
+    plain, shared = learner("momentum", False), learner("momentum", True)
+    for model, layers, optimizer in (plain, shared):
+        layers[0].weight.requires_grad_(False)
+        assert not layers[0].shares_gradient
+        for step in range(3):
+            optimizer.zero_grad()
+            backward(model, step)
+            assert layers[0].mask_scores.grad.any()
+            optimizer.step()
+    assert_learned_alike(plain, shared)
+
+
 def test_which_layers_share_their_gradient():
     model, layers, _ = learner("sgd", False)
     layers[0].set_mask_scores(None)  # none to train

@@ -209,10 +209,13 @@ class Sparsifier:
         seed: int = 0,
     ) -> None:
         self.model = unwrap(model)
-        if optimizer is None:
-            self.optimizers: list[torch.optim.Optimizer] = []
-        else:
-            self.optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        several = () if optimizer is None else optimizer if isinstance(optimizer, Iterable) else (optimizer,)
+        self.optimizers: list[torch.optim.Optimizer] = list(several)
+        for given in self.optimizers:
+            if not isinstance(given, torch.optim.Optimizer):
+                raise ValueError(
+                    f"optimizer is or has a {type(given).__name__}; expected a torch.optim.Optimizer, several, or None"
+                )
         self.weights = self._find_weights()
         self._refuse_company()
         held = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
@@ -220,9 +223,11 @@ class Sparsifier:
             raise ValueError("optimizer holds none of the model's sparse weights; is it that of another model?")
         self.schedule = UpdateSchedule(update_freq, update_start, update_end)
         self.step_count = 0
+        self.released = False
         self.bytes_sent = 0
         self.history: list[dict[str, float]] = []
         self.generator = torch.Generator().manual_seed(seed)
+        self._has_own_target = sparsity is not None
         if sparsity is not None:
             self._retarget(sparsity, distribution or "uniform")
         elif distribution is not None:
@@ -249,22 +254,45 @@ class Sparsifier:
 
     def release(self) -> None:
         """Leave the model, masks as they are, to another method. This one is not to be stepped any more."""
-        for layer in self._layers():
-            if _AT_WORK.get(layer, lambda: None)() is self:
-                del _AT_WORK[layer]
+        self.released = True
+        for masked in self.weights.values():
+            if _AT_WORK.get(masked.layers[0], lambda: None)() is not self:
+                continue
+            if not isinstance(masked.layers[0].mask_scores, nn.Parameter):  # which is the user's
+                masked.set_scores(None)
+            for layer in masked.layers:
+                _AT_WORK.pop(layer, None)
                 layer.collect("none")
+
+    def zero_grad(self) -> None:
+        """Forget what backward passes have collected since the last step.
+
+        Every backward pass through the model counts, in the way of gradients that accumulate. ``optimizer.zero_grad()``
+        does not reach what a method collects: call this beside it after a pass that is not to count, as one that made
+        adversarial examples or of a batch that is skipped.
+        """
+        for masked in self.weights.values():
+            masked.zero_effective_grad()
 
     def _find_weights(self) -> dict[str, MaskedWeight]:
         by_weight: dict[int, MaskedWeight] = {}
         for name, layer in sparse_layers(self.model):
+            if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+                raise ValueError(
+                    f"the weight of {name!r} is computed (weight_norm, spectral_norm, parametrize); a method changes "
+                    "weights where they are stored and expects a Parameter"
+                )
             by_weight.setdefault(id(layer.weight), MaskedWeight(name, [])).layers.append(layer)
         if not by_weight:
             raise ValueError("model has no sparse layers; call sparsebilevel.sparsify(model, sparsity=...) first")
         return {masked.name: masked for masked in by_weight.values()}
 
     def _retarget(self, sparsity: float | Mapping[str, float], distribution: str) -> None:
-        shapes = {name: tuple(w.weight.shape) for name, w in self.weights.items()}
-        patterns = {w.pattern for w in self.weights.values()}
+        # Layers that are dense by their target stay so, if there are others and no word is said of them.
+        dense = [] if isinstance(sparsity, Mapping) else [name for name, w in self.weights.items() if w.is_dense]
+        free = {n: w for n, w in self.weights.items() if n not in dense} or self.weights
+        shapes = {name: tuple(w.weight.shape) for name, w in free.items()}
+        patterns = {w.pattern for w in free.values()}
         if len(patterns) > 1:
             raise ValueError(
                 f"sparsity={sparsity} must be given to sparsify: the layers have different patterns {patterns}"
@@ -282,9 +310,27 @@ class Sparsifier:
 
     def initialize(self) -> None:
         """Bring masks, weights and scores into the state in which the method starts. Runs once, in the constructor."""
+        if not self._has_own_target:
+            self._take_over_counts()
         for masked in self.weights.values():
             mask = self._resized(masked)
             self._change(masked, mask)
+
+    def _take_over_counts(self) -> None:
+        """Keep masks that another method or a checkpoint has left with counts of their own; dense ones are a start."""
+        kept = {name: masked.pattern.count(masked.mask) for name, masked in self.weights.items()}
+        is_start = all(kept[name] == masked.num_groups for name, masked in self.weights.items())
+        if is_start or all(kept[name] == masked.num_kept for name, masked in self.weights.items()):
+            return
+        total = sum(masked.num_kept for masked in self.weights.values())
+        logger.log(
+            logging.INFO if sum(kept.values()) == total else logging.WARNING,
+            "%s takes over masks that keep %d groups, in each layer as many as now; the target of sparsify was %d "
+            "(give sparsity= to change them)",
+            *(type(self).__name__, sum(kept.values()), total),
+        )
+        for name, masked in self.weights.items():
+            masked.num_kept = kept[name]
 
     def learn(self, grads: dict[str, Tensor]) -> None:
         """Use the effective gradients of one optimizer step (summed over accumulation, averaged over ranks)."""
@@ -327,6 +373,8 @@ class Sparsifier:
         Returns:
             True if the topology changed.
         """
+        if self.released and not getattr(self, "finished", False):
+            raise RuntimeError(f"{type(self).__name__} was released, and its model is not its own any more")
         self.step_count += 1
         self.learn(grads)
         changed = self.schedule.is_due(self.step_count)
@@ -340,6 +388,8 @@ class Sparsifier:
         """Adopt the method's proposed masks now, and record how much changed and how long it took."""
         start = self._now()
         before = self._copy_masks()
+        if self.scope == "layer" and (odd := self._odd_counts()):
+            logger.warning("%s gives masks that have changed their target again: %s", type(self).__name__, odd)
         self.set_masks(self.propose_masks(grads or {}))
         seconds = self._now() - start
         grown = sum(int((w.mask & ~before[n]).sum()) for n, w in self.weights.items())
@@ -393,22 +443,28 @@ class Sparsifier:
             grads = {name: part.view_as(g) for (name, g), part in zip(grads.items(), parts, strict=True)}
         if scaler is not None and scaler.is_enabled():
             if self._scaler_skipped(scaler) or not all(bool(g.isfinite().all()) for g in grads.values()):
-                for masked in self.weights.values():
-                    masked.zero_effective_grad()
+                self.zero_grad()
+                if not self._training_optimizers():
+                    raise RuntimeError(
+                        f"gradients overflow at the scale {scaler.get_scale()}, which nothing lowers, since all "
+                        "parameters are frozen; use bfloat16, or a GradScaler with a smaller init_scale"
+                    )
                 return None
             grads = {name: g / scaler.get_scale() for name, g in grads.items()}
         return grads
 
     def _scaler_skipped(self, scaler: torch.amp.GradScaler) -> bool:
-        # Frozen parameters give the scaler nothing to do.
-        training = [o for o in self.optimizers if any(p.requires_grad for g in o.param_groups for p in g["params"])]
-        states = [scaler._per_optimizer_states[id(optimizer)] for optimizer in training]
+        states = [scaler._per_optimizer_states[id(optimizer)] for optimizer in self._training_optimizers()]
         if states and all(state["stage"] is not OptState.STEPPED for state in states):
             raise RuntimeError(
                 "the scale of these gradients is not known; call scaler.step(optimizer), "
                 "sparsifier.step(scaler) and scaler.update() in this order"
             )
         return any(bool(found) for state in states for found in state["found_inf_per_device"].values())
+
+    def _training_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Those with a parameter that is not frozen: the others give a scaler nothing to do."""
+        return [o for o in self.optimizers if any(p.requires_grad for g in o.param_groups for p in g["params"])]
 
     # -- ranks --------------------------------------------------------------------------------------------------------
 
@@ -453,6 +509,9 @@ class Sparsifier:
             out["mask_iou_start"] = self._iou(self.first_masks)
         return out
 
+    def reset_metrics(self) -> None:
+        """Begin anew with what :meth:`metrics` gives means of; to be called when they have been logged."""
+
     def state_dict(self) -> dict[str, Any]:
         """Everything but masks and scores, which the model's own ``state_dict`` holds. Loads with ``weights_only``."""
         return {
@@ -491,17 +550,22 @@ class Sparsifier:
         return sum(masked.num_kept for masked in self.weights.values())
 
     def _check_counts(self) -> None:
+        if odd := self._odd_counts():
+            raise ValueError(
+                f"the model's masks are not those of the state ({odd}); load the model's state first, and one that was "
+                "saved together with this"
+            )
+
+    def _odd_counts(self) -> str:
+        """Which masks do not keep what they should, in words; nothing if all do."""
         kept = {name: masked.pattern.count(masked.mask) for name, masked in self.weights.items()}
         odd = [
             f"{n!r} keeps {k}, not {self.weights[n].num_kept}" for n, k in kept.items() if k != self.weights[n].num_kept
         ]
         # A ranking over all layers gives each of them its count; then only the sum is known.
-        if odd and (self.scope == "layer" or sum(kept.values()) != self.target_count()):
-            total = f"{sum(kept.values())} groups are kept, the target is {self.target_count()}"
-            raise ValueError(
-                f"the model's masks are not those of the state ({total}; {'; '.join(odd[:5])}); load the model's state "
-                "first, and one that was saved together with this"
-            )
+        if not odd or (self.scope != "layer" and sum(kept.values()) == self.target_count()):
+            return ""
+        return f"{sum(kept.values())} groups are kept, the target is {self.target_count()}; {'; '.join(odd[:5])}"
 
     def _on_devices(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies of tensors by weight name, each on its weight's device: a state may have been loaded elsewhere."""

@@ -35,6 +35,8 @@ from .base import MaskedWeight, Scope, Sparsifier, Storage, check_non_negative, 
 from .pruning import rewind, top_masks
 
 _PATIENCE = 100  # steps of the lower level after which BiP asks for the upper one
+# Where optimizers keep the squares of gradients that they divide by the root of: Adam's kin, RMSprop, Adagrad.
+_SQUARES = ("exp_avg_sq", "square_avg", "sum")
 FORMULAS = ("derived", "printed", "code", "curvature", "none")
 
 
@@ -44,7 +46,7 @@ def hypergradient(
     grad: Tensor,
     *,
     formula: str,
-    scale: float,
+    scale: float | Tensor,
     lower_grad: Tensor | None = None,
     curvature: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -67,7 +69,7 @@ def hypergradient(
     """
     lower_grad = grad if lower_grad is None else lower_grad
     direct = weight * grad
-    if formula == "none" or scale == 0:
+    if formula == "none" or (not isinstance(scale, Tensor) and scale == 0):
         return direct, torch.zeros_like(direct)
     if formula == "derived":
         return direct, -scale * c * lower_grad * grad
@@ -98,7 +100,8 @@ class _RunningMean:
         return self.sums[name] / (1 - self.decay ** self.steps[name])
 
     def update(self, name: str, value: Tensor) -> None:
-        self.sums.setdefault(name, torch.zeros_like(value)).lerp_(value, 1 - self.decay)
+        sums = self.sums.setdefault(name, torch.zeros_like(value))
+        sums.lerp_(value.to(sums.dtype), 1 - self.decay)
         self.steps[name] = self.steps.get(name, 0) + 1
 
     def move(self, name: str, old: Tensor, new: Tensor, numel: int, fill: Callable[[Tensor], Tensor]) -> None:
@@ -120,7 +123,7 @@ class _RunningMean:
 
 
 class _TermSizes:
-    """Mean absolute direct and implicit terms since they were last read: the first thing to look at when tuning."""
+    """Mean absolute direct and implicit terms since the last reset: the first thing to look at when tuning."""
 
     def __init__(self) -> None:
         self.reset()
@@ -138,9 +141,7 @@ class _TermSizes:
     def read(self) -> dict[str, float]:
         if not self.count:
             return {}
-        sizes = {"direct": float(self.direct) / self.count, "implicit": float(self.implicit) / self.count}
-        self.reset()
-        return sizes
+        return {"direct": float(self.direct) / self.count, "implicit": float(self.implicit) / self.count}
 
     def state_dict(self) -> dict[str, Any]:
         return {"direct": self.direct, "implicit": self.implicit, "count": self.count}
@@ -177,6 +178,7 @@ class _BiLevel(Sparsifier):
         self._mean_grad = _RunningMean("gradient_decay", gradient_decay)
         self._curvature = _RunningMean("curvature_decay", curvature_decay)
         self._sizes = _TermSizes()
+        self._warned_of_rate = False
         super().__init__(model, optimizer, **kwargs)
 
     def _hypergradient(self, name: str, weight: Tensor, c: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,26 +192,59 @@ class _BiLevel(Sparsifier):
         scale = self.current_implicit_scale(name)
         return hypergradient(weight, c, grad, formula=self.formula, scale=scale, lower_grad=lower, curvature=curvature)
 
-    def current_score_lr(self, name: str) -> float:
-        """Step size of the scores of a layer: as given, or the one at which the direct term follows ``theta^2 / 2``."""
+    def current_score_lr(self, name: str) -> float | Tensor:
+        """Step size of the scores of a layer: as given, or the one at which the direct term follows ``theta^2 / 2``.
+
+        A scalar tensor, not waited for, where the optimizer's state says it.
+        """
         return self._effective_lr(name) if self.score_lr is None else self.score_lr
 
-    def current_implicit_scale(self, name: str) -> float:
+    def current_implicit_scale(self, name: str) -> float | Tensor:
         """Scale of the implicit term of a layer."""
         assert self.implicit_scale is not None
         return self.implicit_scale
 
-    def _effective_lr(self, name: str) -> float:
-        """How far a weight goes for a constant gradient of one, a step: momentum repeats each gradient."""
-        weight = self.weights[name].weight
+    def _effective_lr(self, name: str) -> float | Tensor:
+        """How far a weight goes in a step for a constant gradient, over that gradient.
+
+        Momentum repeats each gradient. Optimizers that divide by the size of gradients, as Adam does, divide by that of
+        the layer: the root of the mean square over its active weights.
+        """
+        masked = self.weights[name]
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                if any(p is weight for p in group["params"]):
-                    return float(group["lr"]) / (1 - float(group.get("momentum", 0)))
+                if any(p is masked.weight for p in group["params"]):
+                    return self._rate_of(masked, optimizer, group)
         raise ValueError(f"score_lr or implicit_scale is None, but no optimizer holds {name!r} to take its rate from")
+
+    def _rate_of(
+        self, masked: MaskedWeight, optimizer: torch.optim.Optimizer, group: Mapping[str, Any]
+    ) -> float | Tensor:
+        rate, momentum = float(group["lr"]), float(group.get("momentum", 0))
+        if momentum >= 1:
+            raise ValueError(f"the optimizer's momentum is {momentum}, with which no step size follows; give score_lr")
+        if momentum:
+            rate *= (1 - float(group.get("dampening", 0))) / (1 - momentum)
+        state = optimizer.state.get(masked.weight, {})
+        key = next((key for key in _SQUARES if key in state), None)
+        if key is None:
+            if state and "momentum" not in group and not self._warned_of_rate:
+                self._warned_of_rate = True
+                logger.warning(
+                    "%s takes %s for plain SGD, since no score_lr is given, and its steps are of another size",
+                    *(type(self).__name__, type(optimizer).__name__),
+                )
+            return rate
+        mean = torch.where(masked.mask, state[key], 0).sum() / masked.mask.sum()
+        if key == "exp_avg_sq":
+            mean = mean / (1 - group["betas"][1] ** state["step"]).to(mean.device)
+        return rate / (mean.sqrt() + group["eps"])
 
     def metrics(self) -> dict[str, float]:
         return super().metrics() | self._sizes.read()
+
+    def reset_metrics(self) -> None:
+        self._sizes.reset()
 
     def state_dict(self) -> dict[str, Any]:
         means = {"mean_grad": self._mean_grad.state_dict(), "curvature": self._curvature.state_dict()}
@@ -249,8 +284,8 @@ class BiP(_BiLevel):
         lower_gradient: ``mean`` (a running mean over the batches of earlier upper steps) or ``batch`` (the upper batch
             itself, as published).
         score_lr: step size beta of the scores (assign it to follow a schedule; 0.1 as published); None is
-            ``lr / (1 - momentum)`` of the weight's parameter group, at which a score follows ``theta^2 / 2`` if one
-            lower step goes with an upper step.
+            ``lr / (1 - momentum)`` of the weight's parameter group, with Adam and its kin over the size of the layer's
+            gradients, at which a score follows ``theta^2 / 2`` if one lower step goes with an upper step.
         score_momentum: of the SGD on the scores.
         scope: ``global`` (one ranking over all layers; the default for unstructured masks) or ``layer`` (equal ratios;
             the default for filter and channel masks).
@@ -395,7 +430,7 @@ class BiP(_BiLevel):
             if self.score_momentum:
                 past = self._velocity.setdefault(name, torch.zeros_like(direct))
                 velocity = past.mul_(self.score_momentum).add_(velocity)
-            masked.scores.sub_(velocity, alpha=self.current_score_lr(name))
+            masked.scores.sub_(velocity * self.current_score_lr(name))
 
     @torch.no_grad()
     def finish(self, rewind_to: dict[str, Tensor] | None = None) -> None:
@@ -466,7 +501,8 @@ class BiDST(_BiLevel):
         horizon: steps after which a grown weight is judged, where ``implicit_scale`` is None.
         implicit_on: ``search`` (positions in E) or ``all`` (A too, as published).
         lower_gradient: ``mean`` (a running mean over earlier batches) or ``batch`` (this one, as published).
-        score_lr: step size of the scores; None is ``lr / (1 - momentum)`` of the weight's parameter group.
+        score_lr: step size of the scores; None is ``lr / (1 - momentum)`` of the weight's parameter group, with
+            Adam and its kin over the size of the layer's gradients.
         gumbel: add logistic noise (a difference of two Gumbels) to ``u`` in psi; the hard mask is not affected.
         tau: temperature of the relaxation; with ``tau_end`` it goes linearly there until ``update_end``.
         initial_score, margin: the score of a weight that is zero, and how far below it E starts.
@@ -565,7 +601,7 @@ class BiDST(_BiLevel):
             return self.tau
         return self.tau + (self.tau_end - self.tau) * min(1.0, self.step_count / end)
 
-    def current_implicit_scale(self, name: str) -> float:
+    def current_implicit_scale(self, name: str) -> float | Tensor:
         """Scale of the implicit term of a layer: as given, or from the horizon at which a grown weight is judged.
 
         The lower level's ridge solution ``-G / gamma`` is where a gradient flow from zero arrives after the time
@@ -582,6 +618,8 @@ class BiDST(_BiLevel):
         tau = self.current_tau()
         for name, grad in grads.items():
             masked = self.weights[name]
+            if not masked.weight.requires_grad:
+                continue  # nothing that grows there could learn: a frozen layer keeps its mask
             positions = masked.layers[0].support_positions
             assert positions is not None
             weight, active = masked.weight.reshape(-1)[positions], masked.mask.reshape(-1)[positions]
@@ -603,8 +641,15 @@ class BiDST(_BiLevel):
     def propose_masks(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         masks = {}
         for name, masked in self.weights.items():
-            if not masked.is_dense:
+            if masked.is_dense or not masked.weight.requires_grad:
+                continue
+            try:
                 masks[name] = masked.pattern.mask(self._mean_scores(masked), masked.num_kept)
+            except ValueError as error:
+                raise ValueError(
+                    f"{name!r}: {error}; a loss or gradient was. Where the loop leaves a batch out, "
+                    "call sparsifier.zero_grad() beside optimizer.zero_grad()"
+                ) from error
         return masks
 
     def _mean_scores(self, masked: MaskedWeight) -> Tensor:

@@ -58,6 +58,8 @@ class SET(Sparsifier):
         fraction = self.current_drop_fraction()
         masks = {}
         for name, masked in self.weights.items():
+            if not masked.weight.requires_grad:
+                continue  # what grows in a frozen layer could not learn
             active = masked.group_mask()
             changes = min(int(fraction * masked.num_kept), masked.num_groups - masked.num_kept)
             if not changes:
@@ -83,15 +85,34 @@ class RigL(SET):
     def __init__(self, model: Any, optimizer: Any = None, *, paper: bool = False, **kwargs: Any) -> None:
         self.paper = paper
         super().__init__(model, optimizer, **kwargs)
+        self._watch_steps()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of copies, whose optimizers have no hooks
+        self.__dict__.update(state)
+        self._watch_steps()
+
+    def _watch_steps(self) -> None:
+        """With ``paper``, leave the optimizer no gradients at a step that the mask update replaces."""
         this = weakref.ref(self)  # the optimizer must not keep the method alive
 
-        def withhold_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        def withhold_gradients(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
             # Parameters without a gradient are left alone by every optimizer: no decay, no momentum, no step.
             rigl = this()
-            if rigl is not None and rigl.paper and rigl.schedule.is_due(rigl.step_count + 1):
-                optimizer.zero_grad(set_to_none=True)
+            if rigl is None or not rigl.paper or not rigl.schedule.is_due(rigl.step_count + 1):
+                return None
+            optimizer.zero_grad(set_to_none=True)
+            closure = args[1] if len(args) > 1 else kwargs.get("closure")
+            if closure is None:
+                return None
 
-        for opt in self.optimizers if paper else ():
+            def evaluate() -> Any:
+                loss = closure()
+                optimizer.zero_grad(set_to_none=True)
+                return loss
+
+            return (args[0], evaluate), {name: value for name, value in kwargs.items() if name != "closure"}
+
+        for opt in self.optimizers if self.paper else ():
             opt.register_step_pre_hook(withhold_gradients)
 
     def initialize(self) -> None:

@@ -225,6 +225,7 @@ class HYDRA(Sparsifier):
         self.scope = scope
         self.finished = False
         self._velocity: dict[str, Tensor] = {}
+        self._frozen: list[nn.Parameter] = []
         super().__init__(model, optimizer, **kwargs)
         self._frozen = [p for p in self.model.parameters() if p.requires_grad]
         for parameter in self._frozen:
@@ -265,9 +266,12 @@ class HYDRA(Sparsifier):
         for masked in self.weights.values():
             masked.set_scores(None)
             self._change(masked, masked.mask.clone())
+        self.release()
+
+    def release(self) -> None:
+        super().release()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-        self.release()
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"finished": self.finished, "velocity": dict(self._velocity)}
