@@ -9,16 +9,22 @@ into the convolution that follows. Modules, parameters and the keys of the state
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import inspect
 import math
 import operator
+import random
 import warnings
-from collections.abc import Callable, Sequence
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.fx
 import torch.nn.functional as F
@@ -46,12 +52,6 @@ _KINDS: dict[type[nn.Module], str] = {
     **dict.fromkeys(_EACH, "each"),
 }
 _FEW_CHANNELS = 4  # a dense convolution of so few costs less in lines than the dense library's and a conversion
-
-
-class _Tracer(torch.fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        own = isinstance(m, (SparseMaskedModule, FusedBatchNorm2d))
-        return own or super().is_leaf_module(m, module_qualified_name)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -144,6 +144,203 @@ def _pads_maps(node: torch.fx.Node) -> bool:
 
 def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+# -- the trace of a forward --------------------------------------------------------------------------------------------
+
+
+def _modes() -> tuple[bool, ...]:
+    """What contexts change of a forward that a graph does not hold."""
+    autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+
+
+class _Tracer(torch.fx.Tracer):
+    proxy_buffer_attributes = True  # what a forward computes from a buffer is computed by the graph
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._modes = _modes()
+        self._proxies: list[weakref.ref[torch.fx.Proxy]] = []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        own = isinstance(m, (SparseMaskedModule, FusedBatchNorm2d))
+        return own or super().is_leaf_module(m, module_qualified_name)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> torch.fx.Node:
+        if _modes() != self._modes:
+            raise ValueError("a part of the forward runs in a grad mode or under an autocast of its own")
+        return super().create_node(*args, **kwargs)
+
+    def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
+        proxy = super().proxy(node)
+        self._proxies.append(weakref.ref(proxy))
+        return proxy
+
+    def has_leaked(self) -> bool:
+        """Whether somebody has kept a value of the traced forward, which is no tensor."""
+
+        if all(proxy() is None for proxy in self._proxies):
+            return False
+        gc.collect()  # those in cycles of references are nobody's
+        return any(proxy() is not None for proxy in self._proxies)
+
+
+_INTERNAL = frozenset(dir(nn.Module()))
+_MISSING = object()
+_PLAIN = (int, float, complex, str, bool, type(None), torch.dtype, torch.device)
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in _PLAIN or (isinstance(value, tuple) and all(map(_is_plain, value)))
+
+
+def _is_same(value: Any, before: Any) -> bool:
+    """Numbers, strings and tuples of them by value, all else by identity."""
+    return value is before or (
+        type(value) is type(before) and _is_plain(value) and _is_plain(before) and value == before
+    )
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    """What a forward that reads it depends on; of parameters and buffers, whether they are None."""
+    held = module.__dict__
+    if name in held:
+        return held[name]
+    for tensors in (module._parameters, module._buffers):
+        if name in tensors:
+            return tensors[name] is None
+    return getattr(type(module), name, _MISSING)
+
+
+class _Read(NamedTuple):
+    """An attribute that a forward has read, as it was then."""
+
+    module: nn.Module
+    name: str
+    value: Any
+
+
+@contextlib.contextmanager
+def _recording(modules: Iterable[nn.Module], reads: list[_Read]) -> Iterator[None]:
+    """Appends each attribute of the modules the first time it is read, but for modules, methods and properties."""
+    known = {id(module) for module in modules}
+    seen: set[tuple[int, str]] = set()
+    before = nn.Module.__dict__.get("__getattribute__")
+    read: Any = nn.Module.__getattribute__
+
+    def getattribute(self: nn.Module, name: str) -> Any:
+        if name not in _INTERNAL and (id(self), name) not in seen and id(self) in known:
+            seen.add((id(self), name))
+            held = read(self, "__dict__")
+            if name in held or not (name in held["_modules"] or hasattr(getattr(type(self), name, None), "__get__")):
+                reads.append(_Read(self, name, _attribute(self, name)))
+        return read(self, name)
+
+    setattr(nn.Module, "__getattribute__", getattribute)  # noqa: B010
+    try:
+        yield
+    finally:
+        if before is None:
+            del nn.Module.__getattribute__
+        else:
+            setattr(nn.Module, "__getattribute__", before)  # noqa: B010
+
+
+class _Watch:
+    """What modules hold and the states of random numbers, to find and to undo what a trace changes of them."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._attributes = [(module, dict(module.__dict__)) for module in modules]
+        self._containers: dict[int, tuple[str, Any, list[Any]]] = {}
+        for module, held in self._attributes:
+            todo = [(f"{type(module).__name__}.{name}", value) for name, value in held.items()]
+            while todo:
+                name, value = todo.pop()
+                if isinstance(value, (dict, list, set, deque)) and id(value) not in self._containers:
+                    contents = self._contents(value)
+                    self._containers[id(value)] = name, value, contents
+                    todo += [(name, v) for v in contents]
+                elif isinstance(value, tuple):
+                    todo += [(name, v) for v in value]
+        self._random = self._random_states()
+
+    @staticmethod
+    def _contents(container: Any) -> list[Any]:
+        return [part for item in container.items() for part in item] if isinstance(container, dict) else [*container]
+
+    @staticmethod
+    def _random_states() -> tuple[Any, ...]:
+        return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+    def undo(self) -> str | None:
+        """Returns what is wrong with a forward that has changed something, or None."""
+        changed = []
+        for module, before in self._attributes:
+            held = module.__dict__
+            names = [n for n in {**before, **held} if not _is_same(held.get(n, _MISSING), before.get(n, _MISSING))]
+            changed += [f"{type(module).__name__}.{name}" for name in names]
+            if names:
+                held.clear()
+                held.update(before)
+        for name, container, contents in self._containers.values():
+            now = self._contents(container)
+            if len(now) != len(contents) or not all(map(_is_same, now, contents)):
+                changed.append(name)
+                container.clear()
+                if isinstance(container, dict):
+                    for key, value in zip(contents[::2], contents[1::2], strict=True):
+                        container[key] = value
+                else:
+                    (container.update if isinstance(container, set) else container.extend)(contents)
+        before_python, before_numpy, before_torch = self._random
+        python, numpy, of_torch = self._random_states()
+        drawn = python != before_python or not all(map(np.array_equal, numpy, before_numpy))
+        if drawn or not torch.equal(of_torch, before_torch):
+            random.setstate(before_python)
+            np.random.set_state(before_numpy)
+            torch.set_rng_state(before_torch)
+            return "its forward draws random numbers itself"
+        return f"its forward changes {changed[0]}" if changed else None
+
+
+def _trace(model: nn.Module, reads: list[_Read], settled: dict[str, Any]) -> torch.fx.Graph:
+    """The graph of the forward as it was written. Tensors that it has made itself are in ``meta`` of their nodes.
+
+    Arguments that are ``settled`` have these values, and no place in the graph. Appends to ``reads`` what the graph
+    depends on; nothing else changes. Raises whatever a tracer meets in a forward,
+    and ValueError where to run the graph again would not do what the forward does.
+    """
+    modules = list(model.modules())
+    tracer, watch = _Tracer(), _Watch(modules)
+    held = set(model.__dict__)
+    try:
+        with _recording(modules, reads):
+            graph = tracer.trace(model, concrete_args=dict(settled) or None)
+        _forget(graph, settled)
+        # The tracer makes attributes of the model of them.
+        made = [node for node in graph.find_nodes(op="get_attr") if str(node.target) in model.__dict__.keys() - held]
+        for node in made:
+            node.meta["constant"] = model.__dict__[str(node.target)]
+        for name in {str(node.target) for node in made}:
+            del model.__dict__[name]
+    finally:
+        change = watch.undo()
+    if change is not None:
+        raise ValueError(change)
+    if tracer.has_leaked():
+        raise ValueError("its forward keeps values elsewhere than in the model")
+    return graph
+
+
+def _forget(graph: torch.fx.Graph, settled: Iterable[str]) -> None:
+    """Takes the places of settled arguments out of a graph, with the assertions about them, which ours makes itself."""
+    names = tuple(f"{name}_" for name in settled)
+    gone = [node for node in graph.find_nodes(op="placeholder") if str(node.target).rstrip("0123456789") in names]
+    for node in gone:  # what is found on the way comes after it
+        gone += [user for user in node.users if user not in gone]
+    for node in sorted(gone, reverse=True):
+        graph.erase_node(node)
 
 
 # -- a segment of the graph as a program -------------------------------------------------------------------------------
@@ -325,16 +522,16 @@ class _Segment:
         norms = [state.modules[name] for name in self._norms]
         operands = lines.Operands(
             [_convolution(state.modules[name], state.supports.get(name)) for name in self._convolutions],
-            [_normalization(norm) for norm in norms],
+            [
+                _normalization(norm, norms[:i].count(norm) if norm.momentum is None else 0)
+                for i, norm in enumerate(norms)
+            ],
         )
         try:
             out = self._program(inputs, operands, _maps_dtype())
         except lines.Unfit:
             return self._plain(model, *inputs)
-        counters = [
-            counter for norm in norms if norm.training and isinstance(counter := norm.num_batches_tracked, Tensor)
-        ]
-        if counters:
+        if counters := [counter for norm in norms if (counter := _counter(norm)) is not None]:
             torch._foreach_add_(counters, 1)
         return out
 
@@ -362,19 +559,21 @@ def _convolution(module: Any, support: Support | None) -> lines.Convolution:
     )
 
 
-def _normalization(module: Any) -> lines.Normalization:
-    """What ``nn.BatchNorm2d`` would do next."""
+def _counter(module: Any) -> Tensor | None:
+    """Of the batches of an ``nn.BatchNorm2d``, if the next one counts."""
+    return module.num_batches_tracked if module.training and module.track_running_stats else None
+
+
+def _normalization(module: Any, earlier: int) -> lines.Normalization:
+    """What ``nn.BatchNorm2d`` would do next, after so many ``earlier`` uses in this forward."""
     running = None
-    if module.running_mean is not None and module.running_var is not None:
+    is_tracked = not module.training or module.track_running_stats
+    if is_tracked and module.running_mean is not None and module.running_var is not None:
         running = module.running_mean, module.running_var
     of_batch = module.training or running is None
-    momentum = 0.0
-    if module.training and running is not None:
-        assert module.num_batches_tracked is not None
-        # None asks for the mean over all batches.
-        momentum = 1.0 / float(module.num_batches_tracked + 1) if module.momentum is None else module.momentum
-    elif of_batch:
-        running = None
+    momentum, counter = module.momentum, _counter(module)
+    if momentum is None:  # the mean over all batches
+        momentum = 0.0 if counter is None else 1.0 / float(counter + 1 + earlier)
     return lines.Normalization(module.weight, module.bias, running, module.eps, momentum, of_batch)
 
 
@@ -474,15 +673,6 @@ def _mutates(node: torch.fx.Node, module: nn.Module | None) -> bool:
     )
 
 
-def _trace(model: nn.Module) -> torch.fx.Graph:
-    """The graph of the forward as it was written."""
-    root = model
-    if isinstance(model, InLayout):
-        root = model._plain_class.__new__(model._plain_class)
-        root.__dict__.update(model._plain_state())
-    return _Tracer().trace(root)
-
-
 class _Plan:
     """A traced graph cut into parts, which run one after the other: segments in lines, and what is between them."""
 
@@ -505,11 +695,16 @@ class _Plan:
                 in_lines.add(node)
             left = [a in in_lines and (kinds[a] == "mean" or node not in in_lines) for a in node.all_input_nodes]
             levels[node] = max((levels[a] + out for a, out in zip(node.all_input_nodes, left, strict=True)), default=0)
-            if node.all_input_nodes and _mutates(node, of_node[node]) and len(node.all_input_nodes[0].users) > 1:
-                raise ValueError(f"{node.name} writes to a tensor that others read")
+            if node.all_input_nodes and _mutates(node, of_node[node]):
+                if len(node.all_input_nodes[0].users) > 1:
+                    raise ValueError(f"{node.name} writes to a tensor that others read")
+                if "constant" in node.all_input_nodes[0].meta:
+                    raise ValueError(f"{node.name} writes to a tensor that each forward makes anew")
         self._inputs = [node for node in graph.nodes if node.op == "placeholder"]
         (output,) = (node for node in graph.nodes if node.op == "output")
-        inner = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+        self._constants = {node: node.meta["constant"] for node in graph.nodes if "constant" in node.meta}
+        given = {*self._inputs, *self._constants, output}
+        inner = [node for node in graph.nodes if node not in given]
         self.parts: list[tuple[_Part | _Segment, list[torch.fx.Node], list[torch.fx.Node]]] = []
         for level in range(max(levels.values()) + 1):
             between = [node for node in inner if node not in in_lines and levels[node] == level]
@@ -530,7 +725,7 @@ class _Plan:
         ]
 
     def __call__(self, model: nn.Module, state: _State, arguments: dict[str, Any]) -> Any:
-        values = {node: arguments[str(node.target).lstrip("*")] for node in self._inputs}
+        values = self._constants | {node: arguments[str(node.target).lstrip("*")] for node in self._inputs}
         for (part, inputs, outputs), done in zip(self.parts, self._done, strict=True):
             given = [values[node] for node in inputs]
             out = part(state, model, *given) if isinstance(part, _Segment) else part(model, *given)
@@ -540,12 +735,55 @@ class _Plan:
         return torch.fx.map_arg(self._result, values.__getitem__)
 
 
+def _mark(module: nn.Module, marks: list[Any]) -> None:
+    """Appends what tells one tree below a module from another. Every forward asks for it: this is the fastest way."""
+    children = module._modules
+    marks += (module.training, len(children))
+    for name, child in children.items():
+        marks += (name, id(child), type(child))
+        if child is not None:
+            _mark(child, marks)
+
+
 def _collect_modules(module: nn.Module, name: str, found: dict[str, nn.Module]) -> None:
-    """``named_modules(remove_duplicate=False)``, which takes longer: every forward looks for modules replaced."""
+    """``named_modules(remove_duplicate=False)``, which takes longer."""
     found[name] = module
     for part, child in module._modules.items():
         if child is not None:
             _collect_modules(child, f"{name}.{part}" if name else part, found)
+
+
+@dataclasses.dataclass
+class _Trace:
+    """Without a graph the forward cannot be traced. A plan fixes the settings of the modules and which convolutions
+    are sparse, so there is one for each."""
+
+    reads: list[_Read]
+    settled: dict[str, Any]
+    graph: torch.fx.Graph | None = None
+    plans: dict[tuple, _Plan | None] = dataclasses.field(default_factory=dict)
+
+    def holds(self, settled: dict[str, Any]) -> bool:
+        """Whether it is the trace of a forward with these arguments, and of the attributes as they are."""
+        if self.settled.keys() != settled.keys() or not all(_is_same(settled[n], v) for n, v in self.settled.items()):
+            return False
+        return all(_is_same(_attribute(module, name), value) for module, name, value in self.reads)
+
+
+class _Structure:
+    """The modules of a model, by name, each in its mode, with the traces made of them; latest last."""
+
+    def __init__(self, model: nn.Module, marks: list[Any]) -> None:
+        self.marks = marks
+        self.modules: dict[str, nn.Module] = {}
+        _collect_modules(model, "", self.modules)  # holds them too, so that ids stay theirs
+        self.sparse = [(name, m) for name, m in self.modules.items() if isinstance(m, SparseMaskedConv2d)]
+        tracer = _Tracer()
+        self.leaves = [m for m in self.modules.values() if m is not model and tracer.is_leaf_module(m, "")]
+        leaves = set(map(id, self.leaves))
+        # Hooks of these would not run; those of the model itself run anyway.
+        self.through = [m for m in self.modules.values() if m is not model and id(m) not in leaves]
+        self.traces: list[_Trace] = []
 
 
 class _State:
@@ -554,15 +792,13 @@ class _State:
     ``images`` is the size of the batch; None asks for no supports.
     """
 
-    def __init__(self, model: nn.Module, images: int | None) -> None:
-        self.modules: dict[str, nn.Module] = {}
-        _collect_modules(model, "", self.modules)
+    def __init__(self, structure: _Structure, images: int | None) -> None:
+        self.structure, self.modules = structure, structure.modules
         self.supports: dict[str, Support | None] = {}
-        for name, module in self.modules.items():
-            if images is not None and isinstance(module, SparseMaskedConv2d):
-                stride = module.stride[0] * module.stride[1]
-                operands = module.weight, module.weight, module.mask
-                self.supports[name] = sparse_support("masked_conv2d", *operands, stride, images, groups=module.groups)
+        for name, module in structure.sparse if images is not None else ():
+            stride = module.stride[0] * module.stride[1]
+            operands = module.weight, module.weight, module.mask
+            self.supports[name] = sparse_support("masked_conv2d", *operands, stride, images, groups=module.groups)
 
     @property
     def dense(self) -> set[str]:
@@ -570,40 +806,62 @@ class _State:
         return {name for name, support in self.supports.items() if support is None}
 
 
+class _Forward:
+    """``forward`` of a class that :class:`InLayout` is mixed into. Of the class, which is what tracers ask, it is the
+    forward as it was written."""
+
+    def __init__(self, plain: Callable[..., Any]) -> None:
+        self._plain = plain
+        self._run: Any = functools.wraps(plain)(lambda model, *args, **kwargs: _run(model, *args, **kwargs))
+
+    def __get__(self, model: nn.Module | None, kind: type[nn.Module]) -> Callable[..., Any]:
+        return self._plain if model is None else self._run.__get__(model)  # Dynamo cannot call types.MethodType
+
+
 class InLayout(nn.Module):
-    """Mixed into the class of a model by :func:`optimize_for_cpu`: its forward, in a layout where that is possible."""
+    """Mixed into the class of a model by :func:`optimize_for_cpu`: its forward, in a layout where that is possible.
+
+    Others of the class, as slices of ``nn.Sequential`` are, have no ``_graphs`` and run as they were written. What is
+    done with a model are functions, for methods could have the names of its own.
+    """
 
     _plain_class: type[nn.Module]
-    _graphs: _Graphs  # in __dict__
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        graphs = self._graphs
-        if graphs.takes(*args, *kwargs.values()):
-            state = graphs.state(self, *args, *kwargs.values())
-            plan = graphs.find(self, state)
-            if plan is not None:
-                bound = graphs.signature.bind(self, *args, **kwargs)
-                bound.apply_defaults()
-                return plan(self, state, bound.arguments)
-        return self._plain_class.forward(self, *args, **kwargs)
+    _graphs: _Graphs | None = None  # in __dict__
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self._plain_class, self._plain_state(), self._graphs.layout)
+        return _rebuild, (self._plain_class, _plain_state(self), _layout_of(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         new = self._plain_class.__new__(self._plain_class)
         memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(self._plain_state(), memo))
-        return _enter(new, self._graphs.layout)
-
-    def _plain_state(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_graphs"}
+        new.__dict__.update(copy.deepcopy(_plain_state(self), memo))
+        layout = _layout_of(self)
+        return new if layout is None else _enter(new, layout)
 
 
-def _rebuild(plain_class: type[nn.Module], state: dict[str, Any], layout: str) -> nn.Module:
+def _run(model: InLayout, *args: Any, **kwargs: Any) -> Any:
+    graphs = model._graphs
+    if graphs is not None and graphs.takes(*args, *kwargs.values()):
+        state = graphs.state(model, *args, *kwargs.values())
+        arguments = graphs.bind(model, *args, **kwargs)
+        plan = None if arguments is None else graphs.find(model, state, graphs.settled(arguments))
+        if plan is not None and arguments is not None:
+            return plan(model, state, arguments)
+    return model._plain_class.forward(model, *args, **kwargs)
+
+
+def _layout_of(model: InLayout) -> str | None:
+    return None if model._graphs is None else model._graphs.layout
+
+
+def _plain_state(model: InLayout) -> dict[str, Any]:
+    return {k: v for k, v in model.__dict__.items() if k != "_graphs"}
+
+
+def _rebuild(plain_class: type[nn.Module], state: dict[str, Any], layout: str | None) -> nn.Module:
     model = plain_class.__new__(plain_class)
     model.__dict__.update(state)
-    return _enter(model, layout)
+    return model if layout is None else _enter(model, layout)
 
 
 class _OwnBatchNorm2d(FusedBatchNorm2d):
@@ -615,34 +873,34 @@ class _OwnBatchNorm2d(FusedBatchNorm2d):
         return "BatchNorm2d"
 
 
+_KEPT = 8  # structures of a model and traces of each, of which most models need one or two
+_RUNS = 16  # forwards for each further trace, which takes as long as a few of them
+
+
 class _Graphs:
-    """Plans of a model. Tracing fixes what a forward reads of ``training``, and a plan the kinds of the modules and
-    which convolutions are sparse, so there is one for each."""
+    """Plans of a model, found again by its structure and by what its forward has read of its modules."""
 
     def __init__(self, model: nn.Module, layout: str) -> None:
         self.layout = layout
-        self.signature = inspect.signature(type(model).forward)
-        self._leaves: dict[type[nn.Module], bool] = {}
-        self._traces: dict[tuple[bool, ...], torch.fx.Graph | None] = {}
-        self._plans: dict[tuple, _Plan | None] = {}
+        self._signature = inspect.signature(type(model).forward)
+        self._defaults = {p.name: p.default for p in self._signature.parameters.values() if p.default is not p.empty}
+        self._structures: list[_Structure] = []
+        self._forwards = self._traced = 0
         state = self.state(model)
-        through, hooked = self._traced_through(model, state)
-        if not hooked:
-            modes = tuple(m.training for m in through)
-            graph = self._traces[modes] = _trace(model)
-            self._plans[self._key(modes, state)] = _Plan(graph, layout, state.modules, state.dense)
+        if not any(map(_has_hooks, state.structure.through)):
+            trace = self._trace(model, state.structure, self.settled(self._defaults))
+            assert trace.graph is not None
+            trace.plans[self._key(state)] = _Plan(trace.graph, layout, state.modules, state.dense)
 
     def takes(self, *values: Any) -> bool:
         """Whether there may be a plan for these arguments.
 
-        Compilers and exporters see the model as it was written, and so does what the lines do not take; in
+        Compilers, tracers and exporters see the model as it was written, and so does what the lines do not take; in
         channels_last each op decides for itself.
         """
-        if (
-            torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
-            or any(isinstance(v, torch.fx.Proxy) for v in values)
-        ):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.fx._symbolic_trace._is_fx_tracing_flag:
+            return False
+        if torch._C._are_functorch_transforms_active():
             return False
         if self.layout != "lines":
             return True
@@ -652,43 +910,64 @@ class _Graphs:
             return False
         return not any(isinstance(v, Tensor) and (v.device.type != "cpu" or not v.numel()) for v in values)
 
+    def bind(self, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
+        """Arguments of the forward by name; None if they do not fit, which the forward will say."""
+        try:
+            bound = self._signature.bind(model, *args, **kwargs)
+        except TypeError:
+            return None
+        bound.apply_defaults()
+        return bound.arguments
+
+    def settled(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Numbers, strings and None that have a default: a forward may decide by them what it does."""
+        return {name: arguments[name] for name in self._defaults if type(arguments[name]) in _PLAIN}
+
     def state(self, model: nn.Module, *values: Any) -> _State:
         """For arguments of the forward."""
-        return _State(model, _batch(values)[0] if self.layout == "lines" else None)
+        return _State(self._structure(model), _batch(values)[0] if self.layout == "lines" else None)
 
-    def _leaf(self, module: nn.Module) -> bool:
-        kind = type(module)
-        if kind not in self._leaves:
-            self._leaves[kind] = _Tracer().is_leaf_module(module, "")
-        return self._leaves[kind]
+    def _structure(self, model: nn.Module) -> _Structure:
+        marks: list[Any] = [_modes()]
+        _mark(model, marks)
+        for structure in self._structures:
+            if structure.marks == marks:
+                return structure
+        self._structures = [*self._structures[1 - _KEPT :], _Structure(model, marks)]
+        return self._structures[-1]
 
-    def _traced_through(self, model: nn.Module, state: _State) -> tuple[list[nn.Module], bool]:
-        """Modules whose forward is traced, and whether one of them has a hook, which would not run."""
-        through = [m for m in state.modules.values() if m is model or not self._leaf(m)]
-        return through, any(_has_hooks(m) for m in through if m is not model)  # those of the model itself run anyway
+    def _trace(self, model: nn.Module, structure: _Structure, settled: dict[str, Any]) -> _Trace:
+        """Raises whatever a tracer meets in a forward, but keeps the trace."""
+        self._traced += 1
+        trace = _Trace([], settled)
+        structure.traces = [*structure.traces[1 - _KEPT :], trace]
+        trace.graph = _trace(model, trace.reads, settled)
+        return trace
 
-    def _key(self, modes: tuple[bool, ...], state: _State) -> tuple:
-        leaves = (m for m in state.modules.values() if self._leaf(m))
-        kinds = tuple((m, type(m), _has_hooks(m), _settings(m)) for m in leaves)
-        return modes, kinds, frozenset(state.dense)
+    @staticmethod
+    def _key(state: _State) -> tuple:
+        return tuple((_has_hooks(m), _settings(m)) for m in state.structure.leaves), frozenset(state.dense)
 
-    def find(self, model: nn.Module, state: _State) -> _Plan | None:
-        """The plan for the modules as they are; None runs the model as it was written."""
-        through, hooked = self._traced_through(model, state)
-        if hooked:
+    def find(self, model: nn.Module, state: _State, settled: dict[str, Any]) -> _Plan | None:
+        """The plan for the modules as they are, and these arguments; None runs the model as it was written."""
+        structure = state.structure
+        if any(map(_has_hooks, structure.through)):
             return None
-        modes = tuple(m.training for m in through)
-        key = self._key(modes, state)
-        if key not in self._plans:
-            try:  # a tracer meets whatever the forward does
-                if modes not in self._traces:
-                    self._traces[modes] = None
-                    self._traces[modes] = _trace(model)
-                graph = self._traces[modes]
-                self._plans[key] = None if graph is None else _Plan(graph, self.layout, state.modules, state.dense)
-            except Exception:
-                self._plans[key] = None
-        return self._plans[key]
+        self._forwards += 1
+        trace = next((t for t in structure.traces if t.holds(settled)), None)
+        try:  # a tracer meets whatever the forward does
+            if trace is None:
+                if self._traced >= _KEPT + self._forwards // _RUNS:
+                    return None
+                trace = self._trace(model, structure, settled)
+            key = self._key(state)
+            if key not in trace.plans:
+                trace.plans[key] = None
+                if trace.graph is not None:
+                    trace.plans[key] = _Plan(trace.graph, self.layout, state.modules, state.dense)
+            return trace.plans[key]
+        except Exception:
+            return None
 
 
 def _maps_dtype() -> torch.dtype:
@@ -706,7 +985,8 @@ def _mix_in(model: nn.Module, layout: str) -> None:
     """Raises whatever a tracer meets in a forward."""
     plain = type(model)
     model.__dict__["_graphs"] = _Graphs(model, layout)
-    model.__class__ = type(plain.__name__, (InLayout, plain), {"_plain_class": plain, "__module__": plain.__module__})
+    own = {"_plain_class": plain, "forward": _Forward(plain.forward), "__module__": plain.__module__}
+    model.__class__ = type(plain.__name__, (InLayout, plain), own)
 
 
 def _enter(model: nn.Module, layout: str) -> nn.Module:
@@ -742,11 +1022,21 @@ def optimize_for_cpu(model: nn.Module, layout: str = "lines") -> nn.Module:
 
     Call it after :func:`sparsebilevel.sparsify`, before DDP wraps the model. Results are those of the model as it was,
     up to rounding; parameters, buffers, hooks, state-dict keys and the class interface stay. Under torch.compile and
-    export the model runs as it was written.
+    export, and traced by others with ``torch.fx``, the model runs as it was written.
+
+    A trace is made anew when modules are added, replaced, removed or switched between training and evaluation, in
+    another grad mode, and when an attribute that the forward reads of its modules is another object or value: it takes
+    as long as a few forwards. While that happens again and again, most of them run as they were written; what changes
+    at each step had better be a buffer. All else that a forward reads is fixed by the trace: globals, what is inside of
+    lists, dicts and other objects, and what is computed from tensors that are neither parameters nor buffers.
 
     Args:
-        model: can be traced by ``torch.fx``. Of one that cannot, what ``nn.Sequential`` holds is taken each for itself
-            where that can be traced, and single ``nn.BatchNorm2d`` take the fused kernel; a warning says so.
+        model: can be traced by ``torch.fx``, with a forward that does no more than to compute its result. One that sets
+            attributes or fills lists of its modules, draws numbers from the default generators of Python, NumPy or
+            torch other than by operations on its input, or enters ``no_grad`` or autocast cannot. Of a model that
+            cannot, what ``nn.Sequential`` holds is taken each for itself where that can be traced, and single
+            ``nn.BatchNorm2d`` take the fused kernel; a warning says so. One that turns out so later, as in another
+            mode, runs as it was written there.
         layout: ``"lines"``, that of the sparse kernels, is the fastest and needs sparse convolutions. What it does not
             know gets ordinary tensors. Under autocast to bfloat16 the maps are bfloat16, and the parameters are read as
             they are. For a batch of a few images, which would leave lines half empty, on other devices and without the
@@ -765,8 +1055,9 @@ def optimize_for_cpu(model: nn.Module, layout: str = "lines") -> nn.Module:
     if layout == "lines" and not any(isinstance(layer, SparseMaskedConv2d) for _, layer in sparse_layers(model)):
         raise ValueError("model has no sparse convolution; call sparsify first")
     if isinstance(model, InLayout):
-        if model._graphs.layout == layout:
+        if _layout_of(model) == layout:
             return model
+        model.__dict__.pop("_graphs", None)
         model.__class__ = model._plain_class  # type: ignore[assignment]
     if layout == "channels_last":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,8 +1,13 @@
 """Networks in the layout of the sparse CPU kernels against the same networks as they were written."""
 
 import copy
+import inspect
 import pickle
+import random
+import types
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,6 +68,14 @@ def pair(net, sparsity=0.6, **kwargs):
     return plain, optimized
 
 
+def traces_of(optimized):
+    return [trace for structure in optimized._graphs._structures for trace in structure.traces]
+
+
+def plans_of(optimized):
+    return [plan for trace in traces_of(optimized) for plan in trace.plans.values()]
+
+
 def compare(plain, optimized, x, rtol=2e-4, backward=True):
     """Outputs, gradients of everything, and statistics."""
     inputs = [x.clone().requires_grad_() for _ in range(2)]
@@ -90,9 +103,8 @@ def test_training_and_inference(images, memory_format):
     plain.eval()
     optimized.eval()
     compare(plain, optimized, torch.randn(images, 3, 8, 8))
-    plans_of_modes = list(optimized._graphs._plans.values())
-    assert len(plans_of_modes) == 2
-    assert None not in plans_of_modes
+    assert len(plans_of(optimized)) == 2
+    assert None not in plans_of(optimized)
     with torch.no_grad():
         compare(plain, optimized, torch.randn(1, 3, 8, 8), backward=False)
 
@@ -101,7 +113,7 @@ def test_a_few_images_run_as_written(monkeypatch):
     monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "auto")
     plain, optimized = pair(Net())
     plans = []
-    monkeypatch.setattr(layout._Graphs, "find", lambda self, model, state: plans.append(state))
+    monkeypatch.setattr(layout._Graphs, "find", lambda self, model, state, settled: plans.append(state))
     for images, size, in_lines in ((1, 8, 0), (4, 8, 0), (5, 8, 1), (12, 64, 0), (13, 64, 1), (17, 64, 0), (16, 8, 1)):
         del plans[:]
         for net in (plain, optimized):
@@ -340,6 +352,9 @@ def test_is_the_same_model_to_everybody_else(tmp_path):
     assert_close(dense(x), expected, rtol=1e-4, atol=1e-4)
     assert type(dense) is type(copy.deepcopy(dense))
     assert not any(isinstance(module, InLayout) for module in dense.modules())
+    assert type(dense) is Net
+    assert "_graphs" not in vars(dense)
+    assert inspect.signature(optimized.forward) == inspect.signature(plain.forward)
 
 
 @pytest.mark.parametrize("names", [("conv3", "bn4"), ("relu", "same", "pool"), ("inner",)], ids="-".join)
@@ -415,6 +430,273 @@ def test_replaced_modules_of_the_same_kind_and_changed_settings_are_used():
     optimized.bn1 = nn.BatchNorm2d(7)
     with pytest.raises(RuntimeError, match="12"):
         optimized(x)
+
+
+def add_modules(net, how):
+    if how == "append":
+        net.append(nn.Sigmoid())
+    elif how == "extend":
+        net.extend([nn.Identity(), nn.Sigmoid()])
+    elif how == "insert":
+        net.insert(3, nn.Hardtanh(-0.1, 0.1))
+    else:
+        net[0] = nn.Sequential(*net[0], nn.Sigmoid())
+
+
+@pytest.mark.parametrize("how", ["append", "extend", "insert", "in a part"])
+@pytest.mark.parametrize("layout", ["lines", "channels_last"])
+def test_added_modules_are_used(how, layout):
+    start = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    plain = sb.sparsify(nn.Sequential(start, nn.ReLU(), nn.Conv2d(8, 8, 3)), 0.5, seed=0)
+    optimized = sb.optimize_for_cpu(copy.deepcopy(plain), layout)
+    x = torch.randn(16, 3, 8, 8)
+    compare(plain, optimized, x)
+    for net in (plain, optimized):
+        net.zero_grad()
+        add_modules(net, how)
+    compare(plain, optimized, x)
+    assert len(plans_of(optimized)) == 2
+    del optimized[3:], plain[3:]
+    compare(plain, optimized, x)
+
+
+class Reads(nn.Module):
+    """A forward that depends on what its modules hold."""
+
+    scale = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.drop = nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3), nn.Dropout(0.0)
+        self.temperature, self.stride, self.activation, self.shift, self.unread = 1.0, (1, 1), F.relu, None, 0
+        self.register_buffer("factor", torch.ones(1))
+
+    def forward(self, x):
+        x = self.activation(self.conv1(x)) * (self.factor * 2)
+        if self.shift is not None:
+            x = x + self.shift
+        x = self.conv2(x)[:, :, :: self.stride[0], :: self.stride[1]] * getattr(self, "gain", 1)
+        return x / self.temperature * self.scale + self.drop.p
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("temperature", 0.01), ("stride", (2, 1)), ("activation", torch.tanh), ("scale", 3.0), ("gain", 2.0)],
+        *[("factor", torch.full((1,), 3.0)), ("shift", nn.Parameter(torch.ones(1))), ("drop.p", 0.5)],
+    ],
+)
+def test_attributes_are_not_frozen(name, value):
+    plain, optimized = pair(Reads(), 0.5)
+    x = torch.randn(16, 4, 8, 8)
+    compare(plain, optimized, x)
+    for net in (plain, optimized):
+        net.zero_grad()
+        module, _, attribute = name.rpartition(".")
+        setattr(net.get_submodule(module), attribute, value)
+    assert_close(optimized(x), plain(x), rtol=1e-4, atol=1e-3)
+    traces = len(traces_of(optimized))
+    assert traces == (1 if name == "factor" else 2)  # of a buffer it is the graph that asks
+    assert None not in plans_of(optimized)
+    if name in ("temperature", "stride"):
+        optimized.temperature, optimized.stride = plain.temperature, plain.stride = 1.0, (1, 1)
+        assert_close(optimized(x), plain(x), rtol=1e-4, atol=1e-4)
+        assert len(traces_of(optimized)) == traces
+
+
+def test_attributes_that_change_all_the_time(monkeypatch):
+    monkeypatch.setattr(layout, "_KEPT", 2)
+    monkeypatch.setattr(layout, "_RUNS", 4)
+    plain, optimized = pair(Reads(), 0.5)
+    x = torch.randn(16, 4, 8, 8)
+    for step in range(8):
+        optimized.unread = step
+        optimized(x)
+    assert optimized._graphs._traced == 1
+    for step in range(12):
+        optimized.temperature = plain.temperature = 2.0 + step
+        assert_close(optimized(x), plain(x), rtol=1e-4, atol=1e-4)
+    assert optimized._graphs._traced == 2 + 20 // 4
+    assert len(traces_of(optimized)) == 2
+
+
+ELSEWHERE = types.SimpleNamespace(seen=None)
+
+
+class Acts(nn.Module):
+    """A forward that does more than to compute its result."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.calls, self.seen, self.counts, self.aux = kind, 0, ([], {}), Counter(calls=0), None
+        self.conv1, self.conv2, self.norm = nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        y = self.norm(self.conv1(x)).relu()
+        if self.kind == "attribute":
+            self.aux = y.square().mean()
+        elif self.kind == "new attribute":
+            self.conv2.last = y
+        elif self.kind == "number":
+            self.calls += 1
+        elif self.kind == "list":
+            self.seen[0].append(y)
+        elif self.kind == "dict":
+            self.counts["calls"] += 1
+        elif self.kind == "elsewhere":
+            ELSEWHERE.seen = y
+        elif self.kind == "random" and random.random() < 0.5:
+            return y
+        elif self.kind == "numpy" and np.random.rand() < 0.5:
+            return y
+        elif self.kind == "torch" and torch.rand(1) < 0.5:
+            return y
+        elif self.kind == "no_grad":
+            with torch.no_grad():
+                y = y + y.mean()
+        elif self.kind == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.conv2(y)
+        elif self.kind == "sums":
+            sums = torch.zeros(8, 1, 1)
+            sums += y.mean((0, 2, 3)).view(8, 1, 1)
+            return self.conv2(y) + sums.mean()
+        return self.conv2(y)
+
+
+def seed():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def random_states():
+    return random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().tolist()
+
+
+def kept(net):
+    """What forwards may have left behind."""
+    return net.aux is None, net.calls, len(net.seen[0]), net.counts, "last" in vars(net.conv2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        *[("attribute", "changes Acts.aux"), ("new attribute", "changes SparseMaskedConv2d.last")],
+        *[("number", "changes Acts.calls"), ("list", "changes Acts.seen"), ("dict", "changes Acts.counts")],
+        *[("elsewhere", "keeps values elsewhere"), ("random", "random"), ("numpy", "random"), ("torch", "random")],
+        *[("no_grad", "grad mode"), ("autocast", "autocast"), ("sums", "each forward makes anew")],
+    ],
+)
+def test_a_forward_that_does_more_cannot_be_traced(kind, message):
+    before, later = (sb.sparsify(Acts(k), 0.5, seed=0) for k in (kind, "nothing"))
+    before, nothing = copy.deepcopy(before), kept(before)
+    states = random_states()
+    with pytest.warns(UserWarning, match=f"Acts cannot be traced.*{message}"):
+        sb.optimize_for_cpu(before)
+    assert random_states() == states
+    assert kept(before) == nothing
+    sb.optimize_for_cpu(later)
+    later.kind = kind  # from now on
+    x = torch.randn(16, 4, 8, 8)
+    for net in (before, later):
+        plain = sb.sparsify(Acts(kind), 0.5, seed=0)
+        plain.load_state_dict(net.state_dict())
+        for model in (plain, net):
+            seed()
+            for _ in range(2):
+                out = model(x)
+            assert type(out) is torch.Tensor
+            loss = out.float().square().mean()
+            (loss if model.aux is None else loss + model.aux).backward()
+        for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+            assert (p.grad is None) == (q.grad is None)
+            if q.grad is not None:
+                assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4)
+        assert kept(net) == kept(plain)
+
+
+def test_tensors_that_a_forward_makes():
+    class Makes(Reads):
+        def forward(self, x):
+            return super().forward(x) * torch.tensor([2.0]) + torch.arange(4.0)
+
+    plain, optimized = pair(Makes(), 0.5)
+    x = torch.randn(16, 4, 8, 8)
+    for training in (True, False):
+        for net in (plain, optimized):
+            net.train(training)
+        compare(plain, optimized, x)
+    assert None not in plans_of(optimized)
+    assert vars(optimized).keys() - vars(plain).keys() == {"_graphs"}
+
+
+def test_slices_of_a_sequential_run_as_written():
+    net = sb.sparsify(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)), 0.5, seed=0)
+    expected = net[:2]
+    optimized = sb.optimize_for_cpu(copy.deepcopy(net))
+    x = torch.randn(16, 3, 8, 8)
+    for part in (optimized[:2], copy.deepcopy(optimized[:2]), pickle.loads(pickle.dumps(optimized[:2]))):
+        assert isinstance(part, nn.Sequential)
+        assert torch.equal(part(x), expected(x))
+    part = optimized[:2]
+    assert sb.optimize_for_cpu(part) is part
+    assert part._graphs is not optimized._graphs
+    compare(expected, part, x)
+    dense = sb.densify(optimized[:2])
+    assert type(dense) is nn.Sequential
+
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = copy.deepcopy(net)
+
+        def forward(self, x):
+            x = self.layers[:1](x)
+            return self.layers[1:](x if x.sum() > 0 else -x)
+
+    plain = Halves()
+    model = copy.deepcopy(plain)
+    with pytest.warns(UserWarning, match="Halves cannot be traced"):
+        sb.optimize_for_cpu(model)
+    assert isinstance(model.layers, InLayout)
+    compare(plain, model, x)
+
+
+class Several(Between):
+    def __init__(self):
+        super().__init__("pair")
+
+    def _forward(self, x):
+        return super().forward(x)
+
+    def forward(self, *maps):
+        return self._forward(maps[0])[0]
+
+
+@pytest.mark.parametrize(
+    "make", [Net, Several, lambda: nn.Sequential(Between("pair"))], ids=["Net", "Several", "parts"]
+)
+def test_other_tracers_see_the_model_as_written(make):
+    plain, optimized = pair(make().eval(), 0.5)
+    traced, expected = (torch.fx.symbolic_trace(net) for net in (optimized, plain))
+    assert traced.code == expected.code
+    x = torch.randn(16, 3 if make is Net else 8, 8, 8)
+    assert_close(traced(x), plain(x))
+    assert flatten(optimized(x)).shape == flatten(plain(x)).shape
+    assert None not in plans_of(optimized)
+    assert not vars(optimized).keys() - vars(plain).keys() - {"_graphs"}
+
+
+def test_compilers_see_the_model_as_written():
+    plain, optimized = pair(Reads().eval(), 0.5)
+    x = torch.randn(16, 4, 8, 8)
+    expected = plain(x)
+    assert torch.equal(torch.compile(optimized, backend="eager", fullgraph=True)(x), expected)
+    dynamic = {"x": {0: torch.export.Dim("images")}}
+    exported = torch.export.export(optimized, (x,), dynamic_shapes=dynamic).module()
+    assert_close(exported(x[:5]), expected[:5])
+    assert torch.equal(torch.jit.trace(optimized, (x,))(x), expected)
 
 
 def test_other_types_run_the_model_as_written():
@@ -493,7 +775,8 @@ def test_channels_last_in_training_and_inference(images, fused):
         (True, True, 1),
     ]
     assert sorted(fused[: len(per_run)]) == sorted(per_run)
-    assert None not in optimized._graphs._plans.values()
+    assert len(plans_of(optimized)) == 2
+    assert None not in plans_of(optimized)
 
 
 @pytest.mark.parametrize(
@@ -589,7 +872,8 @@ def test_modules_that_are_fused_already(layout):
     for net in (plain, optimized):
         net.bn1.relu = False
     compare(plain, optimized, x)
-    assert len(optimized._graphs._plans) == 2
+    assert len(plans_of(optimized)) == 2
+    assert None not in plans_of(optimized)
 
 
 def test_refuses_a_model_without_sparse_convolutions():
@@ -632,7 +916,7 @@ def test_an_input_that_is_lazily_negated():
 def test_a_bias_that_does_not_fit_is_refused(bias):
     for net in pair(Uses("block"), 0.3):
         net.conv2.bias = nn.Parameter(bias)
-        with pytest.raises(ValueError, match="bias is"):
+        with pytest.raises(ValueError, match="bias (is|has)"):
             net(torch.randn(18, 4, 6, 6))
 
 
@@ -743,3 +1027,61 @@ def test_memory_is_kept_and_can_be_given_back():
     del again
     plans.release_memory()
     assert native.lib.pool_waiting() == 0
+
+
+# -- arguments, statistics and transforms ------------------------------------------------------------------------------
+
+
+class Optional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+
+    def forward(self, x, skip=None, mode="plain", scale=1.0):
+        x = self.norm(self.conv(x))
+        if mode == "relu":
+            x = x.relu()
+        return x * scale if skip is None else x * scale + skip
+
+
+@pytest.mark.parametrize("layout", ["lines", "channels_last"])
+def test_optional_arguments_decide_what_a_forward_does(layout):
+    plain = sb.sparsify(Optional(), 0.95)
+    optimized, x = sb.optimize_for_cpu(copy.deepcopy(plain), layout=layout), torch.randn(32, 16, 8, 8)
+    for arguments in ({}, {"skip": x}, {"mode": "relu"}, {"scale": 2.0}, {"scale": torch.tensor(3.0)}, {"skip": x}, {}):
+        assert_close(optimized(x, **arguments), plain(x, **arguments))
+    assert_close(optimized(x, x, "relu"), plain(x, x, "relu"))
+    if layout == "lines":
+        assert len(optimized._graphs._structures[-1].traces) == 6  # one for each kind of call
+    with pytest.raises(TypeError, match="positional arguments"):
+        optimized(x, None, "plain", 1.0, 2.0)
+
+
+@pytest.mark.parametrize("track", [True, False])
+@pytest.mark.parametrize("counts", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_statistics_of_a_normalization_that_is_used_again(momentum, counts, track):
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16, momentum=momentum)
+
+        def forward(self, x):
+            for _ in range(3):
+                x = self.norm(self.conv(x))
+            return x
+
+    plain = sb.sparsify(Again(), 0.95)
+    plain.norm.track_running_stats = track
+    if not counts:
+        plain.norm.num_batches_tracked = None
+    optimized, x = sb.optimize_for_cpu(copy.deepcopy(plain)), torch.randn(32, 16, 8, 8)
+    for _ in range(2):
+        assert_close(optimized(x), plain(x), rtol=1e-3, atol=1e-4)
+    assert_close(optimized.state_dict(), plain.state_dict())
+
+
+def test_vmap_sees_the_model_as_it_was_written():
+    plain = sb.sparsify(nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3)), 0.9).eval()
+    optimized, x = sb.optimize_for_cpu(copy.deepcopy(plain)), torch.randn(2, 16, 16, 8, 8)
+    assert_close(torch.func.vmap(optimized)(x), torch.func.vmap(plain)(x))
