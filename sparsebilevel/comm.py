@@ -2,19 +2,22 @@
 
 An algorithm is written for all workers of a process at once, as ``{worker: value}``: `LocalCommunicator` holds all of
 them, `TorchCommunicator` one. So both run the same code, and give the same numbers. Messages are bytes (`.pack` makes
-them), each with a header and a checksum; a damaged one is sent again. Every wait has a limit.
+them), each with a header and a checksum; a damaged one is sent again. Nobody waits without a limit for a worker that
+gives no sign of life.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 import os
 import struct
 import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -84,6 +87,13 @@ class Communicator:
     def barrier(self) -> None:
         """Wait until every living worker is here."""
 
+    def alive(self) -> contextlib.AbstractContextManager[None]:
+        """In it a worker may take longer than the limit, and waits that long for the others, which must be in it too.
+
+        It ends with a `barrier`, so that nobody goes on, and waits with a limit, for one who is still in it.
+        """
+        return contextlib.nullcontext()
+
     def welcome(self, round: int, clock: int) -> set[int]:
         """Lost workers that are back from this round on; called at the start of every round.
 
@@ -110,11 +120,6 @@ class LocalCommunicator(Communicator):
         """Simulate the loss of a worker: it sends nothing more."""
         self.ranks = tuple(k for k in self.ranks if k != rank)
         self.lost.add(rank)
-
-    def rejoin(self, rank: int) -> None:
-        """The worker is back."""
-        self.ranks = tuple(sorted({*self.ranks, rank}))
-        self.lost.discard(rank)
 
     def exchange(self, outgoing: Outgoing, kind: str) -> Incoming:
         incoming: Incoming = {k: {} for k in outgoing}
@@ -162,7 +167,7 @@ class TorchCommunicator(Communicator):
 
     Args:
         edges: all pairs of workers that will ever exchange messages; the same in every process.
-        timeout: seconds to wait for a neighbour.
+        timeout: seconds to wait for a neighbour; with ``drop``, and in `alive`, for a sign of life of it.
         on_failure: ``error`` raises where a neighbour does not answer; ``drop`` goes on without it.
         rejoin: this worker was lost, and comes back: call `return_to` before the first round.
         device: where this worker computes.
@@ -177,7 +182,7 @@ class TorchCommunicator(Communicator):
 
     Raises:
         ValueError: an argument that is not allowed, or nccl where it is not possible.
-        CommunicationError: a neighbour did not connect in time.
+        CommunicationError: a worker did not start, or a neighbour did not connect, in time.
     """
 
     def __init__(
@@ -195,13 +200,13 @@ class TorchCommunicator(Communicator):
         super().__init__()
         if on_failure not in ("error", "drop"):
             raise ValueError(f"on_failure={on_failure!r} is not known; allowed: error, drop")
-        if not timeout > 0:
-            raise ValueError(f"timeout={timeout!r} is not allowed; expected a number of seconds above 0")
+        if not 0 < timeout < math.inf:
+            raise ValueError(f"timeout={timeout!r} is not allowed; expected a finite number of seconds above 0")
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r} is not known; allowed: {', '.join(BACKENDS)}")
         self.timeout, self.on_failure = timeout, on_failure
         if store is None:
-            store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))
+            store, rank, world_size = _rendezvous(timeout)
         if rank is None or world_size is None:
             raise ValueError("rank and world_size must be given with a store")
         self._store = dist.PrefixStore("sparsebilevel", store)
@@ -209,7 +214,7 @@ class TorchCommunicator(Communicator):
         self.device = torch.device(device)
         self._groups: dict[int, Any] = {}
         self._payload_groups: dict[int, Any] = {}  # empty with gloo, whose groups carry payloads too
-        self._signs = 0
+        self._is_patient = False  # in `alive`
         self._answered: dict[int, str] = {}
         wanted = {(min(e), max(e)) for e in edges} | {(0, k) for k in range(1, world_size)}  # a star to report on
         # The same order everywhere, so that nobody waits in a circle.
@@ -271,10 +276,10 @@ class TorchCommunicator(Communicator):
     def _fail(self, other: int, reason: str) -> None:
         self.lost.add(other)
         if self.on_failure == "error":
+            advice = ". With on_failure='drop' the others would go on without it" if other else ""  # not without 0
             raise CommunicationError(
                 f"worker {self.rank}: worker {other} does not answer ({reason}; the limit is {self.timeout:g} s). If "
-                "it ended with such an error too, that one says who was lost before. With on_failure='drop' the others "
-                "would go on without it"
+                f"it ended with such an error too, that one says who was lost before{advice}"
             )
         if other == 0:
             raise CommunicationError(f"worker {self.rank}: worker 0, which keeps the log, does not answer ({reason})")
@@ -316,11 +321,13 @@ class TorchCommunicator(Communicator):
             return
         try:
             self._wait(sent[0], deadline, None if is_answered else other)
+        except dist.DistNetworkError:  # as above
+            raise
         except RuntimeError as error:
             self._fail(other, _first_line(error))
 
     def _wait(self, work: Any, deadline: float, other: int | None = None) -> None:
-        if self.on_failure == "drop" and other is not None:
+        if (self.on_failure == "drop" or self._is_patient) and other is not None:
             self._wait_for(work, other)
             return
         left = max(deadline - time.monotonic(), 0.001)
@@ -331,13 +338,14 @@ class TorchCommunicator(Communicator):
         """Tell a worker that hangs from one that only waits for it: the latter says so, in the store, now and then.
 
         gloo breaks an edge whose wait ran out, so it waits in a thread, and with a limit for the worst case, in which
-        each worker waits for the next.
+        each worker waits for the next. In `alive` that cannot be: the others compute, or wait for worker 0.
         """
         outcome: list[RuntimeError | None] = []
+        limit = timedelta(days=365) if self._is_patient else timedelta(seconds=self.timeout * (self.world_size + 1))
 
         def wait() -> None:
             try:
-                work.wait(timedelta(seconds=self.timeout * (self.world_size + 1)))
+                work.wait(limit)
                 outcome.append(None)
             except RuntimeError as error:
                 outcome.append(error)
@@ -351,16 +359,39 @@ class TorchCommunicator(Communicator):
                 if outcome[0] is not None:
                     raise outcome[0]
                 return
-            self._signs += 1
-            self._store.set(f"waiting/{self.rank}", str(self._signs))
+            self._sign()
             if (latest := self._sign_of(other)) != sign:
                 sign, since = latest, time.monotonic()
             if time.monotonic() - since > self.timeout:
                 raise RuntimeError("timed out")
 
+    def _sign(self) -> None:
+        """A sign of life: a value that this worker has not written before."""
+        self._store.set(f"alive/{self.rank}", str(time.monotonic_ns()))
+
     def _sign_of(self, other: int) -> bytes:
-        key = f"waiting/{other}"
+        key = f"alive/{other}"
         return self._store.get(key) if self._store.check([key]) else b""
+
+    @contextlib.contextmanager
+    def alive(self) -> Iterator[None]:
+        stop = threading.Event()
+
+        def sign() -> None:
+            with contextlib.suppress(RuntimeError):  # without the store, who waits for this worker notices that itself
+                while not stop.wait(self.timeout / 4):
+                    self._sign()
+
+        thread = threading.Thread(target=sign, daemon=True)
+        thread.start()
+        self._is_patient = True
+        try:
+            yield
+            self.barrier()
+        finally:
+            self._is_patient = False
+            stop.set()
+            thread.join()
 
     @_with_store
     def exchange(self, outgoing: Outgoing, kind: str) -> Incoming:
@@ -450,6 +481,7 @@ class TorchCommunicator(Communicator):
             self._finish(j, sent, deadline)
         return arrived
 
+    @_with_store
     def gather(self, values: Mapping[int, bytes]) -> dict[int, bytes] | None:
         deadline = time.monotonic() + self.timeout
         mine = values[self.rank]
@@ -482,6 +514,8 @@ class TorchCommunicator(Communicator):
     @_with_store
     def welcome(self, round: int, clock: int) -> set[int]:
         back = set()
+        if self._returns:
+            self._sign()  # who comes back waits for the promised round
         for j in sorted(self.lost & set(self._others)):
             if j not in self._returns:
                 key = f"return/{j}/{self._store.add(f'returns/{j}', 0)}"
@@ -494,7 +528,12 @@ class TorchCommunicator(Communicator):
             if round < promise and not self._store.check([f"{key}/start"]):
                 continue
             try:
-                self._store.wait([f"{key}/start"], timedelta(seconds=2 * self.timeout))
+                deadline = time.monotonic() + 2 * self.timeout
+                while not self._store.check([f"{key}/start"]):
+                    if time.monotonic() > deadline:
+                        raise RuntimeError("timed out")
+                    self._sign()  # the neighbours wait meanwhile, and have not lost this worker
+                    time.sleep(0.02)
                 if round == int(self._store.get(f"{key}/start")):
                     self._store.set(f"{key}/clock", f"{clock} {self.notice}")
                     self._connect(j, key)
@@ -516,11 +555,13 @@ class TorchCommunicator(Communicator):
         """
         key = f"return/{self.rank}/{self._store.add(f'returns/{self.rank}', 1)}"
         seen: dict[int, int] = {}
-        deadline = time.monotonic() + self.timeout
-        while len(seen) < len(self._others) and time.monotonic() < deadline:
+        sign, since = self._sign_of(0), time.monotonic()
+        while len(seen) < len(self._others) and time.monotonic() - since < self.timeout:
             for j in self._others:
                 if j not in seen and self._store.check([f"{key}/promise/{j}"]):
                     seen[j] = int(self._store.get(f"{key}/promise/{j}"))
+            if 0 not in seen and (latest := self._sign_of(0)) != sign:  # in a report, as all of them are
+                sign, since = latest, time.monotonic()
             time.sleep(0.005)
         self.lost = set(self._others) - set(seen)
         if self._others[0] == 0 and 0 not in seen:
@@ -529,7 +570,13 @@ class TorchCommunicator(Communicator):
         self._store.set(f"{key}/start", str(start))
         if start >= rounds:
             raise CommunicationError(f"worker {self.rank}: the run is over before it could be joined again")
-        self._store.wait([f"{key}/clock"], timedelta(seconds=self.timeout))
+        sign, since = self._sign_of(0), time.monotonic()
+        while not self._store.check([f"{key}/clock"]):
+            if (latest := self._sign_of(0)) != sign:
+                sign, since = latest, time.monotonic()
+            if time.monotonic() - since > self.timeout:
+                raise CommunicationError(f"worker {self.rank}: no worker came to round {start} in {self.timeout:g} s")
+            time.sleep(0.005)
         clock, self.notice = map(int, self._store.get(f"{key}/clock").split())
         for j in self._others:
             if j in seen:
@@ -541,6 +588,18 @@ class TorchCommunicator(Communicator):
             group.abort()  # what a lost worker has left unanswered would be waited for
         self._payload_groups.clear()
         self._groups.clear()
+
+
+def _rendezvous(timeout: float) -> tuple[dist.Store, int, int]:
+    """Store, rank and number of workers, from the variables that torchrun sets."""
+    try:
+        return next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        rank, size, host, port = (os.environ[v] for v in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+        raise CommunicationError(
+            f"worker {rank}: the {size} workers did not all find each other at {host}:{port} within {timeout:g} s: one "
+            f"of them did not start, or the address is not worker 0's ({_first_line(error)})"
+        ) from None
 
 
 def launched_world_size() -> int:

@@ -1,7 +1,9 @@
 """Workers in processes of their own: the same numbers as in one process, and no wait without a limit."""
 
+import math
 import os
 import signal
+import socket
 import time
 from datetime import timedelta
 
@@ -10,8 +12,7 @@ import torch
 import torch.distributed as dist
 
 from sparsebilevel.comm import _HEADER, CommunicationError, LocalCommunicator, TorchCommunicator
-from sparsebilevel.decentralized.gossip import Gossip
-from sparsebilevel.decentralized.graphs import make_topology
+from sparsebilevel.decentralized import Decentralized, Gossip, Settings, make_problem, make_topology
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo"
@@ -59,6 +60,9 @@ def mix(rank, folder, size, kind):
         values = gossip.mix(values, "dense")
     for _ in range(3):
         values = gossip.mix(values, "masked", masks)
+    rounded = Gossip(gossip.comm, gossip.topology, dtype=torch.int8)  # at random
+    for _ in range(3):
+        values = rounded.mix(values, "rounded", masks)
     gathered = comm.gather({rank: bytes([rank])})
     assert gathered == ({k: bytes([k]) for k in range(size)} if rank == 0 else None)
     comm.barrier()
@@ -78,6 +82,9 @@ def test_processes_give_the_numbers_of_one_process(size, kind, tmp_path):
         values = gossip.mix(values, "dense")
     for _ in range(3):
         values = gossip.mix(values, "masked", masks)
+    rounded = Gossip(gossip.comm, gossip.topology, dtype=torch.int8)  # at random
+    for _ in range(3):
+        values = rounded.mix(values, "rounded", masks)
     total = dict.fromkeys(gossip.comm.sent, 0)
     for k in range(size):
         value, sent = torch.load(tmp_path / f"{k}.pt")
@@ -222,12 +229,91 @@ def test_a_worker_that_stops_answering(how, on_failure, kind, tmp_path):
         assert results[1][1] == results[3][1] == [2]
 
 
+def slow_report(rank, folder, size, on_failure):
+    """Worker 1 takes longer than the limit for its part of a report, and worker 0 for making it."""
+    comm, gossip = connect(rank, folder, size, timeout=1, on_failure=on_failure)
+    problem = make_problem(workers=size, hidden=4, limit=100)
+    run = Decentralized(problem, gossip, Settings(batch_size=8), 2000)
+    summarize, loss = run._summarize, problem.local_loss
+    run._summarize = lambda gathered: take_long(2.5, summarize, gathered)
+    problem.local_loss = lambda k, z: take_long(2.5 if rank == 1 and run.done == 0 else 0, loss, k, z)
+    rows = []
+    for _ in range(2):
+        rows.append(run.evaluate())
+        run.round()
+    torch.save((rows, sorted(comm.lost)), f"{folder}/{rank}.pt")
+    comm.barrier()
+
+
+def take_long(seconds, function, *args):
+    time.sleep(seconds)
+    return function(*args)
+
+
+@pytest.mark.parametrize("on_failure", ["error", "drop"])
+def test_a_report_may_take_longer_than_the_limit(on_failure, tmp_path):
+    run_processes(slow_report, 3, str(tmp_path), 3, on_failure)
+    for k in range(3):
+        rows, lost = torch.load(tmp_path / f"{k}.pt")
+        assert not lost
+        assert [row and row["workers"] for row in rows] == ([3, 3] if k == 0 else [None, None])
+
+
+def hang_in_a_report(rank, folder, size, on_failure):
+    comm, _ = connect(rank, folder, size, timeout=2, on_failure=on_failure)
+    try:
+        with comm.alive():
+            if rank == 2:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            gathered = comm.gather({rank: b"x"})
+        result = gathered and sorted(gathered), ""
+    except CommunicationError as error:
+        result = None, str(error)
+    torch.save(result, f"{folder}/{rank}.pt")
+    time.sleep(1)  # the others may still be reading
+
+
+@pytest.mark.parametrize("on_failure", ["error", "drop"])
+def test_a_worker_that_hangs_in_a_report_is_noticed(on_failure, tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=hang_in_a_report, args=(k, str(tmp_path), 3, on_failure)) for k in range(3)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes[:2]:
+            process.join(90)
+            assert process.exitcode == 0
+    finally:
+        for process in processes:
+            process.kill()
+    gathered, message = torch.load(tmp_path / "0.pt")
+    assert gathered == ([0, 1] if on_failure == "drop" else None)
+    assert ("worker 2 does not answer" in message) == (on_failure == "error")
+    _, message = torch.load(tmp_path / "1.pt")
+    assert ("worker 0 does not answer" in message) == (on_failure == "error")
+    assert "on_failure='drop'" not in message  # nobody can go on without worker 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_workers_that_never_start_are_told_in_one_error(rank, monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in (("RANK", rank), ("WORLD_SIZE", 2), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(
+        CommunicationError, match=rf"worker {rank}: the 2 workers did not all find .*:{port} within 1 s"
+    ):
+        TorchCommunicator([(0, 1)], timeout=1)
+
+
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="on_failure='retry'"):
         TorchCommunicator([], on_failure="retry")
     with pytest.raises(ValueError, match="backend='mpi'"):
         TorchCommunicator([], backend="mpi")
-    with pytest.raises(ValueError, match="timeout=0"):
-        TorchCommunicator([], timeout=0)
+    for timeout in (0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"timeout={timeout}"):
+            TorchCommunicator([], timeout=timeout)
     with pytest.raises(ValueError, match="world_size=0"):
         LocalCommunicator(0)

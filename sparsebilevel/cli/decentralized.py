@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import re
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ _RUN_FLAGS = (
     "data_path",
     "device",
     "backend",
+    "run_id",
 )
 
 
@@ -50,8 +53,11 @@ def decentralized(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
         if name not in ALGORITHMS:
             raise ValueError(f"algorithm={name!r} is not known; allowed: {', '.join(ALGORITHMS)}")
     for flag in ("epochs", "evaluations"):
-        if not getattr(args, flag) > 0:
-            raise ValueError(f"{flag}={getattr(args, flag)} is not allowed; expected a number above 0")
+        if getattr(args, flag) is not None and not 0 < getattr(args, flag) < math.inf:
+            raise ValueError(f"{flag}={getattr(args, flag)} is not allowed; expected a finite number above 0")
+    for flag, least in (("reports", 1), ("max_rounds", 1), ("checkpoint_freq", 0)):
+        if getattr(args, flag) is not None and getattr(args, flag) < least:
+            raise ValueError(f"{flag}={getattr(args, flag)} is not allowed; expected at least {least}")
     device = _choose_device(args.device)
     torch.set_num_threads(1)  # small products, and sums that do not depend on how the workers are spread
     topology = make_topology(
@@ -82,10 +88,11 @@ def decentralized(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
         raise ValueError("rejoin works for workers other than 0, and with one algorithm (--baselines without names)")
     if not args.rejoin:
         comm.barrier()
+    run_id = _run_id(folder)
     results = {}
     try:
         for name in names:
-            results[name] = run_algorithm(name, problem, topology, comm, args, folder / name)
+            results[name] = run_algorithm(name, problem, topology, comm, args, folder / name, run_id)
         comm.barrier()
     finally:
         comm.close()
@@ -119,7 +126,16 @@ def _describe(comm: Communicator) -> str:
 def _open_folder(folder: Path, args: argparse.Namespace, workers: int) -> None:
     config = {k: v for k, v in vars(args).items() if k not in ("command", "traceback")} | {"workers": workers}
     config = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
+    # Checkpoints bear it too: a worker that a run before this one has lost may still write.
+    is_old = args.resume and (folder / "config.json").exists()
+    config["run_id"] = _run_id(folder) if is_old else secrets.token_hex(8)
     open_folder(folder, config, _RUN_FLAGS, args.resume, args.overwrite)
+
+
+def _run_id(folder: Path) -> str | None:
+    """Of the run in this folder; None on a machine that does not share it with worker 0."""
+    written = folder / "config.json"
+    return json.loads(written.read_text()).get("run_id") if written.exists() else None
 
 
 def _forget_runs(folder: Path) -> None:
@@ -137,28 +153,42 @@ def make_settings(name: str, args: argparse.Namespace) -> Settings:
 
 
 def run_algorithm(
-    name: str, problem: Problem, topology: Topology, comm: Communicator, args: argparse.Namespace, folder: Path
+    name: str,
+    problem: Problem,
+    topology: Topology,
+    comm: Communicator,
+    args: argparse.Namespace,
+    folder: Path,
+    run_id: str | None,
 ) -> list[dict[str, Any]]:
     """Run, or continue, one algorithm; its rows of figures."""
     comm.sent.clear()
     comm.notice = comm.resent = 0
     gossip = Gossip(comm, topology, args.mixings, args.chebyshev, _DTYPES[args.message_dtype])
-    budget = args.evaluations if args.evaluations != float("inf") else args.epochs * problem.mean_size
+    budget = args.epochs * problem.mean_size if args.evaluations is None else args.evaluations
     run = Decentralized(problem, gossip, make_settings(name, args), budget)
     is_main = 0 in comm.ranks
     rows: list[dict[str, Any]] = []
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.jsonl"
-    start = _latest_round(folder, comm.world_size) if args.resume else 0
+    start = _latest_round(folder, comm.world_size) if args.resume and not args.rejoin else 0
     if args.rejoin:
         (k,) = comm.ranks
         numbers = _rounds_of(folder, k)
         if not numbers:
             raise ValueError(f"rejoin: {folder} has no checkpoint of worker {k}")
-        run.rejoin(load_checkpoint(folder / f"worker{k}-{numbers[-1]}.pth"))
-    if start:
-        run.load_state_dict({k: load_checkpoint(folder / f"worker{k}-{start}.pth") for k in comm.ranks})
+        start = numbers[-1]
+        run.rejoin(_load(folder / f"worker{k}-{start}.pth", run_id))
+    elif start:
+        run.load_state_dict({k: _load(folder / f"worker{k}-{start}.pth", run_id) for k in comm.ranks})
+    saved = [start]
+    if args.resume and not args.rejoin:
+        comm.barrier()  # nobody writes or removes anything before all have seen what there is
+        for k in comm.ranks:
+            _remove_others(folder, k, saved)  # later ones, of which some lacked: what follows may be another course
     if is_main:
+        if not start:
+            (folder / "model.pth").unlink(missing_ok=True)
         kept = [json.loads(line) for line in log.read_text().splitlines()] if start and log.exists() else []
         rows = [row for row in kept if row["round"] <= start]
         write_text(log, "".join(json.dumps(row) + "\n" for row in rows))
@@ -183,9 +213,11 @@ def run_algorithm(
         if run.done % every == 0 or run.done == run.rounds:
             report()
         if args.checkpoint_freq and (run.done % args.checkpoint_freq == 0 or run.done == last):
+            # Two: when a run is cut short, some workers may have written the last one and others not.
+            saved = [saved[-1], run.done]
             for k in comm.ranks:
-                save_checkpoint(folder / f"worker{k}-{run.done}.pth", run.state_dict(k))
-                _remove_old(folder, k)
+                save_checkpoint(folder / f"worker{k}-{run.done}.pth", {**run.state_dict(k), "run_id": run_id})
+                _remove_others(folder, k, saved)
     if is_main and rows and run.done == run.rounds:
         state = problem.objective.state_dict(run.final_weights())
         shaped = zip(problem.objective.masked_names, problem.split_masked(run.final_mask()), strict=True)
@@ -200,14 +232,35 @@ def _rounds_of(folder: Path, k: int) -> list[int]:
 
 
 def _latest_round(folder: Path, workers: int) -> int:
-    """The last round of which every worker has a checkpoint; 0 if there is none."""
-    common = set.intersection(*(set(_rounds_of(folder, k)) for k in range(workers)))
+    """The last round of which every worker has a checkpoint; 0 if no worker has any.
+
+    Raises:
+        ValueError: there are checkpoints, but none of a round that all have; after a worker was lost that is usual.
+    """
+    found = {k: _rounds_of(folder, k) for k in range(workers)}
+    common = set.intersection(*map(set, found.values()))
+    if not common and any(found.values()):
+        listed = "; ".join(f"worker {k}: {', '.join(map(str, rounds)) or 'none'}" for k, rounds in found.items())
+        raise ValueError(
+            f"resume: there is no round of which all workers have a checkpoint in {folder} ({listed}); remove "
+            f"{folder}/worker*-*.pth to start again"
+        )
     return max(common, default=0)
 
 
-def _remove_old(folder: Path, k: int) -> None:
-    """Keep two: when a run is cut short, some workers may have written the last one and others not."""
-    for number in _rounds_of(folder, k)[:-2]:
+def _load(path: Path, run_id: str | None) -> dict[str, Any]:
+    """A checkpoint of this run."""
+    state = load_checkpoint(path)
+    if state.get("run_id") != run_id:
+        raise ValueError(
+            f"{path} is of another run ({state.get('run_id')}) than this folder ({run_id}); remove it, or start again "
+            "with --overwrite"
+        )
+    return state
+
+
+def _remove_others(folder: Path, k: int, kept: list[int]) -> None:
+    for number in set(_rounds_of(folder, k)) - set(kept):
         (folder / f"worker{k}-{number}.pth").unlink(missing_ok=True)
 
 
@@ -299,7 +352,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--epochs", type=float, default=50.0, help="sample gradients: epochs of the mean worker [%(default)s]"
     )
-    group.add_argument("--evaluations", type=float, default=float("inf"), help="sample gradients of a worker, instead")
+    group.add_argument("--evaluations", type=float, help="sample gradients of a worker, instead")
     group.add_argument("--sparsity", type=float, help=f"fraction of zeros [{Settings.sparsity}]")
     group.add_argument("--hypergradient", choices=a.HYPERGRADIENTS)
     group.add_argument("--constraint", choices=a.CONSTRAINTS, help=default("constraint"))
@@ -327,7 +380,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--backend", choices=BACKENDS, default="auto", help="of messages between processes: nccl needs a GPU a worker"
     )
     group = parser.add_argument_group("run")
-    group.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for a neighbour [%(default)s]")
+    help = "seconds to wait for a neighbour that gives no sign of life [%(default)s]"
+    group.add_argument("--timeout", type=float, default=60.0, help=help)
     group.add_argument("--on-failure", choices=("error", "drop"), default="error", help="if one does not answer")
     group.add_argument("--rejoin", action="store_true", help="this worker was lost: join the others again")
     group.add_argument("--output-dir", default="runs/decentralized", help="[%(default)s]")

@@ -13,21 +13,24 @@ class; `ALGORITHMS` lists them. With G = dL/d(x ⊙ y): dL/dy = x ⊙ G and dL/d
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..comm import CommunicationError
 from ..kernels import binarize
 from ..masks import check_sparsity
-from .estimators import ESTIMATORS, Estimator, Point, mix_seed
+from .estimators import ESTIMATORS, Estimator, Gradient, Point, mean_cost, mix_seed
 from .gossip import Gossip, Values, consensus_error
+from .graphs import is_connected
 from .tasks import Problem
 from .tracking import TRACKING, TrackedStep
 
@@ -164,11 +167,6 @@ DENSE_ALGORITHMS = tuple(name for name, choice in ALGORITHMS.items() if choice.g
 # -- projections -------------------------------------------------------------------------------------------------------
 
 
-def project_box(x: Tensor) -> Tensor:
-    """Onto 0 <= x <= 1."""
-    return x.clamp(0, 1)
-
-
 def project_capped_simplex(x: Tensor, total: float) -> Tensor:
     """Onto 0 <= x <= 1 with sum ``total``: ``clip(x - mu, 0, 1)``, mu by bisection in float64."""
     if not 0 <= total <= x.numel():
@@ -200,17 +198,21 @@ class Decentralized:
         settings: see `Settings`.
         budget: sample gradients that a worker may compute on average; it fixes `rounds`.
 
+    Raises:
+        ValueError: a setting that is not allowed.
+
     Attributes:
         rounds: number of rounds of the run.
         search_rounds: those in which the mask is still open.
         done: rounds so far.
+        evaluations: sample gradients that each worker here has computed.
         x, y: mask ``[P]`` and weights ``[P]`` of each worker here, P all parameters, those with a mask first; on the
             problem's device. With the penalty form y is ``[2 P]``: the weights, and those of the lower level alone.
     """
 
     def __init__(self, problem: Problem, gossip: Gossip, settings: Settings, budget: float) -> None:
         settings.validate()
-        self.problem, self.gossip, self.settings, self.budget = problem, gossip, settings, budget
+        self.problem, self.gossip, self.settings = problem, gossip, settings
         s, self.size, self.maskable = settings, problem.size, problem.maskable
         self.is_penalty = s.hypergradient == "penalty" and s.mask in ("learned", "dense")
         self.kept = self.maskable - round(check_sparsity(s.sparsity) * self.maskable)
@@ -223,16 +225,17 @@ class Decentralized:
         self.y: Values = {k: weights.repeat(copies) for k in gossip.comm.ranks}
         self._masks: Values = {}
         self.done = 0
-        self.evaluations = 0  # of all workers here
+        self.evaluations = dict.fromkeys(gossip.comm.ranks, 0)
+        self._process = gossip.comm.ranks[0]  # by which the others know this process, whoever of it is lost
+        # At worker 0 the last counts that it knows, of lost workers too: by worker, by process, by that and kind.
+        self._evaluated, self._resent, self._sent = Counter[int](), Counter[int](), Counter[tuple[int, str]]()
         self._lost = 0
-        self.lower = {k: self._estimator(k, s.lower, self._lower_oracle(k), 0) for k in gossip.comm.ranks}
-        self.upper = {k: self._estimator(k, s.upper, self._upper_oracle(k), 1) for k in gossip.comm.ranks}
+        self.lower = {k: self._estimator(k, s.lower, self._lower_gradient, 0) for k in gossip.comm.ranks}
+        self.upper = {k: self._estimator(k, s.upper, self._upper_gradient, 1) for k in gossip.comm.ranks}
         self.lower_step = TrackedStep(gossip, s.tracking, "weights")
         self.upper_step = TrackedStep(gossip, s.tracking, "mask")
-        mean_size = problem.mean_size
-        first = gossip.comm.ranks[0]
-        cost = s.inner_steps * self.lower[first].cost(mean_size)
-        upper_cost = copies * self.upper[first].cost(mean_size) if s.mask == "learned" else 0.0
+        cost = s.inner_steps * self._mean_cost(s.lower)
+        upper_cost = copies * self._mean_cost(s.upper) if s.mask == "learned" else 0.0
         later_cost = cost * (copies if s.mask == "dense" else 1)  # under an agreed mask there is one level
         mean_cost = s.search * (copies * cost + upper_cost) + (1 - s.search) * later_cost
         self.rounds = max(2, int(budget / mean_cost))
@@ -249,21 +252,22 @@ class Decentralized:
             mask[order] = ranks / self.maskable
         return mask, weights / mask
 
-    def _estimator(self, k: int, name: str, oracle: Any, level: int) -> Estimator:
+    def _estimator(self, k: int, name: str, gradient: Callable[..., Tensor], level: int) -> Estimator:
         s = self.settings
-        return Estimator(name, oracle, s.batch_size, mix_seed(s.seed, k, level), s.rho, s.period)
+        of_worker: Gradient = functools.partial(gradient, k)
+        seed = mix_seed(s.seed, k, level)
+        return Estimator(name, self.problem.sizes[k], of_worker, s.batch_size, seed, s.rho, s.period)
+
+    def _mean_cost(self, name: str) -> float:
+        """Of a call of an estimator, over all workers: every process must come to the same number of rounds."""
+        s, sizes = self.settings, self.problem.sizes
+        return sum(mean_cost(name, size, s.batch_size, s.rho, s.period) for size in sizes) / len(sizes)
 
     # -- the two levels
 
     def _gradient(self, k: int, z: Tensor, indices: Tensor, key: int) -> Tensor:
-        self.evaluations += len(indices)
+        self.evaluations[k] += len(indices)
         return self.problem.gradient(k, z, indices, key)
-
-    def _lower_oracle(self, k: int) -> Any:
-        return _Oracle(self.problem.sizes[k], lambda *call: self._lower_gradient(k, *call))
-
-    def _upper_oracle(self, k: int) -> Any:
-        return _Oracle(self.problem.sizes[k], lambda *call: self._upper_gradient(k, *call))
 
     def _lower_gradient(self, k: int, point: Point, indices: Tensor, key: int) -> Tensor:
         """Of the lower level at (x, y); with the penalty, of its y times epsilon and of its z."""
@@ -311,7 +315,12 @@ class Decentralized:
     # -- a round
 
     def round(self) -> None:
-        """Steps on the weights, then one on the mask while that is open."""
+        """Steps on the weights, then one on the mask while that is open.
+
+        Raises:
+            CommunicationError: a neighbour does not answer, or those who are left are not connected any more.
+            ValueError: weights are no longer finite when a mask is made of them.
+        """
         self._notice_losses()
         s = self.settings
         lr = s.lr * self._cosine(self.done, self.rounds)
@@ -339,6 +348,7 @@ class Decentralized:
             self.gossip.forget()  # those who are back do not know what others do
             comm.notice = max(comm.notice, self.done + comm.world_size)
         if len(comm.lost) > self._lost:
+            self._check_connected()
             # The number spreads with the messages, over one edge a mixing; by then everyone has heard of it.
             comm.notice = max(comm.notice, self.done + comm.world_size)
         self._lost = len(comm.lost)  # of which the others know, or hear
@@ -347,6 +357,16 @@ class Decentralized:
         if comm.notice == self.done > 0:
             self.lower_step.restart()
             self.upper_step.restart()
+
+    def _check_connected(self) -> None:
+        """Parts that hear nothing of each other would end with a mask each. Worker 0 hears of all losses in reports."""
+        lost = self.gossip.comm.lost
+        left = [k for k in range(self.gossip.comm.world_size) if k not in lost]
+        if not is_connected(self.gossip.topology.adjacency[left][:, left]):
+            raise CommunicationError(
+                f"without the lost workers {sorted(lost)} the graph of the others is not connected, so that they "
+                "cannot agree; take one with more edges"
+            )
 
     def _cosine(self, done: int, rounds: int) -> float:
         """What is left of a step size after ``done`` of ``rounds``: its end decides how much noise stays."""
@@ -371,7 +391,7 @@ class Decentralized:
                 x = x.clamp(0, 1)
                 x = x * (x >= s.clip_at)
             elif s.constraint == "box":
-                x = project_box(x)
+                x = x.clamp(0, 1)
             elif s.constraint == "simplex":
                 x = project_capped_simplex(x, self._count())
             else:
@@ -422,7 +442,8 @@ class Decentralized:
         """From the agreement on the lower level is all there is, and a new problem to estimators and trackers."""
         self.is_penalty = False
         self.lower_step.restart()
-        self.lower = {k: self._estimator(k, self.settings.lower, self._lower_oracle(k), 2) for k in self.lower}
+        self.gossip.error.clear()  # of other vectors, with the penalty of another length
+        self.lower = {k: self._estimator(k, self.settings.lower, self._lower_gradient, 2) for k in self.lower}
 
     def _scores(self, x: Tensor, y: Tensor) -> Tensor:
         """Importances: the mask, and among equals the magnitude; magnitude alone where the mask is not learned."""
@@ -437,7 +458,11 @@ class Decentralized:
         return y.abs()
 
     def _flood(self, masks: Mapping[int, Tensor]) -> Values:
-        """The mask of the first living worker, handed on from neighbour to neighbour, one bit a weight."""
+        """The mask of the first living worker, handed on from neighbour to neighbour, one bit a weight.
+
+        It takes as many exchanges as the longest way can have: workers that know of different losses, and would go by
+        the graph that is left, would not do the same number.
+        """
         comm, topology = self.gossip.comm, self.gossip.topology
         best = {k: struct.pack("<q", k) + np.packbits(mask.cpu().numpy()).tobytes() for k, mask in masks.items()}
         for _ in range(comm.world_size - 1):
@@ -455,32 +480,48 @@ class Decentralized:
         ``upper_loss`` and ``test_acc`` (and ``test_auc`` of two classes) are those of the mean of the workers,
         binarized to the asked sparsity, the former as a mean over the workers' data; ``local_loss`` is that of each
         worker's own model on its own data; ``sparsity`` is what the mean model really has, of the positions with a
-        mask; ``mask_sparsity`` the zeros in the workers' relaxed masks; ``consensus_error`` that of the effective
-        weights; ``bytes`` what all workers have sent.
+        mask; ``mask_sparsity`` the zeros in the workers' relaxed masks; ``mask_agreed`` whether those have become one
+        binary mask; ``consensus_error`` that of the effective weights; ``workers`` how many are left, of which all
+        these are. ``evaluations``, sample gradients of a worker on average, ``bytes``, by kind, and ``resent`` count
+        what lost workers had done by their last report too. All workers wait until the row is made, however long that
+        takes.
+
+        Raises:
+            CommunicationError: a worker does not answer, or those who are left are not connected any more.
+            ValueError: weights are no longer finite.
         """
         comm, P = self.gossip.comm, self.size
-        out = {}
-        for i, k in enumerate(comm.ranks):
-            # Counts are those of the process, which hands them in once.
-            counts = {"evaluations": self.evaluations, "resent": comm.resent, "sent": comm.sent} if i == 0 else {}
-            counts["local_loss"] = self.problem.local_loss(k, self.x[k] * self.y[k][:P])
-            text = json.dumps(counts).encode()
-            state = torch.cat([self.x[k], self.y[k][:P]]).cpu().numpy().tobytes()
-            out[k] = struct.pack("<I", len(text)) + text + state
-        gathered = comm.gather(out)
-        return None if gathered is None else self._summarize(gathered)
+        with comm.alive():
+            out = {}
+            for k in comm.ranks:
+                counts = {
+                    "evaluations": self.evaluations[k],
+                    "process": self._process,
+                    "resent": comm.resent,
+                    "sent": comm.sent,
+                    "local_loss": self.problem.local_loss(k, self.x[k] * self.y[k][:P]),
+                }
+                text = json.dumps(counts).encode()
+                state = torch.cat([self.x[k], self.y[k][:P]]).cpu().numpy().tobytes()
+                out[k] = struct.pack("<I", len(text)) + text + state
+            gathered = comm.gather(out)
+            if gathered is None:
+                return None
+            self._check_connected()
+            return self._summarize(gathered)
 
     def _summarize(self, gathered: Mapping[int, bytes]) -> dict[str, Any]:
         P, d = self.size, self.maskable
         xs, ys, losses = {}, {}, []
-        evaluations, resent, sent = 0, 0, Counter[str]()
         for k, data in gathered.items():
             (length,) = struct.unpack_from("<I", data)
             counts = json.loads(data[4 : 4 + length])
             losses.append(counts["local_loss"])
-            evaluations += counts.get("evaluations", 0)
-            resent += counts.get("resent", 0)
-            sent.update(counts.get("sent", {}))
+            # Of equal names the larger count stays: a worker that comes back has those of its checkpoint.
+            process = counts["process"]
+            self._evaluated |= Counter({k: counts["evaluations"]})
+            self._resent |= Counter({process: counts["resent"]})
+            self._sent |= Counter({(process, kind): count for kind, count in counts["sent"].items()})
             state = torch.frombuffer(bytearray(data[4 + length :]), dtype=torch.float32).to(self.device)
             xs[k], ys[k] = state[:P], state[P:]
         self.mean_x = torch.stack(list(xs.values())).mean(0)
@@ -489,19 +530,24 @@ class Decentralized:
         # F at one model for all: workers that drift apart have lower losses, each on its own data.
         common = [self.problem.local_loss(k, z) for k in gathered]
         loss = sum(common) / len(common) + self.regularizer(self.mean_x[:d])
+        is_binary = self.done >= self.search_rounds and self.settings.mask != "dense"
+        masks = [x[:d] for x in xs.values()]
+        sent = Counter[str]()
+        for (_, kind), count in self._sent.items():
+            sent[kind] += count
         return {
             "round": self.done,
-            "evaluations": evaluations / len(gathered),
+            "evaluations": self._evaluated.total() / self.gossip.comm.world_size,
             "upper_loss": loss,
             "local_loss": sum(losses) / len(losses),
             **self.problem.test(z),
             "consensus_error": consensus_error({k: xs[k] * ys[k] for k in xs}),
             "sparsity": 1 - torch.count_nonzero(self.final_mask()).item() / d if d else 0.0,
             "mask_sparsity": sum((x[:d] == 0).float().mean().item() for x in xs.values()) / len(xs),
-            "mask_agreed": self.done >= self.search_rounds and self.settings.mask != "dense",
+            "mask_agreed": is_binary and all(torch.equal(mask, masks[0]) for mask in masks),
             "bytes": dict(sent),
-            "bytes_total": sum(sent.values()),
-            "resent": resent,
+            "bytes_total": sent.total(),
+            "resent": self._resent.total(),
             "workers": len(gathered),
         }
 
@@ -534,7 +580,7 @@ class Decentralized:
             "upper_step": self.upper_step.state_dict(k),
             "error": {kind: values[k] for kind, values in self.gossip.error.items() if k in values},
             "sent": dict(comm.sent) if is_first else {},
-            "evaluations": self.evaluations if is_first else 0,
+            "evaluations": self.evaluations[k],
         }
 
     def rejoin(self, state: dict[str, Any]) -> None:
@@ -581,18 +627,9 @@ class Decentralized:
                 self.gossip.error.setdefault(kind, {})[k] = value
             for kind, count in state["sent"].items():
                 comm.sent[kind] += count
-            self.evaluations += state["evaluations"]
+            self.evaluations[k] = state["evaluations"]
         self.gossip.forget()
         self._update_masks()
-
-
-@dataclasses.dataclass
-class _Oracle:
-    size: int
-    function: Any
-
-    def __call__(self, point: Point, indices: Tensor, key: int) -> Tensor:
-        return self.function(point, indices, key)
 
 
 def _to_device(state: Any, device: torch.device) -> Any:

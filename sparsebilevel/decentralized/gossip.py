@@ -17,11 +17,13 @@ from torch import Tensor
 
 from ..comm import Communicator
 from ..kernels import pack, unpack
+from ..kernels.pack import Message
+from .estimators import mix_seed
 from .graphs import Topology
 
 Values = dict[int, Tensor]
 
-_FORMAT_AT, _DENSE, _VALUES = 34, 0, 1  # byte of a message that holds the format of its tensor; two of its codes
+_FORMAT_AT, _VALUES = 34, 1  # byte of a message that holds the format of its tensor; one of its codes
 
 
 class Gossip:
@@ -38,7 +40,8 @@ class Gossip:
         chebyshev: accelerate them: with s the second eigenvalue, ``v_{t+1} = (1 + e) W v_t - e v_{t-1}``,
             ``e = (1 - q) / (1 + q)``, ``q = sqrt(1 - s^2)``. It needs a graph that does not change.
         dtype: of values in messages, float32, bfloat16 or int8. What rounding loses is added to the next message of the
-            same kind (error feedback), and the mean over the workers stays exact.
+            same variable (error feedback). The sender too takes its own value as it was sent, so that the mean over the
+            workers stays what it is but for the rounding of sums.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class Gossip:
         q = math.sqrt(1 - topology.second_eigenvalue**2)
         self.momentum = (1 - q) / (1 + q) if chebyshev else 0.0
         self.clock = 0  # mixings done; a topology that changes goes by it
-        self.error: dict[str, Values] = {}  # what rounding has left, by kind and worker
+        self.error: dict[str, Values] = {}  # what rounding has left, by variable and worker
         self._told: dict[tuple[int, int], Tensor | None] = {}  # (sender, receiver) -> mask that the receiver has
         self._known: dict[tuple[int, int], Tensor] = {}  # (receiver, sender) -> the sender's mask
 
@@ -72,7 +75,13 @@ class Gossip:
         """
         self._told.clear()
 
-    def mix(self, values: Mapping[int, Tensor], kind: str, masks: Mapping[int, Tensor] | None = None) -> Values:
+    def mix(
+        self,
+        values: Mapping[int, Tensor],
+        kind: str,
+        masks: Mapping[int, Tensor] | None = None,
+        variable: str | None = None,
+    ) -> Values:
         """Mixed copies of ``values``.
 
         Args:
@@ -80,69 +89,73 @@ class Gossip:
                 is, for tests, and without masks.
             kind: what it is, for the byte counters.
             masks: bool, of the same shape: only there are values sent and mixed.
+            variable: which of those that share a kind it is, since what rounding has left belongs to one of them; None:
+                the only one.
         """
-        before = current = dict(values)
+        current = dict(values)
+        steps: Mapping[int, Tensor | float] = dict.fromkeys(values, 0.0)
         for _ in range(self.steps):
-            mixed = self._mix_once(current, kind, masks)
-            if self.momentum:
+            changes = self._changes(current, kind, masks, variable or kind)
+            if self.momentum:  # the formula above as steps, which are exactly zero where nothing is mixed
                 e = self.momentum
-                mixed = {k: (1 + e) * v - e * before[k] for k, v in mixed.items()}
-            before, current = current, mixed
+                changes = {k: (1 + e) * change + e * steps[k] for k, change in changes.items()}
+            current = {k: v + changes[k] for k, v in current.items()}
+            steps = changes
         return current
 
-    def _mix_once(self, values: Values, kind: str, masks: Mapping[int, Tensor] | None) -> Values:
+    def _changes(self, values: Values, kind: str, masks: Mapping[int, Tensor] | None, variable: str) -> Values:
+        """``W v - v`` of one mixing."""
         outgoing: dict[int, dict[int, bytes]] = {}
         own: Values = {}
         for k, value in values.items():
             mask = masks[k] if masks is not None else None
-            own[k] = value if self.dtype == torch.float32 else self._round(k, value, mask, kind)
+            is_exact = self.dtype == torch.float32 or value.dtype == torch.float64
+            residuals = self.error.setdefault(variable, {}) if not is_exact else {}
+            wanted = value + residuals[k] if k in residuals else value
+            own[k] = value
             ready: dict[bool, bytes] = {}  # the same message for all who know the mask, and one for all who do not
             outgoing[k] = {}
             for j in self.topology.weights(k, self.clock):
                 is_known = mask is None or self._told.get((k, j)) is mask
                 if is_known not in ready:
-                    ready[is_known] = self._encode(own[k], mask, is_known)
+                    ready[is_known] = self._encode(k, wanted, mask, is_known)
                 outgoing[k][j] = ready[is_known]
                 if mask is not None:
                     self._told[k, j] = mask
+            if ready and not is_exact:
+                # Its own value as the receivers read it, which is the same in both messages: the mean stays exact.
+                message = next(iter(ready.values()))
+                own[k] = unpack(message, None if mask is None else mask.cpu()).to(value.device)
+                left = wanted - own[k]
+                residuals[k] = left if mask is None else left.masked_fill(~mask, 0.0)
         incoming = self.comm.exchange(outgoing, kind)
         out: Values = {}
         for k, value in values.items():
-            total = torch.zeros_like(value)
+            out[k] = torch.zeros_like(value)
             weights = self.topology.weights(k, self.clock)
             for j in sorted(incoming.get(k, {})):
-                theirs = self._decode(k, j, incoming[k][j], value, masks is not None)
-                difference = theirs - own[k]
-                if masks is not None:
-                    difference *= self._known[k, j] & masks[k]
-                total.add_(difference, alpha=weights[j])
-            out[k] = value + total
+                difference = self._decode(k, j, incoming[k][j], value, masks is not None) - own[k]
+                if masks is not None:  # filled, since infinity times zero is not zero
+                    difference.masked_fill_(~(self._known[k, j] & masks[k]), 0.0)
+                out[k].add_(difference, alpha=weights[j])
         self.clock += 1
         return out
 
-    def _round(self, k: int, value: Tensor, mask: Tensor | None, kind: str) -> Tensor:
-        """What the receivers will read, and keep what it lacks for the next time."""
-        residuals = self.error.setdefault(kind, {})
-        wanted = value + residuals[k] if k in residuals else value
-        if self.dtype == torch.bfloat16:
-            rounded = wanted.bfloat16().float()
-        else:
-            # pack rounds to int8 at random, by the largest value of the message. On that grid it changes nothing.
-            sent = wanted if mask is None else wanted * mask
-            scale = sent.abs().max().clamp_min(1e-30) / 127
-            rounded = torch.round(wanted / scale) * scale
-        residuals[k] = wanted - rounded
-        return rounded
-
-    def _encode(self, value: Tensor, mask: Tensor | None, is_known: bool) -> bytes:
+    def _encode(self, k: int, value: Tensor, mask: Tensor | None, is_known: bool) -> bytes:
         value, mask = value.contiguous().cpu(), None if mask is None else mask.cpu()
         if value.dtype == torch.float64:
             return bytes(pack(value.view(torch.float32), format="dense"))
         dtype = None if self.dtype == torch.float32 else self.dtype
-        format = "dense" if mask is None else "values" if is_known else "auto"
-        message = pack(value, mask, format, dtype=dtype)
-        if format == "auto" and message.entries[0].format == "dense":  # which would not tell the mask
-            message = pack(value, mask, "bitmap", dtype=dtype)
+
+        def packed(format: str) -> Message:
+            # int8 rounds at random. Numbers of this worker and mixing alone: equal in every form of a message, however
+            # the workers are spread over processes, and when a run is resumed.
+            generator = torch.Generator().manual_seed(mix_seed(k, self.clock))
+            return pack(value, mask, format, dtype=dtype, generator=generator)
+
+        message = packed("dense" if mask is None else "values" if is_known else "auto")
+        if mask is not None and message.entries[0].format == "dense":  # which would not tell the mask
+            message = packed("bitmap")
         return bytes(message)
 
     def _decode(self, k: int, j: int, data: bytes, like: Tensor, is_masked: bool) -> Tensor:
@@ -156,10 +169,6 @@ class Gossip:
             value, mask = unpack(data, return_mask=True)
             self._known[k, j] = mask.to(like.device)
         return value.to(like.device)
-
-    def mean(self, values: Mapping[int, Tensor]) -> Tensor:
-        """Mean over the workers of one process; for tests and in-process reports."""
-        return torch.stack(list(values.values())).mean(0)
 
 
 def consensus_error(values: Mapping[int, Tensor]) -> float:

@@ -1,8 +1,9 @@
 """Who talks to whom, and with what weights.
 
 A mixing matrix ``W`` is float64 ``[K, K]``, symmetric and doubly stochastic, with ``W[k, j] > 0`` only where workers k
-and j share an edge; on a connected graph all its eigenvalues but the first are below 1 in magnitude (the *spectral
-gap* is what is missing to 1), so that repeated mixing brings all workers to their mean.
+and j share an edge. Repeated mixing brings all workers to their mean if all its eigenvalues but the first are below 1
+in magnitude; the *spectral gap* is what is missing to 1. A connected graph is not enough for that: where it is
+bipartite and nobody gives weight to its own value, -1 is an eigenvalue, and a disagreement only changes its sign.
 """
 
 from __future__ import annotations
@@ -154,19 +155,6 @@ def check_mixing_matrix(matrix: Tensor, adjacency: Tensor | None = None) -> Tens
     return matrix
 
 
-def second_eigenvalue(matrix: Tensor) -> float:
-    """Largest magnitude among the eigenvalues but the first: how much of a disagreement is left after one mixing."""
-    if len(matrix) == 1:
-        return 0.0
-    values = torch.linalg.eigvalsh(matrix - 1 / len(matrix))
-    return min(float(values.abs().max()), 1.0)
-
-
-def spectral_gap(matrix: Tensor) -> float:
-    """1 - `second_eigenvalue`; 0.195262 for a ring of 8."""
-    return 1 - second_eigenvalue(matrix)
-
-
 class Topology:
     """Mixing matrices, used in turn.
 
@@ -175,7 +163,13 @@ class Topology:
 
     Attributes:
         size: number of workers.
-        gap: spectral gap of one mixing; of several matrices the geometric mean over a turn.
+        second_eigenvalue: the most that is left of a disagreement after one mixing; of several matrices the geometric
+            mean over a turn.
+        gap: the spectral gap, 1 - ``second_eigenvalue``; 0.195262 for a ring of 8.
+
+    Raises:
+        ValueError: a matrix that is not symmetric and doubly stochastic, a graph that is not connected, or matrices
+            without a spectral gap.
     """
 
     def __init__(self, matrices: Tensor | Sequence[Tensor]) -> None:
@@ -195,6 +189,11 @@ class Topology:
         left = torch.linalg.matrix_norm(turn - 1 / self.size, 2).item() if self.size > 1 else 0.0
         self.second_eigenvalue = min(left, 1.0) ** (1 / len(given)) if left > 1e-12 else 0.0
         self.gap = 1 - self.second_eigenvalue
+        if self.gap < 1e-9:
+            raise ValueError(
+                f"matrices have a spectral gap of {self.gap:.1e}; expected at least 1e-9: a disagreement can be as "
+                "large as before after every turn, so that the workers never agree; use lazy weights, (W + I) / 2"
+            )
         self._rows = [[{j: m[k, j].item() for j in range(self.size) if j != k and m[k, j] > 0}
                        for k in range(self.size)] for m in self.matrices]  # fmt: skip
 

@@ -327,14 +327,19 @@ def make_problem(
             weights to start from (``resnet``); None: a network with random weights.
         limit: use only so many training samples, a random choice.
         eval_samples, device: see `Problem`.
-        seed: of initial weights, splits and partition.
+        seed: of initial weights, partition, and what ``limit`` leaves. Training and test samples are the same for all.
+
+    Raises:
+        ValueError: a value that is not allowed.
+        FileNotFoundError: the files are not there.
     """
     if task not in TASKS:
         raise ValueError(f"task={task!r} is not known; allowed: {', '.join(TASKS)}")
     if data not in TASK_DATA[task]:
         raise ValueError(f"data={data!r} does not go with task={task!r}; allowed: {', '.join(TASK_DATA[task])}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit} is not allowed; expected at least 1")
+    for name, value in (("limit", limit), ("hidden", hidden)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} is not allowed; expected at least 1")
     if init_from is not None and task != "resnet":
         raise ValueError(f"init_from={init_from!r} is for task='resnet', not {task!r}")
     path = Path(data_path)
@@ -342,12 +347,12 @@ def make_problem(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if task == "svm":
-            train, test, sources = _READERS[data](path, seed)
+            train, test, sources = _READERS[data](path)
             classes = int(max(train.targets.max(), test.targets.max())) + 1
             module: nn.Module = LinearSVM(train.inputs[0].numel(), classes, hidden or 20)
             objective = Objective(module, hinge, ["fc1.weight"])
         elif task == "rnn":
-            vectors, train, test = _read_sent140(path, seed)
+            vectors, train, test = _read_sent140(path)
             objective = Objective(TextRNN(vectors, hidden or 128), F.cross_entropy, ["ih*", "hh*", "fc.weight"])
         else:
             objective, train, test, prepare = _resnet(data, path, init_from)
@@ -386,7 +391,7 @@ def _resnet(data: str, path: Path, init_from: str | None) -> tuple[Objective, Sa
     return Objective(model, F.cross_entropy, masked), train, test, prepare
 
 
-def _digits(path: Path, seed: int) -> Read:
+def _digits(path: Path) -> Read:
     train, test = (Samples(s.images.flatten(1).float() / 16, s.labels) for s in read_digits(path))
     return train, test, None
 
@@ -397,7 +402,7 @@ def _find(path: Path, name: str, source: str) -> Path:
     return path / name
 
 
-def _a9a(path: Path, seed: int) -> Read:
+def _a9a(path: Path) -> Read:
     source = "https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/binary.html"
     train, test = (_read_libsvm(_find(path, name, source), 123) for name in ("a9a", "a9a.t"))
     return train, test, None
@@ -419,7 +424,7 @@ def _read_libsvm(path: Path, features: int) -> Samples:
     return Samples(inputs, targets)
 
 
-def _covtype(path: Path, seed: int) -> Read:
+def _covtype(path: Path) -> Read:
     """Class 2 against the rest, a fifth for the test; sources are the four wilderness areas."""
     folder = path / "covtype"
     files = sorted(folder.glob("covtype*.npz"))
@@ -443,7 +448,7 @@ def _covtype(path: Path, seed: int) -> Read:
 _WORD = re.compile(r"[a-z']+")
 
 
-def _imdb(path: Path, seed: int, words: int = 2000) -> Read:
+def _imdb(path: Path, words: int = 2000) -> Read:
     """Whether a review has each of the most frequent words of the training reviews. Sources are films, where known."""
     source = "https://ai.stanford.edu/~amaas/data/sentiment/"
     texts: list[list[set[str]]] = []
@@ -465,7 +470,7 @@ def _imdb(path: Path, seed: int, words: int = 2000) -> Read:
     return out[0], out[1], None
 
 
-_READERS: dict[str, Callable[[Path, int], Read]] = {
+_READERS: dict[str, Callable[[Path], Read]] = {
     "digits": _digits,
     "a9a": _a9a,
     "covtype": _covtype,
@@ -473,7 +478,7 @@ _READERS: dict[str, Callable[[Path, int], Read]] = {
 }
 
 
-def _read_sent140(path: Path, seed: int, length: int = 24, frequent: int = 2000) -> tuple[Tensor, Samples, Samples]:
+def _read_sent140(path: Path, length: int = 24, frequent: int = 2000) -> tuple[Tensor, Samples, Samples]:
     """Tweets as the last ``length`` known words; a fifth for the test. Word vectors from ``glove*.npz``.
 
     Of the ``frequent`` most frequent words of the training tweets, those without a vector get a random one of the same

@@ -77,12 +77,13 @@ class TrackedStep:
             self.tracker = {k: torch.zeros_like(g) for k, g in gradients.items()}
             self.gradient = self.tracker
         change = {k: g - self.gradient[k] for k, g in gradients.items()}
+        variable = f"trackers of {self.kind}"
         if self.tracking == "cta":
-            mixed = self.gossip.mix(self.tracker, "trackers", masks)
+            mixed = self.gossip.mix(self.tracker, "trackers", masks, variable)
             self.tracker = {k: u + change[k] for k, u in mixed.items()}
         else:
             moved = {k: self.tracker[k] + change[k] for k in gradients}
-            self.tracker = self.gossip.mix(moved, "trackers", masks)
+            self.tracker = self.gossip.mix(moved, "trackers", masks, variable)
         self.gradient = dict(gradients)
         return self.tracker
 
