@@ -38,6 +38,9 @@ _VALUE_DTYPES = {**_DTYPES, 4: torch.int8}
 _OUT_DTYPES = (*_DTYPES.values(), torch.float64)
 _CODES = {dtype: code for code, dtype in _VALUE_DTYPES.items()}
 _NAMES = {name: format for format, name in FORMATS.items()}
+# Scales of int8: the least has all bits of its mantissa, and 127 times the largest is still finite.
+_LEAST_SCALE, _LARGEST_SCALE = torch.finfo(torch.float32).tiny, 2.6793884e36  # 0x1.020406p+121
+_ON_GRID = 2.0**-21  # relative; a step times its scale, divided by it again, is within a quarter of that
 
 Tensors = Tensor | Mapping[str, Tensor] | nn.Module
 
@@ -127,7 +130,10 @@ def pack(
     Args:
         values: a tensor of any shape and strides, float32, float16 or bfloat16, on the CPU, or on a GPU where the CUDA
             kernels are built; or a mapping from names to tensors; or a model, of which the ``weight`` of each module
-            that has a ``mask`` too is taken.
+            that has a ``mask`` too is taken, and nothing else: no bias, no normalization, no dense layer. A message of
+            all floating tensors of a model, masked weights at their masks and the others whole, is
+            ``pack({name: t for name, t in model.state_dict().items() if t.is_floating_point()}, model)``, which
+            ``unpack(message, out=other.state_dict())`` writes into another model.
         mask: bool, of the shape of ``values``; a mapping or a model where that is one, in which tensors without a mask
             may be missing. None: that of the model, else everything is sent.
         format: how positions are written. ``values``: not at all, the receiver has the mask, which is verified by its
@@ -135,12 +141,15 @@ def pack(
             ``block16``: positions in blocks of 65536; ``dense``: all elements, zeros outside of the mask; ``auto``: the
             smallest of all but the first, for each tensor.
         dtype: of the values in the message; None keeps that of the tensor. ``torch.int8`` scales them by the largest
-            magnitude and rounds stochastically, so that the mean of many messages is exact.
+            magnitude, at least 1.5e-36, and rounds stochastically, so that the mean of many messages is exact to
+            float32's rounding. What is on the grid stays there: a float32 tensor that came out of an int8 message goes
+            through the next one, of the same mask and block, unchanged.
         block: with int8, how many values share a scale; 0 for all of a tensor.
         generator: of the random numbers of int8.
 
     Raises:
-        PackError: a shape, dtype, device, format or value is not as above. With int8, values must be finite.
+        PackError: a shape, dtype, device, format or value is not as above, or a model has no masks. With int8, values
+            must be finite. It is a ValueError.
     """
     if format != "auto" and format not in FORMATS:
         raise PackError(f"format is {format!r}; allowed: auto, {', '.join(FORMATS)}")
@@ -152,6 +161,11 @@ def pack(
     if isinstance(values, nn.Module) and mask is None:
         mask = values
     tensors, masks = _by_name(values, "values"), _by_name(mask, "mask", masks=True)
+    if isinstance(values, nn.Module) and not tensors:
+        raise PackError(
+            f"values is a {type(values).__name__} without masks, and of a model the masked weights are packed; to send "
+            "all of it give a mapping: {name: t for name, t in model.state_dict().items() if t.is_floating_point()}"
+        )
     for name in masks:
         if name not in tensors:
             raise PackError(f"mask has {name!r}, which values has not; that has: {', '.join(tensors) or 'nothing'}")
@@ -288,9 +302,32 @@ def _checked_out(entry: Entry, outs: dict[str, Tensor]) -> Tensor:
             f"out for {_of(entry)} is {out.dtype} of shape {list(out.shape)}; the message needs {_list(_OUT_DTYPES)} "
             f"of shape {list(entry.shape)}"
         )
-    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
-        raise PackError(f"out for {_of(entry)} has elements that share memory (strides {list(out.stride())})")
+    if _overlaps(out):
+        raise PackError(
+            f"out for {_of(entry)} has elements that share memory (shape {list(out.shape)}, strides "
+            f"{list(out.stride())}); expected one whose elements are apart, such as out.contiguous()"
+        )
     return out
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements of a tensor are at the same place."""
+    steps = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+    if not tensor.numel():
+        return False
+    reach = 0
+    for stride, size in steps:
+        if stride <= reach:
+            break
+        reach += stride * (size - 1)
+    else:  # each dimension steps over all that is inside of it
+        return False
+    if sum(stride * (size - 1) for stride, size in steps) + 1 < tensor.numel():  # more elements than places
+        return True
+    places = torch.zeros(1, dtype=torch.int64)
+    for stride, size in steps:
+        places = (places[:, None] + stride * torch.arange(size)).view(-1)
+    return places.unique().numel() < tensor.numel()
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -388,9 +425,13 @@ def _quantize(values: Tensor, entry: Entry, generator: torch.Generator | None) -
     scales = torch.zeros(entry.scales)
     if entry.num_values:
         rows = torch.nn.functional.pad(values, (0, -entry.num_values % entry.block_of_values))
-        scales = rows.view(entry.scales, -1).abs().amax(1) / 127
-    steps = values / _scale_of_values(scales, entry).clamp(min=torch.finfo(torch.float32).tiny)
-    return (steps + torch.rand(entry.num_values, generator=generator)).floor().clamp(-127, 127).to(torch.int8), scales
+        # Of every maximum (each mantissa was tried) 127 * scale, rounded, which comes out, gives the same scale again.
+        scales = (rows.view(entry.scales, -1).abs().amax(1) / 127).clamp(_LEAST_SCALE, _LARGEST_SCALE)
+    steps = values / _scale_of_values(scales, entry)
+    nearest, below = steps.round(), steps.floor()
+    above = torch.rand(entry.num_values, generator=generator) < steps - below
+    is_on_grid = (steps - nearest).abs() <= _ON_GRID * nearest.abs()  # the largest among them, which must not change
+    return torch.where(is_on_grid, nearest, below + above).to(torch.int8), scales
 
 
 def _scale_of_values(scales: Tensor, entry: Entry) -> Tensor:

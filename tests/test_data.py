@@ -13,6 +13,7 @@ import torch
 from sparsebilevel._torchvision import import_torchvision
 from sparsebilevel.data import Data, Loader, list_data, load_data, tensor_data
 from sparsebilevel.data.datasets import _shift_and_flip
+from sparsebilevel.data.partition import partition
 
 
 def fake(**changes: object) -> Data:
@@ -261,6 +262,18 @@ def test_bad_names_and_options() -> None:
 def test_bad_calls(call: Callable[[Data], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(fake())
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("inf"), float("nan")])
+def test_dirichlet_takes_finite_numbers_above_0(alpha: float) -> None:
+    with pytest.raises(ValueError, match=rf"alpha={alpha} is not allowed; expected a finite number above 0"):
+        partition(torch.arange(40) % 4, 2, "dirichlet", alpha=alpha)
+
+
+def test_the_least_number_of_samples_that_a_worker_needs_is_said() -> None:
+    """A third of so few, and not 10."""
+    with pytest.raises(ValueError, match=r"no draw of 1000 gave each of 3 workers 2 samples"):
+        partition(torch.zeros(6, dtype=torch.int64), 3, "dirichlet", alpha=1e-3)
 
 
 def test_own_samples() -> None:

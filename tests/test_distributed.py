@@ -77,6 +77,23 @@ def work(rank, folder):
         kept = [m.mask for m in (hooked.conv, hooked.conv2, hooked.fc)]  # not of `tied`
         sent = numel - sum(int((~mask).sum()) for mask in kept)
         result[name] = (expected, found, hook.bytes_sent, hook.dense_bytes, sent, numel, repr(hook))
+    # One rank alone writes its masks: what they were, and then others.
+    for name, options in [("one bucket", {}), ("several buckets", {"bucket_cap_mb": 0.002})]:
+        model = build()
+        ddp = DistributedDataParallel(model, **options)
+        hook = sb.SparseAllReduce(ddp)
+        for step in range(3):
+            if rank == 0:
+                model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+            ddp(*batch(rank, step)).backward()
+        gradient, counts = model.fc.weight.grad.clone(), (hook.bytes_sent, hook.dense_bytes)
+        if rank == 0:
+            model.fc.set_mask(model.fc.mask.roll(1, 0))
+            model.conv.set_mask(torch.ones_like(model.conv.mask), check=False)
+        try:
+            ddp(*batch(rank, 3)).backward()
+        except RuntimeError as error:
+            result[name] = (gradient, counts, str(error))
     # Everything that a parameter sends may be masked away.
     torch.manual_seed(0)
     empty = sb.sparsify(nn.Sequential(nn.Linear(4, 4, bias=False)), 0.5, seed=0)
@@ -122,8 +139,7 @@ def test_bytes_are_counted(results, buckets):
     for result in results:
         _, _, bytes_sent, dense_bytes, sent, numel, text = result[buckets]
         assert dense_bytes == 5 * 4 * numel
-        hashes = bytes_sent - 5 * 4 * sent
-        assert 0 < hashes <= 32 * 3 * 8  # of up to 8 buckets: at first, when DDP makes new ones, and at the change
+        assert bytes_sent == 5 * (4 * sent + 16)
         assert (
             text == f"SparseAllReduce({bytes_sent} bytes sent of {dense_bytes} dense ({bytes_sent / dense_bytes:.1%}))"
         )
@@ -133,12 +149,29 @@ def test_a_bucket_may_be_empty(results):
     for result in results:
         gradient, bytes_sent = result["empty"]
         assert gradient.eq(0).all()
-        assert bytes_sent == 32
+        assert bytes_sent == 16
+
+
+@pytest.mark.parametrize("buckets", ["one bucket", "several buckets"])
+def test_one_rank_may_write_the_masks_that_it_has(results, buckets):
+    (first, counts, _), (second, other, _) = (result[buckets] for result in results)
+    assert torch.equal(first, second)
+    assert first.abs().max() > 0
+    assert counts == other
+
+
+@pytest.mark.parametrize("buckets", ["one bucket", "several buckets"])
+def test_masks_that_one_rank_alone_changes_are_an_error_on_all_ranks(results, buckets):
+    for result in results:
+        assert (
+            result[buckets][2]
+            == "ranks disagree on the masks of conv.weight, fc.weight; change masks on all ranks together"
+        )
 
 
 def test_other_masks_are_an_error_on_all_ranks(results):
     for result in results:
-        assert "ranks disagree on the masks of 0.weight" in result["error"]
+        assert "ranks disagree on the masks of 0.weight;" in result["error"]
 
 
 def test_only_ddp_models_are_taken():

@@ -17,7 +17,8 @@ from sparsebilevel.data import load_data
 from sparsebilevel.data.partition import matching_partition, partition
 from sparsebilevel.export import export_model
 from sparsebilevel.federated import GatePoint, Hypernetwork, find_gate_points, load_network, set_norm
-from sparsebilevel.federated.local import FlatModule, adamw, sgd
+from sparsebilevel.federated.aggregate import aggregate_masked
+from sparsebilevel.federated.local import FlatModule, adamw, full_gradient, sgd, train_weights
 from sparsebilevel.federated.models import check_gate_points
 from sparsebilevel.federated.rounds import Federation, FederationError, make_federation
 from sparsebilevel.federated.settings import METHODS, UNSTRUCTURED, Settings
@@ -176,6 +177,26 @@ def test_mime_corrects_the_drift_of_clients():
     assert_close(updates[0], updates[1], rtol=1e-3, atol=1e-5)
 
 
+def test_mime_takes_the_statistics_of_its_steps_alone():
+    """The pass at the server's weights, for the correction, leaves those of BatchNorm as they are."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 3))
+    plain, mime = FlatModule(copy.deepcopy(model)), FlatModule(copy.deepcopy(model))
+    x, y = torch.randn(16, 1, 8, 8), torch.arange(16) % 3
+    start, zeros = plain.values.clone(), torch.zeros_like(plain.values)
+    correction = full_gradient(FlatModule(model), [(x, y)], 0.0)
+    train_weights(plain, [(x, y)], start, zeros, 0.1, 0.0, 0.0)
+    train_weights(mime, [(x, y)], start, zeros, 0.1, 0.0, 0.0, "mime", correction)
+    assert_close(mime.values, plain.values)
+    assert torch.equal(mime.statistics, plain.statistics)
+    assert mime.module[1].num_batches_tracked == 1
+
+
+def test_a_device_without_weight_is_not_looked_at():
+    updates = [{"w": torch.tensor([float("nan"), 1.0])}, {"w": torch.tensor([3.0, 5.0])}]
+    result = aggregate_masked(updates, [{}, {}], [0, 2], {"w": torch.zeros(2)})
+    assert result["w"].tolist() == [3, 5]
+
+
 # -- rounds ------------------------------------------------------------------------------------------------------------
 
 
@@ -278,6 +299,11 @@ def test_energy_is_the_mean_square_of_activations():
     assert energies[~server].max() <= energies[server].max()
     kept = run.costs.kept(server)
     assert len({k / size for k, size in zip(kept, run.costs.sizes, strict=True)}) > 1  # one ranking over all layers
+
+
+def test_energies_are_of_all_clients_where_rounds_have_a_sample():
+    whole, sampled = make_run("energy", epochs=1), make_run("energy", epochs=1, sample=1)
+    assert torch.equal(sampled._energies(), whole._energies())
 
 
 def test_methods_with_the_same_training_share_it():
@@ -646,6 +672,17 @@ def test_the_command_says_that_no_device_gets_more_than_the_server(tmp_path, cap
     assert "device_flops up to 0.5 are above server_flops=0.4: no device gets more" in capsys.readouterr().out
 
 
+def test_fewer_samples_than_a_batch_are_one_batch(tmp_path):
+    flags = ["--method", "fedavg", "--limit", "5", "--epochs", "1", "--finetune-epochs", "0"]
+    main([*COMMAND, *flags, "--arch", "resnet8", "--output-dir", str(tmp_path)])
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert sum(facts["training_samples"]) == 5
+    assert facts["settings"]["batch_size"] == 25
+    rows = read_rows(tmp_path / "fedavg")
+    assert rows[-1]["type"] == "result"
+    assert rows[-1]["rounds"] == {"train": 1}
+
+
 @pytest.mark.parametrize("method", ["dwnp", "fedavg", "bidst"])
 def test_networks_of_a_run_are_loaded(method, tmp_path):
     flags = ["--output-dir", str(tmp_path), "--method", method, "--epochs", "2"]
@@ -687,7 +724,7 @@ def test_what_cannot_be_exported_of_a_run_is_said(tmp_path):
     del saved["input_shape"]  # as older versions wrote it
     torch.save(saved, tmp_path / "old.pth")
     with pytest.raises(ValueError, match="input_shape=None is not allowed for this run"):
-        export_model(tmp_path / "old.pth", output, "onnx")
+        export_model(tmp_path / "old.pth", tmp_path / "out.onnx", "onnx")
     assert not output.exists()
     export_model(tmp_path / "old.pth", output)
 
@@ -721,6 +758,10 @@ def test_torchrun_gives_the_numbers_of_one_process(torchrun, tmp_path):
         (["--clients", "0", "--device-flops", "uniform:0.3:0.5"], "clients=0"),
         (["--sample", "9"], "sample=9"),
         (["--limit", "0"], "limit=0"),
+        (["--batch-size", "0"], "batch_size=0"),
+        (["--max-rounds", "-1"], "max_rounds=-1 is not allowed; expected at least 1"),
+        (["--checkpoint-freq", "-2"], "checkpoint_freq=-2 is not allowed; expected at least 0"),
+        (["--alpha", "inf"], "alpha=inf is not allowed; expected a finite number above 0"),
         (["--data", "cifar10", "--data-path", "/nowhere"], "does not exist"),
     ],
 )

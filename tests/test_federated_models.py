@@ -23,7 +23,7 @@ from sparsebilevel.federated.models import (
     set_norm,
     slice_gates,
 )
-from sparsebilevel.models import create_model
+from sparsebilevel.models import create_model, list_models
 
 
 def network(name="resnet20", norm="batch", size=8):
@@ -154,6 +154,24 @@ def test_sliced_networks_compute_what_closed_gates_do(name):
     assert_close(small(x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert gate_sizes(small, points) == [int(part.sum()) for part in gates.split(gate_sizes(model, points))]
+
+
+@pytest.mark.parametrize("name", [*list_models(), "resnet50"])
+def test_one_channel_at_each_gate_point_is_a_network(name):
+    """Filters of a single weight, as 1x1 convolutions have then, cannot be standardized."""
+    model = set_norm(create_model(name))
+    try:
+        points = find_gate_points(model)
+    except ValueError:
+        pytest.skip("has no gate points")
+    sizes = gate_sizes(model, points)
+    gates = torch.zeros(sum(sizes), dtype=torch.bool)
+    gates[torch.tensor([0, *sizes[:-1]]).cumsum(0)] = True
+    small = slice_gates(model, points, gates).eval()
+    output = small(torch.randn(2, 3, 32, 32))
+    assert output.isfinite().all()
+    output.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in small.parameters())
 
 
 def test_statistics_over_channels_are_said_to_change():

@@ -15,9 +15,16 @@ from sparsebilevel.cli import main
 from sparsebilevel.data import load_data
 from sparsebilevel.data.partition import matching_partition, partition
 from sparsebilevel.federated import Settings, make_federation, set_norm
-from sparsebilevel.federated.local import train_weights
+from sparsebilevel.federated.local import FlatModule, full_gradient, train_weights
 from sparsebilevel.federated.settings import UNSTRUCTURED
-from sparsebilevel.federated.unstructured import MaskedModule, Pruner, check_prunable, pack_masked, unpack_masked
+from sparsebilevel.federated.unstructured import (
+    MaskedModule,
+    Pruner,
+    check_prunable,
+    decay_closed,
+    pack_masked,
+    unpack_masked,
+)
 from sparsebilevel.models import create_model
 from sparsebilevel.models.resnet import resnet_cifar
 from sparsebilevel.nn import sparse_layers
@@ -202,6 +209,37 @@ def test_one_client_is_bidst():
         assert_equal_states(run, model, optimizer)
         masks.add(run.pruner.mask.numpy().tobytes())
     assert len(masks) == 1 + (rounds - 1) // 4
+
+
+@pytest.mark.parametrize("average", ["mean", "mime_lite", "mime"])
+def test_closed_weights_take_the_steps_of_weights_without_gradient(average):
+    """Those of a client that has them, whatever the average; then the server's momentum takes its own, with Mime."""
+    model = nn.Linear(3, 2)
+    model.unused = nn.Parameter(torch.randn(5))
+    flat, mime = FlatModule(model), "" if average == "mean" else average
+    start, momentum = flat.values.clone(), torch.randn_like(flat.values)
+    batches = [(torch.randn(8, 3), torch.arange(8) % 2) for _ in range(3)]
+    correction = full_gradient(flat, batches, 0.2)
+    expected, _ = train_weights(flat, batches, start, momentum, 0.1, 0.9, 0.2, mime, correction)
+    if mime:
+        expected = 0.9 * momentum + correction
+    closed = torch.zeros_like(start, dtype=torch.bool)
+    closed[flat.spans["unused"]] = True
+    weights, state = decay_closed(start, momentum, closed, 3, 0.1, 0.9, 0.2, bool(mime))
+    assert_close(weights[closed], flat.values[closed])
+    assert_close(state[closed], expected[closed])
+    assert torch.equal(weights[~closed], start[~closed])
+
+
+def test_closed_weights_of_a_federation_follow_its_average():
+    run = make_run("bip", average="mime_lite", mask_start=0.0, local_steps=3, weight_decay=0.1)
+    run.round()
+    closed, old = ~run.pruner.mask, (run.weights, run.momentum)
+    lr = run.round()["lr"]
+    expected = decay_closed(*old, closed, 3, lr, run.settings.momentum, 0.1, mime=True)
+    assert old[1][closed].abs().max() > 0
+    assert torch.equal(run.weights[closed], expected[0][closed])
+    assert torch.equal(run.momentum[closed], expected[1][closed])
 
 
 def test_clients_need_no_closed_weights_for_the_scores():

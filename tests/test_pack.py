@@ -90,6 +90,16 @@ def test_strides_do_not_matter(backend):
         assert same(out, unpack(message, out=expected, mode=mode))
 
 
+@pytest.mark.parametrize(("shape", "strides"), [((2, 3), (3, 2)), ((4, 1, 3), (7, 0, 2)), ((3, 4), (1, 10))])
+def test_elements_apart_are_written_whatever_their_strides(shape, strides, backend):
+    values = torch.arange(1.0, 1 + math.prod(shape)).view(shape)
+    memory = torch.zeros(40)
+    out = memory.as_strided(shape, strides)
+    unpack(pack(values), out=out)
+    assert torch.equal(out, values)
+    assert memory.count_nonzero() == values.numel()
+
+
 @pytest.mark.parametrize("out_dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_modes(dtype, out_dtype, backend):
@@ -157,6 +167,32 @@ def test_int8_rounds_without_bias():
     assert (mean - values).abs().max() < 5 * (0.5 / 127) / math.sqrt(400)
 
 
+@pytest.mark.parametrize("rounding", [0.0, 1 - 2.0**-24])
+@pytest.mark.parametrize("block", [0, 7, 64])
+def test_int8_values_on_the_grid_stay(block, rounding, monkeypatch):
+    """Whatever the random numbers, and whatever the scale."""
+    generator = torch.Generator().manual_seed(0)
+    for i in range(50):
+        values = torch.randn(500, generator=generator) * 2.0 ** (5 * i - 120)
+        once = unpack(pack(values, dtype=torch.int8, block=block, generator=generator))
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "rand", lambda n, generator: torch.full((n,), rounding))
+            assert same(unpack(pack(once, dtype=torch.int8, block=block)), once)
+
+
+def test_int8_of_the_largest_and_smallest_numbers():
+    largest = torch.finfo(torch.float32).max
+    found = unpack(pack(torch.tensor([largest, 1.0, -largest]), dtype=torch.int8))
+    assert found.isfinite().all()
+    assert found.tolist() == pytest.approx([largest, 0, -largest], rel=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    for value in (1e-37, 3e-40):
+        values = torch.full((100_000,), value)
+        mean = unpack(pack(values, dtype=torch.int8, generator=generator)).double().mean()
+        error = 0.5 * torch.finfo(torch.float32).tiny / math.sqrt(100_000)  # of a mean of steps of the least scale
+        assert abs(mean - value) < 5 * error
+
+
 def test_int8_of_zeros_and_nothing(backend):
     for n in (0, 10):
         assert same(unpack(pack(torch.zeros(n), dtype=torch.int8)), torch.zeros(n))
@@ -201,6 +237,29 @@ def test_models(backend):
     unpack(pack(sender), out=receiver)
     with pytest.raises(PackError, match=r"tensor '0.weight': the mask has 108 of 216 positions and hash"):
         unpack(pack(sender, format="values"), out=receiver)
+
+
+def test_all_of_a_model_travels_as_a_mapping(backend):
+    """As the docstring of pack says: masked weights at their masks, everything else whole."""
+
+    def model(seed):
+        torch.manual_seed(seed)
+        network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 4))
+        nn.init.normal_(network[1].running_mean)
+        return sb.sparsify(network, 0.9, seed=0, exclude=["3"])
+
+    sender, receiver = model(1), model(2)
+    floating = {name: t for name, t in sender.state_dict().items() if t.is_floating_point()}
+    message = pack(floating, sender)
+    assert [e.name for e in message.entries if e.format != "dense"] == ["0.weight"]
+    unpack(message, out=receiver.state_dict())
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(receiver.eval()(x), sender.eval()(x))
+
+
+def test_a_model_without_masks_is_refused():
+    with pytest.raises(ValueError, match=r"values is a Linear without masks, .*give a mapping: \{name: t for name"):
+        pack(nn.Linear(3, 2))
 
 
 # -- sizes ------------------------------------------------------------------------------------------------------------
@@ -441,6 +500,8 @@ def test_refusals():
         ({"out": values[:3]}, r"out for tensor is torch.float32 of shape \[3, 2\]; the message needs .* \[6, 2\]"),
         ({"out": mask}, r"out for tensor is torch.bool of shape"),
         ({"out": torch.zeros(1, 2).expand(6, 2)}, r"out for tensor has elements that share memory"),
+        ({"out": torch.zeros(8).as_strided((6, 2), (1, 1))}, r"share memory \(shape \[6, 2\], strides \[1, 1\]\)"),
+        ({"out": torch.zeros(15).as_strided((6, 2), (2, 4))}, r"share memory"),
         ({"out": {"a": values}}, r"out is a dict; the message holds one tensor"),
         ({"mask": ~mask}, r"tensor: the mask has \d+ of 12 positions and hash"),
     ]:

@@ -54,12 +54,13 @@ def _federated(args: argparse.Namespace, ranks: Ranks) -> dict[str, dict[str, An
     for name in names:
         if name not in METHODS:
             raise ValueError(f"method={name!r} is not known; allowed: {', '.join(METHODS)}")
-    if args.evaluations < 1:
-        raise ValueError(f"evaluations={args.evaluations} is not allowed; expected at least 1")
+    for flag, least in (("evaluations", 1), ("max_rounds", 1), ("checkpoint_freq", 0)):
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            raise ValueError(f"{flag}={value} is not allowed; expected at least {least}")
     settings = make_settings(args)
-    data = load_data(
-        args.data, args.data_path, batch_size=args.batch_size, eval_batch_size=250, seed=args.seed, device=ranks.device
-    )
+    # Clients make batches of their own, of all their samples where these are fewer than batch_size.
+    data = load_data(args.data, args.data_path, batch_size=1, eval_batch_size=250, seed=args.seed, device=ranks.device)
     if args.limit is not None:
         data = dataclasses.replace(data, train=_first(data, args.limit))
     labels = data.train.labels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,10 +32,11 @@ def partition(
         targets: int64 ``[n]``, classes; any integers will do.
         workers: number of workers or clients, at most n.
         how: ``iid``: at random, sizes equal to within one; ``dirichlet``: each class is shared out in proportions drawn
-            from Dirichlet(alpha), anew until every worker has 10 samples; ``label``: sorted by class and cut in equal
-            pieces; ``shards``: sorted by class, cut in ``shards`` pieces a worker, and these dealt at random (McMahan
-            et al. 2017); ``source``: whole sources, the largest first, each to the worker that has least.
-        alpha: of ``dirichlet``; the smaller, the more unequal.
+            from Dirichlet(alpha), anew until every worker has 10 samples, or n // workers if that is less; ``label``:
+            sorted by class and cut in equal pieces; ``shards``: sorted by class, cut in ``shards`` pieces a worker, and
+            these dealt at random (McMahan et al. 2017); ``source``: whole sources, the largest first, each to the
+            worker that has least.
+        alpha: of ``dirichlet``, a finite number above 0; the smaller, the more unequal.
         balance: of ``dirichlet``: a worker that has its equal share, n / workers samples, gets nothing of the classes
             that are shared out after that. This is the scheme of NIID-Bench, CCVR and DWNP's code.
         shards: of ``shards``: pieces that each worker gets, and so about the most classes that it sees.
@@ -71,9 +73,10 @@ def partition(
 
 
 def _dirichlet(targets: Tensor, order: Tensor, workers: int, alpha: float, balance: bool, seed: int) -> list[Tensor]:
-    if not alpha > 0:
-        raise ValueError(f"alpha={alpha!r} is not allowed; expected a number above 0")
+    if not (alpha > 0 and math.isfinite(alpha)):
+        raise ValueError(f"alpha={alpha!r} is not allowed; expected a finite number above 0")
     n = len(targets)
+    least = min(_LEAST, n // workers)
     random = np.random.default_rng(seed)
     members = [order[targets[order] == label] for label in targets.unique()]
     for _ in range(_DRAWS):
@@ -88,10 +91,10 @@ def _dirichlet(targets: Tensor, order: Tensor, workers: int, alpha: float, balan
             for k, piece in enumerate(_cut(of_class, share)):
                 parts[k].append(piece)
                 held[k] += len(piece)
-        if held.min() >= min(_LEAST, n // workers):
+        if held.min() >= least:
             return [torch.cat(part).sort().values for part in parts]
     raise ValueError(
-        f"partition='dirichlet': with {alpha=} no draw of {_DRAWS} gave each of {workers} workers {_LEAST} samples"
+        f"partition='dirichlet': with {alpha=} no draw of {_DRAWS} gave each of {workers} workers {least} samples"
     )
 
 

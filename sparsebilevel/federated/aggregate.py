@@ -16,7 +16,8 @@ def aggregate_masked(
 ) -> dict[str, Tensor]:
     """Weighted average of every entry over the devices that keep it; ``old`` where none of them does.
 
-    What a device sends at an entry that it does not keep is not looked at. Sums are in float64; integers are rounded.
+    What a device sends at an entry that it does not keep, or with a weight of 0, is not looked at. Sums are in float64;
+    integers are rounded.
 
     Args:
         updates: of each device, tensors by name, of the names and shapes of ``old``.
@@ -47,6 +48,8 @@ def aggregate_masked(
         total = torch.zeros(before.shape, dtype=torch.float64, device=before.device)
         count = torch.zeros_like(total)
         for update, mask, weight in zip(updates, masks, weights, strict=True):
+            if weight == 0:  # and not 0 * NaN
+                continue
             kept = mask.get(name)
             value = update[name].to(total)
             # Not value * kept: an entry that is not kept may hold anything, such as NaN.

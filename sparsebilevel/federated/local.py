@@ -132,10 +132,15 @@ def train_weights(
         if mime == "mime":
             assert correction is not None
             here = flat.values.clone()
+            # Statistics of normalization are those of the passes that train, so this one leaves none.
+            buffers = [b for b in flat.module.buffers() if b.dtype != torch.bool]
+            before = [b.clone() for b in buffers]
             flat.load(start)
             there = flat.gradient_of(lambda x=x, y=y: F.cross_entropy(flat.module(x), y))[1]  # type: ignore[misc]
             gradient += correction - there.add(start, alpha=weight_decay)
             flat.load(here)
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
         flat.values.sub_(gradient.add(momentum, alpha=decay), alpha=lr)
     return momentum, dict(zip(("loss", "correct", "count"), sums.tolist(), strict=True))
 

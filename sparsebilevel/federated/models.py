@@ -30,9 +30,15 @@ NORMS = ("batch", "group")
 
 
 class StandardizedConv2d(nn.Conv2d):
-    """A convolution whose filters have mean 0 and standard deviation 1 (Qiao et al. 2019, weight standardization)."""
+    """A convolution whose filters have mean 0 and standard deviation 1 (Qiao et al. 2019, weight standardization).
+
+    A filter of a single weight, as a 1x1 convolution has that slicing left one input channel, is taken as it is: it has
+    no standard deviation, and without its mean it would be 0.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.weight[0].numel() == 1:
+            return super().forward(input)
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
         std = weight.flatten(1).std(1).view(-1, 1, 1, 1) + 1e-5
         return self._conv_forward(input, weight / std, self.bias)

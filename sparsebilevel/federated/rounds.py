@@ -427,8 +427,8 @@ class Federation:
     def _keep_closed(self, old: tuple[Tensor, Tensor], lr: float) -> None:
         """Closed weights, which no client has, go on from their ``old`` values and momentum."""
         assert self.pruner is not None
-        s, is_open = self.settings, self.pruner.mask
-        weights, momentum = decay_closed(*old, ~is_open, s.local_steps, lr, s.momentum, s.weight_decay)
+        s, is_open, mime = self.settings, self.pruner.mask, self.settings.average != "mean"
+        weights, momentum = decay_closed(*old, ~is_open, s.local_steps, lr, s.momentum, s.weight_decay, mime)
         self.weights = torch.where(is_open, self.weights, weights)
         self.momentum = torch.where(is_open, self.momentum, momentum)
 
@@ -519,8 +519,11 @@ class Federation:
         return server, torch.stack(devices)
 
     def _energies(self) -> Tensor:
-        """Of every gate: the mean square of its channel's activations, summed over devices; float64 ``[G]``."""
-        replies = self._collect("energy", None, lambda k: self._request("energy", k, None))
+        """Of every gate: the mean square of its channel's activations, summed over devices; float64 ``[G]``.
+
+        All of them are asked, also where rounds have a sample of clients, since there is no other round of this kind.
+        """
+        replies = self._collect("energy", range(self.clients), lambda k: self._request("energy", k, None))
         return torch.stack([reply["energy"] for reply in replies.values()]).sum(0)
 
     def _ranks(self) -> Tensor:

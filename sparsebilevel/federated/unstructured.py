@@ -231,9 +231,16 @@ class Pruner:
 
 
 def decay_closed(
-    weights: Tensor, momentum: Tensor, closed: Tensor, steps: int, lr: float, decay: float, weight_decay: float
+    weights: Tensor,
+    momentum: Tensor,
+    closed: Tensor,
+    steps: int,
+    lr: float,
+    decay: float,
+    weight_decay: float,
+    mime: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Steps of SGD with momentum where the mask is closed: there is no gradient but that of the weight decay.
+    """A round's steps where the mask is closed: there is no gradient but that of the weight decay.
 
     The server takes them, since clients do not have closed weights. With them a federation of one client is the
     library's method; without, closed weights would win against open ones, which decay.
@@ -241,13 +248,21 @@ def decay_closed(
     Args:
         weights, momentum: float [P].
         closed: bool [P].
+        steps, lr, decay, weight_decay: of SGD with momentum, see `train_weights`.
+        mime: the momentum stays during the steps, and takes one of its own with the gradient at ``weights``.
 
     Returns:
         New weights and momentum, unchanged elsewhere.
     """
     values, state = weights[closed], momentum[closed]
+    gradient = weight_decay * values
     for _ in range(steps):
-        sgd(values, weight_decay * values, state, lr, decay)
+        if mime:
+            values = values - lr * (weight_decay * values + decay * state)
+        else:
+            sgd(values, weight_decay * values, state, lr, decay)
+    if mime:
+        state = decay * state + gradient
     weights, momentum = weights.clone(), momentum.clone()
     weights[closed], momentum[closed] = values, state
     return weights, momentum
