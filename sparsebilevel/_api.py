@@ -7,8 +7,10 @@ from .layout import optimize_for_cpu
 from .masks import NM, Block, Channel, Filter, Pattern, Unstructured, binarize
 from .methods import HYDRA, IMP, METHODS, OMP, SET, BiDST, BiP, RigL, Sparsifier, Static
 from .nn import FusedBatchNorm2d, SparseMaskedConv2d, SparseMaskedLinear, densify, sparse_layers, sparsify
+from .training.ema import EMA
 
 __all__ = [
+    "EMA",
     "HYDRA",
     "IMP",
     "METHODS",

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -36,17 +37,10 @@ _ELEMENTWISE = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Sigmoid, nn.Tanh),
     *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Identity, nn.Dropout, nn.Dropout2d),
 )
-_ELEMENTWISE_CALLS: dict[Any, Callable[[Tensor], Tensor]] = {
-    **{
-        F.relu: torch.relu,
-        torch.relu: torch.relu,
-        "relu": torch.relu,
-        F.relu6: F.relu6,
-        F.gelu: F.gelu,
-        F.silu: F.silu,
-    },
-    **{torch.sigmoid: torch.sigmoid, torch.tanh: torch.tanh, F.hardswish: F.hardswish},
-    **{"contiguous": lambda x: x, "clone": lambda x: x},
+# Called with the further arguments of the node, such as ``approximate="tanh"``.
+_ELEMENTWISE_CALLS: dict[Any, Callable[..., Tensor]] = {
+    **{f: f for f in (F.relu, torch.relu, F.relu6, F.gelu, F.silu, F.hardswish, torch.sigmoid, torch.tanh)},
+    **{"relu": torch.relu, "contiguous": lambda x, **_: x, "clone": lambda x, **_: x},
 }
 _POOLING_CALLS = (F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.max_pool2d)
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -165,7 +159,8 @@ class _Analysis:
         if node.op in ("call_function", "call_method") and value is not None:
             assert source is not None
             if node.target in _ELEMENTWISE_CALLS and len(node.all_input_nodes) == 1:
-                return self._elementwise(value, _ELEMENTWISE_CALLS[node.target])
+                function = _ELEMENTWISE_CALLS[node.target]
+                return self._elementwise(value, lambda x: function(x, *node.args[1:], **node.kwargs))
             if node.target in _ADDITIONS and len(node.args) == 2 and not node.kwargs:
                 other = self.values.get(node.args[1]) if isinstance(node.args[1], fx.Node) else None
                 if other is not None and _shape(source) == _shape(node.args[1]) and _alike(value, other):
@@ -176,7 +171,7 @@ class _Analysis:
                     return value
                 if _is_flatten(node, source):
                     return self._flatten(value, _shape(source))
-            if _reads_batch_size(node):
+            if _reads_batch_size_alone(node, source):
                 return None
         self._protect(node)
         return None
@@ -203,7 +198,8 @@ class _Analysis:
             if isinstance(module, _POOLING):
                 return value
             if isinstance(module, nn.AvgPool2d):
-                exact = not module.count_include_pad or module.padding in (0, (0, 0))
+                is_padded = module.count_include_pad and module.padding not in (0, (0, 0))
+                exact = module.divisor_override is None and not is_padded  # the mean of equal numbers
                 constant = value.constant
                 return value if exact else dataclasses.replace(value, constant=constant.where(constant == 0, torch.nan))
             if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
@@ -290,23 +286,44 @@ def _norm_of_constant(module: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _is_flatten(node: fx.Node, source: fx.Node) -> bool:
-    """``flatten(x, 1)`` in any spelling, and ``x.view(x.size(0), -1)``."""
+    """``flatten(x, 1)`` in any spelling, and ``view`` or ``reshape`` to ``(x.size(0), -1)`` in any."""
     if node.target in (torch.flatten, "flatten"):
         arguments = (*node.args[1:], *node.kwargs.values())
         return arguments in ((1,), (1, -1))
-    if node.target in ("view", "reshape") and len(node.args) == 3 and node.args[2] == -1:
-        size = node.args[1]
-        return isinstance(size, fx.Node) and source in size.all_input_nodes and _reads_batch_size(size)
+    if node.target in (torch.reshape, "view", "reshape"):
+        sizes: Any = (*node.args[1:], *node.kwargs.values())
+        sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+        is_flat = len(sizes) == 2 and sizes[1] == -1 and _shape(node)[:1] == _shape(source)[:1]
+        return is_flat and _is_batch_size(sizes[0], source)
     return False
 
 
-def _reads_batch_size(node: fx.Node) -> bool:
-    """``x.size(0)``, or ``x.shape`` of which only the first entry is used, or that entry."""
-    if node.op == "call_method" and node.target == "size":
-        return node.args[1:] == (0,)
+def _is_batch_size(node: Any, source: fx.Node) -> bool:
+    """``x.size(0)``, ``x.size()[0]`` or ``x.shape[0]``, where ``x`` is ``source`` or what the model is given."""
+    if not isinstance(node, fx.Node):
+        return False
+    if node.target is operator.getitem:
+        node, index = node.args
+        if not isinstance(node, fx.Node) or index != 0 or not _gives_all_sizes(node):
+            return False
+    elif node.op != "call_method" or node.target != "size" or (*node.args[1:], *node.kwargs.values()) != (0,):
+        return False
+    x = node.args[0]
+    return x is source or (isinstance(x, fx.Node) and x.op == "placeholder")
+
+
+def _gives_all_sizes(node: fx.Node) -> bool:
+    """``x.size()`` and ``x.shape``."""
     if node.target is getattr:
-        return node.args[1] == "shape" and all(u.target is operator.getitem and u.args[1] == 0 for u in node.users)
-    return False
+        return node.args[1] == "shape"
+    return node.op == "call_method" and node.target == "size" and len(node.args) == 1 and not node.kwargs
+
+
+def _reads_batch_size_alone(node: fx.Node, source: fx.Node) -> bool:
+    """Whether no other size of ``source`` is read: by ``n, c, h, w = x.shape`` too, if the others are not used."""
+    if _gives_all_sizes(node):
+        return all(u.target is operator.getitem and (u.args[1] == 0 or not u.users) for u in node.users)
+    return _is_batch_size(node, source)
 
 
 def _is_spatial_mean(node: fx.Node) -> bool:
@@ -330,6 +347,17 @@ def cut_channels(module: Any, keep: Tensor) -> None:
             setattr(module, name, size)
 
 
+class _OneArgument(nn.Module):
+    """The call that is traced: Python fills in the defaults of other arguments, and the graph does not have them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        return self.model(x)
+
+
 @torch.no_grad()
 def slice_model(model: nn.Module, example_input: Tensor) -> nn.Module:
     """A physically smaller dense network that computes the same as ``model`` does in evaluation mode.
@@ -344,12 +372,12 @@ def slice_model(model: nn.Module, example_input: Tensor) -> nn.Module:
 
     Args:
         model: sparse or dense; is not changed. Must be traceable by ``torch.fx``.
-        example_input: a batch that the model takes; its shape alone matters. The result is checked on random data of
-            this shape.
+        example_input: a batch that the model takes, as its only argument; its shape alone matters. The result is
+            checked on random data of this shape.
 
     Returns:
         A copy in evaluation mode, on the device of ``example_input``, of the same classes with smaller layers. Where a
-        constant was folded into a layer without bias, it has one now.
+        constant was folded into a layer without bias, it has one now. If nothing could be removed a warning says so.
 
     Raises:
         ValueError: ``torch.fx`` cannot trace the model.
@@ -359,12 +387,18 @@ def slice_model(model: nn.Module, example_input: Tensor) -> nn.Module:
     # Copies, on the CPU, where double precision costs nothing and nobody waits.
     small, x = densify(original).cpu(), example_input.cpu()
     try:
-        graph = fx.symbolic_trace(small)
+        graph = fx.symbolic_trace(_OneArgument(small))
     except Exception as error:  # whatever the model's own code does with a proxy
         raise ValueError(
             f"{type(model).__name__} cannot be traced by torch.fx, which slicing needs: {error}"
         ) from error
     _Analysis(graph, x).cut()
+    if _shapes(small) == _shapes(original):
+        warnings.warn(
+            f"nothing could be sliced off {type(model).__name__}: no whole channel can go without a change of what it "
+            "computes, as after training with pattern filter or channel; the result is as large as the dense network",
+            stacklevel=3,  # past torch.no_grad
+        )
     small = small.to(example_input.device)
     x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(example_input)
     try:
@@ -373,3 +407,7 @@ def slice_model(model: nn.Module, example_input: Tensor) -> nn.Module:
     except (RuntimeError, AssertionError) as error:
         raise RuntimeError(f"the sliced {type(model).__name__} does not compute the same: {error}") from error
     return small
+
+
+def _shapes(model: nn.Module) -> list[torch.Size]:
+    return [p.shape for p in model.parameters()]

@@ -13,7 +13,6 @@ sliced        a smaller network that computes the same, from filter or channel m
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 import warnings
@@ -27,13 +26,23 @@ from torch.sparse import to_sparse_semi_structured
 
 from ._slicing import slice_model
 from .federated import load_network as load_federated
-from .models import create_model
+from .masks import NM, parse_pattern
 from .nn import densify, sparsify
-from .training.checkpoint import MASK_KEYS, CheckpointError, check_architecture, load_checkpoint
+from .training.build import create_network
+from .training.checkpoint import (
+    CheckpointError,
+    check_architecture,
+    is_mask_key,
+    load_checkpoint,
+    load_masks,
+    masked_layers,
+    network_state,
+)
 
 __all__ = ["FORMATS", "export_model", "load_network", "load_sliced", "slice_model", "to_semi_structured"]
 
 _IMAGE_SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32)}
+_BY_SUFFIX = {".pth": "dense", ".pt": "dense", ".safetensors": "safetensors", ".onnx": "onnx"}
 _IMAGE_SIZES = {"imagefolder": 224, "fake": 32}  # unless the run says another
 
 
@@ -49,9 +58,10 @@ def export_model(
 
     Args:
         source: folder of a run, or one of its checkpoints (``best.pth``); of a federated run the folder of a method.
-        output: file to write; its folder is made. An existing one is replaced, and only by a complete one.
-        format: one of ``FORMATS``; see the module's documentation. None goes by the suffix, ``.safetensors`` or
-            ``.onnx``, and is ``dense`` for all others.
+        output: file to write, whose suffix is that of the format: ``.safetensors``, ``.onnx``, or ``.pth`` or ``.pt``
+            for all others. Its folder is made. An existing one is replaced, and only by a complete one.
+        format: one of ``FORMATS``; see the module's documentation. None goes by the suffix, and ``.pth`` and ``.pt``
+            are ``dense``.
         input_shape: (C, H, W) of one sample, for ``onnx`` and ``sliced``; by default that of the run's data.
         client: of a federated run, the device whose smaller network is written; None for the server's.
 
@@ -59,17 +69,18 @@ def export_model(
         ``output`` as a path.
 
     Raises:
-        FileNotFoundError, ValueError: no such run or checkpoint, or damaged; unknown format; a model or device that the
-            format does not suit.
+        FileNotFoundError, ValueError: no such run or checkpoint, or damaged; unknown format, or a suffix that is not
+            the format's; a model or device that the format does not suit.
         ImportError: ``safetensors`` and ``onnx`` need ``pip install 'sparsebilevel[export]'``.
     """
     output = Path(output)
-    if format is None:
-        format = {".safetensors": "safetensors", ".onnx": "onnx"}.get(output.suffix, "dense")
-    if format not in _WRITERS:
+    if format is not None and format not in _WRITERS:
         raise ValueError(f"format={format!r} is not known; allowed: {', '.join(FORMATS)}")
     if output.is_dir():
         raise ValueError(f"output={str(output)!r} is not allowed; expected a file, and this is a folder")
+    if format is None:
+        _check_suffix(output, None)
+        format = _BY_SUFFIX[output.suffix.lower()]
     path = _checkpoint_path(source)
     if output.resolve() == path.resolve():
         raise ValueError(f"output={str(output)!r} is the source itself; give another file")
@@ -85,12 +96,25 @@ def export_model(
     else:
         model, config = _network(checkpoint, path)
         shape = input_shape or _input_shape(config)
+    _check_suffix(output, format)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
         temporary = Path(folder) / output.name
         _WRITERS[format](model, config, torch.zeros(2, *(shape or ())), temporary)
         os.replace(temporary, output)
     return output
+
+
+def _check_suffix(output: Path, format: str | None) -> None:
+    """Refuse a name that says another format than it has, as who reads the file goes by it, or says none."""
+    if format is None:
+        allowed = tuple(_BY_SUFFIX)
+    else:
+        allowed = (f".{format}",) if format in ("safetensors", "onnx") else (".pth", ".pt")
+    if output.suffix.lower() not in allowed:
+        told = "" if format is None else f" with format={format!r}"
+        names = f"a name that ends in {', '.join(allowed)}"
+        raise ValueError(f"output={str(output)!r} is not allowed{told}; expected {names}")
 
 
 # -- reading what a run has left ---------------------------------------------------------------------------------------
@@ -113,12 +137,15 @@ def _network(checkpoint: Mapping[str, Any], path: Path) -> tuple[nn.Module, dict
     if not isinstance(checkpoint.get("config"), Mapping):
         raise CheckpointError(f"checkpoint {path} has no 'config'; expected one that `sparsebilevel train` wrote")
     config = dict(checkpoint["config"])
-    state: dict[str, Tensor] = dict(checkpoint.get("ema") or checkpoint["model"])
+    state = network_state(checkpoint)
     model = _create(config, state)
     check_architecture(model, state, path)
-    sparse = [key.removesuffix(".mask") for key in state if key.endswith(".mask")]
-    if sparse:
-        sparsify(model, 0.0, include=sparse, init="dense")
+    if layers := masked_layers(state):
+        pattern = parse_pattern(config.get("pattern", "unstructured"))
+        sparsity = float(pattern.sparsity) if isinstance(pattern, NM) else 0.0  # for now; the masks say it
+        dense_first = config.get("dense_first", False)
+        sparsify(model, sparsity, pattern=pattern, include=layers, dense_first=dense_first, init="dense")
+        load_masks(model, state, path)
     model.load_state_dict(state)
     return model.eval(), config
 
@@ -137,9 +164,8 @@ def _checkpoint_path(source: str | os.PathLike[str]) -> Path:
 
 def _create(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
     """The dense model of a config; the last layer, and so the last value of ``state``, has an entry a class."""
-    sizes = [len(value) for key, value in state.items() if value.dim() and key.rpartition(".")[2] not in MASK_KEYS]
-    shape = _input_shape(config)
-    return create_model(config["arch"], sizes[-1], math.prod(shape) if config["arch"] == "mlp" else shape[0])
+    sizes = [len(value) for key, value in state.items() if value.dim() and not is_mask_key(key)]
+    return create_network(config["arch"], sizes[-1], _input_shape(config))
 
 
 def _input_shape(config: Mapping[str, Any]) -> tuple[int, ...]:

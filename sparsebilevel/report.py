@@ -133,34 +133,66 @@ def read_run(path: str | os.PathLike[str]) -> Run:
 def read_runs(run_dirs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Run]:
     """Read several run folders; a folder that is none stands for all runs directly in it.
 
-    An empty folder beside runs, such as a run that did not start leaves, is passed over with a warning.
+    What is beside runs is passed over with a warning: an empty folder, as a run that did not start leaves, and runs of
+    ``sparsebilevel federated`` and ``decentralized``, which have tables of their own.
 
     Raises:
         FileNotFoundError: a folder does not exist, or none holds a run.
-        ValueError: no folder given, one of a federated run, or damaged files.
+        ValueError: no folder given, all of other commands, or damaged files.
     """
     folders = [Path(run_dirs)] if isinstance(run_dirs, (str, os.PathLike)) else [Path(p) for p in run_dirs]
     if not folders:
         raise ValueError("run_dirs is empty; give at least one folder of a run")
     found: dict[Path, Run] = {}
+    passed_over: list[ValueError | FileNotFoundError] = []
     for folder in folders:
-        if any((place / "facts.json").exists() for place in (folder, folder.parent)):
-            raise ValueError(
-                f"{folder} is of a federated run, which has its own table (results.csv) and pictures; expected runs of "
-                "`sparsebilevel train`"
-            )
-        inner = [] if (folder / "config.json").exists() else sorted(p.parent for p in folder.glob("*/config.json"))
-        if not folder.is_dir() or (not inner and not (folder / "config.json").exists()):
-            message = f"{folder} holds no run; expected config.json and log.jsonl in it, or in its folders"
-            if len(folders) == 1 or not folder.is_dir():
-                raise FileNotFoundError(message)
-            warnings.warn(message, stacklevel=2)
-            continue
+        inner = [] if _is_run(folder) else sorted(path.parent for path in folder.glob("*/config.json"))
         for path in inner or [folder]:
-            found.setdefault(path.resolve(), read_run(path))
+            error = _why_no_run(path)
+            if error is None:
+                found.setdefault(path.resolve(), read_run(path))
+            elif folder.is_dir():
+                passed_over.append(error)
+            else:
+                raise error
     if not found:
-        raise FileNotFoundError(f"none of {', '.join(map(str, folders))} holds a run")
+        if len(passed_over) == 1:
+            raise passed_over[0]
+        reasons = "; ".join(dict.fromkeys(map(str, passed_over)))
+        raise type(passed_over[0])(f"none of {', '.join(map(str, folders))} holds a run: {reasons}")
+    for error in passed_over:
+        warnings.warn(f"{error}; it is left out", stacklevel=2)
     return list(found.values())
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.json").is_file() and (path / "log.jsonl").is_file()
+
+
+def _why_no_run(path: Path) -> ValueError | FileNotFoundError | None:
+    """What is wrong with a folder as that of a run of ``train``; None if nothing."""
+    if (command := _other_command(path)) is not None:
+        shows = {"federated": "its own table (results.csv) and pictures", "decentralized": "a picture of its own"}
+        return ValueError(
+            f"{path} is of a {command} run, which has {shows[command]}; expected runs of `sparsebilevel train`"
+        )
+    if not _is_run(path):
+        return FileNotFoundError(f"{path} holds no run; expected config.json and log.jsonl in it, or in its folders")
+    return None
+
+
+def _other_command(path: Path) -> str | None:
+    """Which other command than ``train`` wrote a folder, as far as it is known."""
+    for place in (path, path.parent):  # the others have one for each method or algorithm in that of the run
+        if (place / "facts.json").exists():
+            return "federated"
+        try:
+            config = json.loads((place / "config.json").read_text())
+        except (OSError, ValueError):  # there is none, or `read_run` says what is wrong with it
+            continue
+        if isinstance(config, dict) and "algorithm" in config:
+            return "decentralized"
+    return None
 
 
 def group_runs(runs: Iterable[Run]) -> list[Group]:

@@ -142,7 +142,8 @@ def test_a_run_can_be_repeated_from_its_config(tmp_path):
         (["train", "--config", "nowhere.json"], "nowhere.json"),
         (["train", "--method", "static", "--tau", "1"], "method static has no such option"),
         (["report", "nowhere"], "nowhere is no run folder"),
-        (["export", "nowhere", "-o", "x"], "nowhere"),
+        (["export", "nowhere", "-o", "x.pth"], "nowhere"),
+        (["export", "nowhere", "-o", "x.foo"], "output='x.foo' is not allowed; expected a name that ends in .pth, .pt"),
         (["bench", "resnet20000"], "unknown model 'resnet20000'"),
         (["bench", "digits_cnn", "-b", "0"], "batch_size=0 is not allowed"),
         (["ablate", "--method", "rigl"], "method='rigl' has no usual ablation"),
@@ -287,7 +288,21 @@ def test_report_and_export(tmp_path, capsys, monkeypatch):
     before = set(tmp_path.iterdir())
     cli.main(["report", "runs"])
     assert set(tmp_path.iterdir()) - before == {tmp_path / "report"}  # all of it in one folder
+    output = capsys.readouterr().out
+    assert "digits_cnn on digits\n  method  seeds" in output
+    assert "report: report/report.html" in output
+    federated = tmp_path / "runs" / "federated" / "dwnp"
+    federated.mkdir(parents=True)
+    (federated / "log.jsonl").write_text('{"round": 1}\n')
+    (federated.parent / "facts.json").write_text("{}")
+    (tmp_path / "runs" / "empty").mkdir()
+    with pytest.warns(UserWarning, match="left out") as warned:
+        cli.main(["report", *(f"runs/{name}" for name in ("a", "empty", "federated"))])
+    said = [str(w.message) for w in warned if "left out" in str(w.message)]
+    assert ["empty is no run" in said[0], "dwnp is of a federated run" in said[1], len(said)] == [True, True, 2]
     assert "report: report/report.html" in capsys.readouterr().out
+    assert "runs/empty is no run folder" in refused(capsys, "report", "runs/empty")
+    assert "is of a federated run" in refused(capsys, "report", "runs/federated")
     cli.main(["export", str(tmp_path / "runs" / "a"), "-o", str(tmp_path / "dense.pth")])
     assert (tmp_path / "dense.pth").exists()
     assert "written" in capsys.readouterr().out
@@ -307,6 +322,18 @@ def test_bench(tmp_path, capsys):
             assert part in last
     cli.main(["bench", "mlp", "-b", "4"])
     assert "optimize_for_cpu" not in capsys.readouterr().out  # it has no convolution
+
+
+def test_bench_measures_the_masks_of_a_run(tmp_path, capsys):
+    """Which keep other counts than the target shares out evenly."""
+    flags = ["--method", "omp", "--distribution", "global", *TINY]
+    cli.main(["train", *flags, "--output-dir", str(tmp_path)])
+    rows = next(row for row in read_log(tmp_path) if row["type"] == "layers")["layers"]
+    cli.main(["bench", str(tmp_path), "-b", "4"])
+    table = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
+    for row in rows:
+        assert table[row["name"]][2] == f"{1 - row['density']:.4f}"
+    assert len({row["density"] for row in rows}) > 1
 
 
 def test_bench_tunes_on_gpus_only(capsys):

@@ -1,6 +1,8 @@
 """Export: what is written loads elsewhere and computes the same; slicing is exact."""
 
 import copy
+import re
+import warnings
 
 import pytest
 import torch
@@ -8,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparsebilevel as sb
-from sparsebilevel.export import export_model, load_sliced, slice_model, to_semi_structured
+from sparsebilevel.export import export_model, load_network, load_sliced, slice_model, to_semi_structured
 from sparsebilevel.models import create_model
+from sparsebilevel.training import Config, train
 
 
 def params(model):
@@ -81,7 +84,9 @@ def test_constant_of_a_removed_filter_is_folded_only_where_that_is_exact(padding
         model[1].bias.fill_(1.0)
         model[1].running_mean.fill_(0.0)
         model[0].bias.fill_(0.2)
-    small = sliced(model, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where nothing can go
+        small = sliced(model, x)
     assert small[0].out_channels == expected
     assert (small[3].bias is not None) == (expected == 6)
 
@@ -158,8 +163,106 @@ class Shared(nn.Module):
 
 def test_what_cannot_be_followed_stays():
     model = sb.sparsify(Shared(), 0.5, pattern="filter", seed=1)
-    small = sliced(model, torch.randn(2, 4, 3, 3))
+    with pytest.warns(UserWarning, match="nothing could be sliced off Shared: no whole channel can go") as warned:
+        small = sliced(model, torch.randn(2, 4, 3, 3))
+    assert warned[0].filename == __file__
     assert params(small) == params(model)
+
+
+def unpack(x):
+    n, _, _, _ = x.shape
+    return x.view(n, -1)
+
+
+FLATTENINGS = {
+    "flatten": lambda x: torch.flatten(x, 1),
+    "size(0)": lambda x: x.view(x.size(0), -1),
+    "size(dim=0)": lambda x: x.view(x.size(dim=0), -1),
+    "size()[0]": lambda x: x.view(x.size()[0], -1),
+    "shape[0]": lambda x: x.reshape(x.shape[0], -1),
+    "tuple": lambda x: x.view((x.size(0), -1)),
+    "torch.reshape": lambda x: torch.reshape(x, (x.size(0), -1)),
+    "torch.reshape by name": lambda x: torch.reshape(x, shape=[x.shape[0], -1]),
+    "unpacked shape": unpack,
+}
+
+
+class Flattening(nn.Module):
+    def __init__(self, flatten):
+        super().__init__()
+        self.flatten = flatten
+        self.conv, self.fc = nn.Conv2d(1, 8, 3), nn.Linear(8 * 36, 3)
+
+    def forward(self, x):
+        return self.fc(self.flatten(F.relu(self.conv(x))))
+
+
+@pytest.mark.parametrize("spelling", FLATTENINGS)
+def test_flattening_is_followed_in_every_spelling(spelling):
+    model = sb.sparsify(Flattening(FLATTENINGS[spelling]), 0.75, pattern="filter", exclude="fc", seed=0)
+    small = sliced(model, torch.randn(2, 1, 8, 8))
+    assert (small.conv.out_channels, small.fc.in_features) == (2, 2 * 36)
+
+
+def test_flattening_by_the_batch_size_of_the_input():
+    class FromInput(Flattening):
+        def forward(self, x):
+            n = x.shape[0]
+            return self.fc(F.relu(self.conv(x)).view(n, -1))
+
+    model = sb.sparsify(FromInput(None), 0.75, pattern="filter", exclude="fc", seed=0)
+    assert sliced(model, torch.randn(2, 1, 8, 8)).conv.out_channels == 2
+
+
+@pytest.mark.parametrize(
+    "flatten", [lambda x: x.view(x.size(1), -1), lambda x: x.view(x.size(0), x.size(1) * x.size(2) * x.size(3))]
+)
+def test_other_sizes_keep_their_channels(flatten):
+    model = Flattening(flatten)
+    model.fc = nn.Linear(8 * 36, 3)
+    sb.sparsify(model, 0.75, pattern="filter", exclude="fc", seed=0)
+    with pytest.warns(UserWarning, match="nothing could be sliced off"):
+        assert sliced(model, torch.randn(8, 1, 8, 8)).conv.out_channels == 8
+
+
+def test_a_pooling_whose_divisor_is_not_its_size_makes_other_numbers_of_constants():
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.AvgPool2d(2, divisor_override=3), nn.Conv2d(8, 2, 1))
+    sb.sparsify(model, 0.5, init="dense")
+    masked(model[0], rows=(0, 1, 2))
+    with torch.no_grad():
+        model[0].bias[:2] = 0.0  # zeros stay zeros
+        model[0].bias[2] = 1.0
+    assert sliced(model, torch.randn(2, 1, 8, 8))[0].out_channels == 6
+
+
+def test_arguments_of_an_activation_hold_for_constants_too():
+    class Activated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.b(F.gelu(F.relu(self.a(x), True), approximate="tanh"))
+
+    model = sb.sparsify(Activated(), 0.5, init="dense").double()
+    masked(model.a, rows=range(5))
+    with torch.no_grad():
+        model.a.bias.fill_(2.0)
+        model.b.weight.fill_(1.0)
+    x = torch.randn(2, 4, dtype=torch.double)
+    torch.testing.assert_close(slice_model(model, x)(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_optional_arguments_take_their_defaults():
+    class Optional(Flattening):
+        def forward(self, x, skip=None, pool=(1, 1), *, double=False):
+            x = F.max_pool2d(self.conv(x), pool)
+            if skip is not None:
+                x = x + skip
+            return self.fc(self.flatten(F.relu(2 * x if double else x)))
+
+    model = sb.sparsify(Optional(FLATTENINGS["flatten"]), 0.75, pattern="filter", exclude="fc", seed=0)
+    assert sliced(model, torch.randn(2, 1, 8, 8)).conv.out_channels == 2
 
 
 def test_a_layer_keeps_one_channel():
@@ -224,14 +327,33 @@ def test_only_federated_runs_have_clients(run, tmp_path):
         export_model(folder, tmp_path / "x.pth", client=0)
 
 
-def test_averaged_weights_are_exported(run, tmp_path):
-    folder, model = run()
-    checkpoint = torch.load(folder / "checkpoint.pth", weights_only=True)
-    checkpoint["ema"] = {k: v + 1 if v.is_floating_point() else v for k, v in checkpoint["model"].items()}
-    torch.save(checkpoint, folder / "best.pth")
-    found = torch.load(export_model(folder / "best.pth", tmp_path / "ema.pth"), weights_only=True)
-    *_, last = found.values()
-    torch.testing.assert_close(last, list(model.parameters())[-1] + 1)
+@pytest.mark.parametrize("is_older", [False, True])
+def test_averaged_weights_of_a_run_are_exported(is_older, tmp_path):
+    options = {"measure": False, "quiet": True, "validation": 0.1, "batch_size": 256, "update_freq": "2"}
+    train(Config(method="rigl", epochs=1, model_ema=True, output_dir=str(tmp_path / "run"), **options))
+    for file in (tmp_path / "run" / "checkpoint.pth", tmp_path / "run" / "best.pth"):
+        checkpoint = torch.load(file, weights_only=True)
+        ema = checkpoint["ema"]
+        if is_older:  # the count stood among the weights
+            torch.save(checkpoint | {"ema": ema | {"ema_steps": torch.tensor(checkpoint.pop("ema_steps"))}}, file)
+        found = torch.load(export_model(file, tmp_path / "ema.pth"), weights_only=True)
+        create_model("digits_cnn").load_state_dict(found)
+        assert not torch.equal(ema["0.weight"], checkpoint["model"]["0.weight"])
+        assert torch.equal(found["0.weight"], ema["0.weight"] * ema["0.mask"])
+    network, _ = load_network(tmp_path / "run")
+    assert torch.equal(network[0].weight, checkpoint["ema"]["0.weight"])
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "filter", "nm:2:4"])
+def test_a_loaded_network_goes_on_with_its_masks_and_its_pattern(run, pattern):
+    folder, model = run("mlp", 0.5, pattern)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        network, _ = load_network(folder)
+    sb.Static(network)
+    for (_, found), (_, expected) in zip(sb.sparse_layers(network), sb.sparse_layers(model), strict=True):
+        assert torch.equal(found.mask, expected.mask)
+        assert (found.pattern, found.num_kept) == (expected.pattern, expected.num_kept)
 
 
 def test_safetensors_export(run, tmp_path):
@@ -273,6 +395,29 @@ def test_the_suffix_says_the_format_and_the_folder_is_made(run, tmp_path):
     folder, _ = run()
     written = export_model(folder, tmp_path / "new" / "net.safetensors")
     assert set(load_file(written)) == set(torch.load(export_model(folder, tmp_path / "net.pt"), weights_only=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "message"),
+    [
+        ("net.foo", None, "net.foo' is not allowed; expected a name that ends in .pth, .pt, .safetensors, .onnx"),
+        ("net", None, "net' is not allowed; expected a name that ends in .pth, .pt, .safetensors, .onnx"),
+        ("net.safetensors", "dense", "is not allowed with format='dense'; expected a name that ends in .pth, .pt"),
+        ("net.pth", "onnx", "is not allowed with format='onnx'; expected a name that ends in .onnx"),
+        ("net.bin", "sliced", "is not allowed with format='sliced'; expected a name that ends in .pth, .pt"),
+    ],
+)
+def test_a_suffix_that_says_another_format_is_refused(run, tmp_path, name, format, message):
+    folder, _ = run()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        export_model(folder, tmp_path / name, format)
+    assert not (tmp_path / name).exists()
+
+
+def test_an_export_from_which_nothing_can_be_sliced_says_so(run, tmp_path):
+    folder, _ = run("mlp", sparsity=0.1)
+    with pytest.warns(UserWarning, match="nothing could be sliced off"):
+        export_model(folder, tmp_path / "small.pth", "sliced")
 
 
 def test_two_of_four_says_what_it_needs(run, tmp_path):

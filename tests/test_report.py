@@ -212,6 +212,41 @@ def test_an_empty_folder_among_runs_is_passed_over(fabricate, tmp_path):
         assert "rigl" in print_table([tmp_path / "empty", fabricate("a", "rigl")])
 
 
+@pytest.fixture
+def of_other_commands(tmp_path):
+    """Folders as `federated` and `decentralized` leave them: settings, and a log for each method or algorithm."""
+    folders = []
+    for command, own, config in (
+        ("federated", "dwnp", {"method": ["dwnp"], "data": "digits", "arch": "resnet20"}),
+        ("decentralized", "dsgd", {"algorithm": "dsgd", "data": "digits"}),
+    ):
+        folder = tmp_path / command
+        (folder / own).mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / own / "log.jsonl").write_text('{"round": 1}\n')
+        folders += [folder, folder / own]
+    (tmp_path / "federated" / "facts.json").write_text("{}")
+    return folders
+
+
+def test_runs_of_other_commands_are_passed_over(fabricate, of_other_commands, tmp_path):
+    fabricate("a", "rigl")
+    for folders, count in ((tmp_path, 2), ([tmp_path / "a", *of_other_commands], 4)):
+        with pytest.warns(UserWarning, match="is left out") as warned:
+            assert [run.path.name for run in read_runs(folders)] == ["a"]
+        assert len(warned) == count
+        for command in ("federated", "decentralized"):
+            assert any(f"is of a {command} run, which has" in str(w.message) for w in warned)
+
+
+def test_runs_of_other_commands_alone_are_refused(of_other_commands):
+    for folder in of_other_commands:
+        with pytest.raises(ValueError, match=r"is of a (federated|decentralized) run.*expected runs of `sparsebil"):
+            read_runs(folder)
+    with pytest.raises(ValueError, match=r"none of .* holds a run: .*federated run.*; .*decentralized run"):
+        read_runs(of_other_commands)
+
+
 @needs_matplotlib
 def test_page_is_one_file_with_its_pictures_beside_it(fabricate, tmp_path):
     fabricate("runs/dense", "dense", accuracy=0.93)

@@ -12,7 +12,9 @@ import sys
 
 import pytest
 import torch
+from small_training import batch, sgd, take_step, tiny_net
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 import sparsebilevel as sb
 from sparsebilevel.kernels import native
@@ -22,8 +24,8 @@ from sparsebilevel.training import checkpoint as ckpt
 from sparsebilevel.training.config import LOOP_OPTIONS, METHOD_NAMES, METHOD_OPTIONS, default_search_space, parse_steps
 from sparsebilevel.training.loop import Config, Trainer, TrainingError, train
 from sparsebilevel.training.plan import Phase, learning_rate, make_plan, score_lr_factor
-from sparsebilevel.training.runlog import Progress, read_log
-from sparsebilevel.training.runtime import EMA, Interrupted, process_group
+from sparsebilevel.training.runlog import Progress, RunFolder, read_log
+from sparsebilevel.training.runtime import Interrupted, Ranks, StopSignals, process_group
 
 # Two epochs of five steps on real data: an eighth of a second.
 TINY = {"epochs": 2, "batch_size": 256, "measure": False, "quiet": True, "validation": 0.1, "seed": 3}
@@ -70,7 +72,7 @@ def assert_same(a, b):
 def assert_same_run(a, b):
     assert timeless(a) == timeless(b)
     one, two = (torch.load(run / "checkpoint.pth", weights_only=True) for run in (a, b))
-    for key in ("model", "ema", "optimizer", "rng", "epoch", "step"):
+    for key in ("model", "ema", "ema_steps", "optimizer", "rng", "epoch", "step"):
         assert_same(one[key], two[key])
 
 
@@ -216,7 +218,7 @@ def test_selection_is_by_validation_alone(tmp_path):
     assert (result["selected_epoch"], result["test_acc_selected"]) == (best["epoch"], best["test_acc"])
     assert result["test_acc"] == epochs[-1]["test_acc"]
     kept = torch.load(tmp_path / "best.pth", weights_only=True)
-    assert {"model", "ema", "config"} == kept.keys()
+    assert {"model", "ema", "ema_steps", "config"} == kept.keys()
 
 
 def test_without_validation_nothing_is_selected(tmp_path):
@@ -276,6 +278,46 @@ def test_imp_from_a_dense_network_rewinds_to_the_initial_weights(tmp_path):
     assert trained[state["3.mask"]].min() >= trained[~state["3.mask"]].quantile(0.9)
 
 
+def test_starting_from_averaged_weights(tmp_path):
+    result = train(make_config(tmp_path / "ema", method="rigl", update_freq="2", model_ema=True))
+    sources = {name: tmp_path / "ema" / name for name in ("checkpoint.pth", "best.pth", "old.pth")}
+    checkpoint = torch.load(sources["checkpoint.pth"], weights_only=True)
+    assert checkpoint["ema"].keys() == checkpoint["model"].keys()
+    assert checkpoint["ema_steps"] == result["step"]
+    older = checkpoint | {"ema": checkpoint["ema"] | {"ema_steps": torch.tensor(checkpoint.pop("ema_steps"))}}
+    torch.save(older, sources["old.pth"])
+    for name, source in sources.items():
+        folder = tmp_path / f"from_{name}"
+        train(make_config(folder, method="static", init_from=str(source), epochs=1, lr=0.0, weight_decay=0.0))
+        start = torch.load(folder / "checkpoint.pth", weights_only=True)["model"]
+        if name != "best.pth":
+            assert torch.equal(start["3.weight"], checkpoint["ema"]["3.weight"])
+            assert not torch.equal(start["3.weight"], checkpoint["model"]["3.weight"])
+        assert torch.equal(start["3.mask"], ckpt.network_state(ckpt.load_checkpoint(source))["3.mask"])
+
+
+def test_a_run_of_a_version_that_counted_among_the_averages_is_resumed(tmp_path):
+    config = make_config(tmp_path / "whole", method="rigl", update_freq="2", model_ema=True)
+    train(config)
+    parts = dataclasses.replace(config, output_dir=str(tmp_path / "parts"), resume=True)
+    train(dataclasses.replace(parts, max_steps=6))
+    file = tmp_path / "parts" / "checkpoint.pth"
+    state = torch.load(file, weights_only=True)
+    state["ema"]["ema_steps"] = torch.tensor(state.pop("ema_steps"))
+    torch.save(state, file)
+    train(parts)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_means_of_a_log_row_begin_after_the_last_one(tmp_path, monkeypatch):
+    calls = []
+    for name in ("metrics", "reset_metrics"):
+        real = getattr(sb.Static, name)
+        monkeypatch.setattr(sb.Static, name, lambda self, name=name, real=real: calls.append(name) or real(self))
+    train(make_config(tmp_path, method="static"))
+    assert calls == ["metrics", "reset_metrics"] * 2
+
+
 def test_static_takes_over_the_masks_of_a_sparse_network(tmp_path):
     train(make_config(tmp_path / "rigl", method="rigl", update_freq="2"))
     source = str(tmp_path / "rigl" / "checkpoint.pth")
@@ -284,10 +326,31 @@ def test_static_takes_over_the_masks_of_a_sparse_network(tmp_path):
     assert all(torch.equal(one[key], two[key]) for key in one if key.endswith("mask"))
 
 
+def test_static_takes_over_masks_that_were_ranked_over_all_layers(tmp_path, caplog):
+    """Their counts are not the uniform ones: nothing may be drawn to make them so."""
+    train(make_config(tmp_path / "omp", method="omp", distribution="global", epochs=1))
+    source = str(tmp_path / "omp" / "checkpoint.pth")
+    train(make_config(tmp_path / "static", method="static", init_from=source, epochs=1))
+    one, two = (torch.load(tmp_path / n / "checkpoint.pth", weights_only=True)["model"] for n in ("omp", "static"))
+    assert all(torch.equal(one[key], two[key]) for key in one if key.endswith("mask"))
+    densities = [float(one[key].float().mean()) for key in one if key.endswith("mask")]
+    assert max(densities) - min(densities) > 0.1
+    assert not caplog.records
+    train(make_config(tmp_path / "more", method="rigl", init_from=source, epochs=1, sparsity=0.95))
+    assert "keep 6544 groups and stay as they are; the configuration asks for 3272" in caplog.text
+
+
+def test_masks_that_hide_nothing_are_a_start_for_random_ones(tmp_path):
+    train(make_config(tmp_path / "imp", method="imp", levels=1, epochs=1, max_steps=2))  # not pruned yet
+    source = str(tmp_path / "imp" / "checkpoint.pth")
+    assert torch.load(source, weights_only=True)["model"]["3.mask"].all()
+    assert train(make_config(tmp_path / "set", method="set", init_from=source, epochs=1))["sparsity"] > 0.89
+
+
 def test_masks_that_do_not_fit_the_pattern_are_refused(tmp_path):
     train(make_config(tmp_path / "rigl", method="rigl", update_freq="2"))
     source = {"init_from": str(tmp_path / "rigl" / "checkpoint.pth"), "pattern": "filter", "epochs": 1}
-    with pytest.raises(ValueError, match=r"init_from: layer '0': mask does not fit pattern Filter\(\)"):
+    with pytest.raises(ValueError, match=r"rigl/checkpoint.pth: layer '0': mask does not fit pattern Filter\(\)"):
         train(make_config(tmp_path / "static", method="static", **source))
     train(make_config(tmp_path / "omp", method="omp", **source))  # which chooses its masks itself
 
@@ -680,7 +743,7 @@ def test_plan():
 def test_ema_averages_weights_and_statistics_and_copies_masks():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     sb.sparsify(model, 0.5, seed=0)
-    ema = EMA(model, decay=0.5)
+    ema = sb.EMA(model, decay=0.5)
     with torch.no_grad():
         model[0].weight.masked_fill_(~model[0].mask, 0)
     old = ema.module[0].weight.clone()
@@ -697,10 +760,100 @@ def test_ema_averages_weights_and_statistics_and_copies_masks():
     torch.testing.assert_close(ema.module[0].weight, nn.Parameter(expected, requires_grad=False))
     torch.testing.assert_close(ema.module[1].running_mean, torch.full((4,), 1 - decay))
     assert ema.module[1].num_batches_tracked == 7
-    again = EMA(model, decay=0.5)
+    again = sb.EMA(model, decay=0.5)
     again.load_state_dict(ema.state_dict())
     assert again.steps == 1
     assert_same(again.state_dict(), ema.state_dict())
+
+
+def make_method(name, model):
+    """A method whose masks change within a few steps."""
+    optimizer = sgd(model)
+    fast = {"score_lr": 5.0} if name in ("BiP", "HYDRA") else {"update_freq": 2}
+    return optimizer, getattr(sb, name)(model, optimizer, **fast)
+
+
+@pytest.mark.parametrize("name", ["BiDST", "RigL", "BiP", "HYDRA"])
+def test_ema_in_a_loop_of_ones_own(name, tmp_path):
+    """Scores come after it was made and go before it is done; its masks are the model's and its weights an average."""
+    torch.manual_seed(0)
+    model = sb.sparsify(tiny_net(), 0.8, seed=0)
+    ema = sb.EMA(torch.compile(model), decay=0.5)  # wrapped, and never compiled
+    optimizer, sparsifier = make_method(name, model)
+    first = {n: m.mask.clone() for n, m in sb.sparse_layers(model)}
+    average = {n: p.detach().clone() for n, p in ema.module.named_parameters()}
+    for step in range(6):
+        take_step(model, optimizer, sparsifier, step)
+        if step == 4 and name in ("BiP", "HYDRA"):
+            sparsifier.finish()
+        ema.update(model)
+        decay = min(0.5, (2 + step) / (11 + step))
+        average = {n: decay * average[n] + (1 - decay) * p.detach() for n, p in model.named_parameters()}
+        for n, layer in sb.sparse_layers(model):
+            average[f"{n}.weight"][~layer.mask & (layer.weight == 0)] = 0
+            assert torch.equal(ema.module.get_submodule(n).mask, layer.mask)
+    assert not all(torch.equal(first[n], m.mask) for n, m in sb.sparse_layers(model))
+    for n, p in ema.module.named_parameters():
+        torch.testing.assert_close(p.detach(), average[n])
+    assert not any("mask_scores" in key for key in ema.module.state_dict())
+    assert not ema.module.training
+    assert all(not layer.weight[~layer.mask].any() for _, layer in sb.sparse_layers(sb.densify(ema.module)))
+
+    torch.save(ema.state_dict(), tmp_path / "ema.pth")
+    again = sb.EMA(model)
+    again.load_state_dict(torch.load(tmp_path / "ema.pth", weights_only=True))
+    assert_same(again.state_dict(), ema.state_dict())
+    x, _ = batch(99)
+    torch.testing.assert_close(again.module(x), ema.module(x))
+
+
+@pytest.mark.parametrize("name", ["RigL", "BiDST"])
+def test_what_torchs_average_does_to_masks(name):
+    """The reason for an EMA of our own: if this fails, torch has learned what a mask is, or to refuse it."""
+    torch.manual_seed(0)
+    model = sb.sparsify(tiny_net(), 0.8, seed=0)
+    theirs = AveragedModel(model, avg_fn=get_ema_avg_fn(0.5), use_buffers=True)
+    ours = sb.EMA(model, decay=0.5)
+    optimizer, sparsifier = make_method(name, model)
+    failed = None
+    for step in range(6):
+        take_step(model, optimizer, sparsifier, step)
+        ours.update(model)
+        try:
+            theirs.update_parameters(model)
+        except (RuntimeError, TypeError) as error:
+            failed = error
+            break
+    masks = [(ours.module.get_submodule(n).mask, m.mask) for n, m in sb.sparse_layers(model)]
+    assert all(torch.equal(a, b) for a, b in masks)
+    right = [torch.equal(theirs.module.get_submodule(n).mask, m.mask) for n, m in sb.sparse_layers(model)]
+    assert failed is not None or not all(right)
+
+
+def test_ema_refuses_what_it_cannot_follow():
+    model = tiny_net()
+    ema = sb.EMA(model)
+    before = ema.state_dict()["module"]["0.weight"].clone()
+    sb.sparsify(model, 0.8)
+    with pytest.raises(ValueError, match=r"differ in \['0.mask', '3.mask', '6.mask'\]. Make a new one"):
+        ema.update(model)
+    assert ema.steps == 0
+    assert torch.equal(ema.module[0].weight, before)
+    for decay in (1.0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=r"decay=.* is not allowed; expected a number in \[0, 1\)"):
+            sb.EMA(model, decay)
+    with pytest.raises(ValueError, match=r"state has the keys \['0.mask', .*; expected 'module' and 'steps'"):
+        ema.load_state_dict(model.state_dict())
+
+
+def test_ema_leaves_buffers_of_others_to_be_copied():
+    """One that is called mask, as attention has it, is none of ours."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.register_buffer("mask", torch.zeros(4, dtype=torch.bool))
+    ema = sb.EMA(sb.sparsify(model, 0.5))
+    model.mask.fill_(True)
+    ema.update(model)
+    assert ema.module.mask.all()
 
 
 def test_progress_line_has_an_eta(capsys, monkeypatch):
@@ -817,6 +970,26 @@ def test_compile(method, tmp_path):
     assert result["sparsity"] == pytest.approx(0.9, abs=1e-4)
     eager = train(make_config(tmp_path / "eager", method=method, **arguments))
     assert result["train_acc"] == pytest.approx(eager["train_acc"], abs=0.1)
+
+
+@pytest.fixture
+def two_ranks(tmp_path):
+    """What the loop takes for two processes: a group of this one alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield Ranks(torch.device("cpu"), rank=0, world=2)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_ddp_does_not_send_masks_and_scores_at_every_forward(is_compiled, two_ranks, tmp_path):
+    config = make_config(tmp_path / "run", method="bidst", update_freq="2", compile=is_compiled)
+    trainer = Trainer(config, RunFolder(config), two_ranks, StopSignals())
+    trainer.enter(trainer.plan[0])
+    sent = {id(buffer) for buffer in trainer.net.modules_buffers}
+    assert {id(b) for n, b in trainer.model.named_buffers() if "running" in n} <= sent
+    ours = [b for _, layer in sb.sparse_layers(trainer.model) for b in (layer.mask, layer.mask_scores)]
+    assert len(ours) == 10
+    assert not sent & {id(b) for b in ours}
 
 
 @pytest.mark.parametrize(("name", "index"), [("cuda", 1), ("auto", 1), ("cuda:3", 3)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -90,7 +91,9 @@ def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
 
     export = command("export", run_export, "Write the trained network for use elsewhere.")
     export.add_argument("run", type=Path, help="run folder or checkpoint")
-    export.add_argument("-o", "--output", type=Path, required=True, help="file to write")
+    export.add_argument(
+        "-o", "--output", type=Path, required=True, help="file to write: .pth, .pt, .safetensors or .onnx"
+    )
     formats = ("dense", "safetensors", "onnx", "sliced", "2:4")
     export.add_argument("--format", choices=formats, help="form of the network; default by the suffix of the output")
     export.add_argument("--client", type=int, help="of a federated run, the device whose network to write")
@@ -224,10 +227,10 @@ def run_ablate(args: argparse.Namespace) -> None:
 
 
 def run_report(args: argparse.Namespace) -> None:
-    from ..report import make_report, print_table
+    from ..report import make_report, print_table, read_runs
 
-    runs = find_runs(args.runs)
-    print_table(runs)
+    runs = [run.path for run in read_runs(find_runs(args.runs))]  # what it leaves out it says once
+    print(print_table(runs))
     print(f"report: {make_report(runs, args.output)}")
 
 
@@ -269,13 +272,23 @@ def run_presets(args: argparse.Namespace) -> None:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """Run folders among ``paths`` and directly or indirectly below them, in order of name."""
-    runs = []
+    """Folders with a log among ``paths`` and directly or indirectly below them, in order of name.
+
+    Raises:
+        FileNotFoundError: a path that is not there, or no log in any of them.
+    """
+    runs, empty = [], []
     for path in paths:
         found = sorted(file.parent for file in path.rglob("log.jsonl"))
-        if not found:
-            raise FileNotFoundError(f"{path} is no run folder and holds none (no log.jsonl)")
+        message = f"{path} is no run folder and holds none (no log.jsonl)"
+        if not path.exists():
+            raise FileNotFoundError(message)
+        empty += [] if found else [message]
         runs += [run for run in found if run not in runs]
+    if not runs:
+        raise FileNotFoundError("; ".join(empty))
+    for message in empty:
+        warnings.warn(f"{message}; it is left out", stacklevel=2)
     return runs
 
 

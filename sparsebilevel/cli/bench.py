@@ -11,8 +11,8 @@ from .. import SparseMaskedConv2d, Static, sparse_layers, sparsify
 from ..costs import measure_layers, measure_step, tune_layers
 from ..data import load_data
 from ..kernels import measurements, native
-from ..models import create_model
-from ..training.checkpoint import check_architecture, load_checkpoint
+from ..training.build import create_network
+from ..training.checkpoint import check_architecture, load_checkpoint, load_masks
 from ..training.config import Config, read_config
 from ..training.runtime import choose_device
 
@@ -97,7 +97,7 @@ def _from_name(name: str, num_classes: int, image_size: int | None) -> tuple[tor
 
     channels, size = _SIZES.get(name, (3, 32 if name in list_models() else 224))
     size = image_size or size
-    network = create_model(name, num_classes, channels * size * size if name == "mlp" else None)
+    network = create_network(name, num_classes, (channels, size, size))
     wanted = getattr(network, "image_size", None)  # which vision transformers have
     if wanted not in (size, None):
         raise ValueError(f"image_size={size} is not allowed; {name} takes images of {wanted}x{wanted} only")
@@ -109,12 +109,10 @@ def _from_run(run: Path) -> tuple[torch.nn.Module, tuple[int, int, int], int]:
     values: dict[str, Any] = read_config(run / "config.json")
     options = {name: values[name] for name in ("image_size", "num_classes", "num_samples")}
     data = load_data(values["data"], values["data_path"], batch_size=1, **options)
-    features = data.input_shape[0] * data.input_shape[1] * data.input_shape[2]
-    network = create_model(
-        values["arch"], data.num_classes, features if values["arch"] == "mlp" else data.input_shape[0]
-    )
+    network = create_network(values["arch"], data.num_classes, data.input_shape)
     c = Config(**values)
     sparsify(network, c.target(), c.distribution, c.pattern, exclude=c.exclude, dense_first=c.dense_first)
     check_architecture(network, state["model"], run / "checkpoint.pth")
+    load_masks(network, state["model"], run / "checkpoint.pth")  # with their counts, which the target need not have
     network.load_state_dict(state["model"])
     return network, data.input_shape, data.num_classes

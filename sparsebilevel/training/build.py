@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,10 +26,14 @@ def make_data(c: Config, ranks: Ranks) -> Data:
     return load_data(c.data, c.data_path, num_workers=c.workers, **place, **options)
 
 
+def create_network(arch: str, num_classes: int, input_shape: Sequence[int]) -> nn.Module:
+    """The dense network of that name for samples of ``input_shape`` (C, H, W): `mlp` takes all of their numbers."""
+    return create_model(arch, num_classes, math.prod(input_shape) if arch == "mlp" else input_shape[0])
+
+
 def make_model(c: Config, data: Data, device: torch.device) -> nn.Module:
     """The dense network, with random weights from torch's global generator."""
-    features = math.prod(data.input_shape) if c.arch == "mlp" else data.input_shape[0]
-    model: Any = create_model(c.arch, data.num_classes, features).to(device)
+    model: Any = create_network(c.arch, data.num_classes, data.input_shape).to(device)
     size, wanted = data.input_shape[1], getattr(model, "image_size", None)  # which vision transformers have
     if wanted not in (size, None):
         raise ValueError(

@@ -1,7 +1,8 @@
 """Checkpoints: written atomically, read with ``weights_only=True``, checked before anything is changed.
 
-A checkpoint is a dictionary; "model" holds the state dict (masks included), "ema" the averaged one or None, and the
-rest is what a training run needs to continue, see `sparsebilevel.training.loop`. Bare state dicts are read as well.
+A checkpoint is a dictionary; "model" holds the state dict (masks included), "ema" the averaged one or None and
+"ema_steps" how many steps it has averaged, and the rest is what a training run needs to continue, see
+`sparsebilevel.training.loop`. Bare state dicts are read as well.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import sparse_layers
-
-MASK_KEYS = ("mask", "mask_scores")
 
 
 class CheckpointError(ValueError):
@@ -82,7 +81,27 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         state = {"model": state.get("state_dict", state)}
     if not all(isinstance(value, Tensor) for value in state["model"].values()):
         raise CheckpointError(f"checkpoint {path} has no state dict under 'model' or 'state_dict'")
-    return state
+    return state | _split_average(state.get("ema"))
+
+
+def _split_average(ema: Any) -> dict[str, Any]:
+    """The entries "ema" and "ema_steps" of a checkpoint that has the two in one, and else nothing.
+
+    Such are those of older versions, where the count stood among the weights, and what `EMA.state_dict` gives.
+    """
+    if not isinstance(ema, Mapping):
+        return {}
+    if set(ema) == {"module", "steps"}:
+        return {"ema": ema["module"], "ema_steps": ema["steps"]}
+    if "ema_steps" in ema:
+        weights = {key: value for key, value in ema.items() if key != "ema_steps"}
+        return {"ema": weights, "ema_steps": int(ema["ema_steps"])}
+    return {}
+
+
+def network_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """State dict of the network that a checkpoint is read for: of the averaged weights if it has any."""
+    return dict(checkpoint.get("ema") or checkpoint["model"])
 
 
 def _find_damage(path: Path) -> str:
@@ -101,8 +120,8 @@ def _find_damage(path: Path) -> str:
 
 def check_architecture(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
     """Raise CheckpointError, naming the keys, if ``state`` is of another model; masks may be there or not."""
-    ours = {k: tuple(v.shape) for k, v in model.state_dict().items() if not _is_mask(k)}
-    theirs = {k: tuple(v.shape) for k, v in state.items() if not _is_mask(k)}
+    ours = {k: tuple(v.shape) for k, v in model.state_dict().items() if not is_mask_key(k)}
+    theirs = {k: tuple(v.shape) for k, v in state.items() if not is_mask_key(k)}
     odd = {
         "missing": sorted(ours.keys() - theirs.keys()),
         "unexpected": sorted(theirs.keys() - ours.keys()),
@@ -117,37 +136,54 @@ def check_architecture(model: nn.Module, state: Mapping[str, Tensor], path: str 
         raise CheckpointError(f"checkpoint {path} is of another architecture: {'; '.join(found)}")
 
 
-def _is_mask(key: str) -> bool:
-    return key.rpartition(".")[2] in MASK_KEYS
+def is_mask_key(key: str) -> bool:
+    """Whether a key of a state dict is of a mask or of its scores, which a dense network does not have."""
+    return key.rpartition(".")[2] in ("mask", "mask_scores")
+
+
+def masked_layers(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the layers that have a mask in a state dict."""
+    return [key.removesuffix("mask").removesuffix(".") for key in state if key.rpartition(".")[2] == "mask"]
+
+
+def _key(layer: str, tensor: str) -> str:
+    return f"{layer}.{tensor}" if layer else tensor
 
 
 def initial_weights(path: str | Path) -> dict[str, Tensor]:
     """State of a checkpoint to start from: averaged weights if there are any, zeros where its masks hide a weight."""
-    checkpoint = load_checkpoint(path)
-    state: dict[str, Tensor] = dict(checkpoint.get("ema") or checkpoint["model"])
-    for key in [k for k in state if k.rpartition(".")[2] == "mask"]:
-        weight = key.removesuffix("mask") + "weight"
-        if weight in state:
-            state[weight] = state[weight] * state[key]
+    state = network_state(load_checkpoint(path))
+    for layer in masked_layers(state):
+        if _key(layer, "weight") in state:
+            state[_key(layer, "weight")] = state[_key(layer, "weight")] * state[_key(layer, "mask")]
     return state
+
+
+def hides_weights(state: Mapping[str, Tensor]) -> bool:
+    """Whether the masks of ``state`` hide anything. Masks that keep all are those of a network yet to be pruned."""
+    return not all(bool(state[_key(layer, "mask")].all()) for layer in masked_layers(state))
 
 
 def load_dense(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
     """Load parameters and buffers, but no masks."""
     check_architecture(model, state, path)
-    model.load_state_dict({k: v for k, v in state.items() if not _is_mask(k)}, strict=True)
+    model.load_state_dict({k: v for k, v in state.items() if not is_mask_key(k)}, strict=True)
 
 
-def load_masks(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Take over the masks of ``state`` where it has any for the sparse layers of ``model``.
+def load_masks(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Take over the masks of ``state`` where it has any for the sparse layers of ``model``, and what they keep.
+
+    The counts become the layers' targets: masks that were ranked over all layers differ from the uniform ones, and a
+    method would otherwise draw weights at random until they do not.
 
     Raises:
-        ValueError: a mask that does not fit the layer's pattern.
+        CheckpointError: a mask that does not fit the layer's pattern; ``path`` says where the state is from.
     """
     for name, layer in sparse_layers(model):
-        mask = state.get(f"{name}.mask".lstrip("."))
+        mask = state.get(_key(name, "mask"))
         if mask is not None and mask.shape == layer.mask.shape:
             try:
                 layer.set_mask(mask.to(layer.mask.device))
             except ValueError as error:
-                raise ValueError(f"init_from: layer {name!r}: {error}") from None
+                raise CheckpointError(f"checkpoint {path}: layer {name!r}: {error}") from None
+            layer.num_kept = layer.pattern.count(layer.mask)

@@ -47,6 +47,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -64,6 +65,7 @@ from .build import make_data, make_model, make_optimizer
 from .checkpoint import (
     CheckpointError,
     check_architecture,
+    hides_weights,
     initial_weights,
     load_checkpoint,
     load_dense,
@@ -71,11 +73,14 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import TWO_PHASE_METHODS, Config, parse_amount
+from .ema import EMA
 from .plan import Phase, learning_rate, make_plan, score_lr_factor
 from .runlog import Progress, RunFolder, check_tensorboard, describe_epoch, layer_rows, rename_times
-from .runtime import EMA, Interrupted, Ranks, StopSignals, process_group, rng_state, set_rng_state
+from .runtime import Interrupted, Ranks, StopSignals, process_group, rng_state, set_rng_state
 
 __all__ = ["Config", "Interrupted", "TrainingError", "train"]
+
+logger = logging.getLogger("sparsebilevel")
 
 
 class TrainingError(RuntimeError):
@@ -202,11 +207,24 @@ class Trainer:
         init: Any = "dense" if c.method in ("omp", "imp", *TWO_PHASE_METHODS) else "random"
         layers: dict[str, Any] = {"exclude": c.exclude, "dense_first": c.dense_first}
         sparsify(model, c.target(), c.distribution, c.pattern, init=init, seed=c.seed, **layers)
-        if init == "random":  # the others choose masks by the weights
-            load_masks(model, self.initial_state)
+        if init == "random" and hides_weights(self.initial_state):  # the others choose masks by the weights
+            self._take_over_masks(model)
         sparsifier = METHODS[c.method](model, optimizer, seed=c.seed, **self._method_arguments())
         self.score_lr: float | None = getattr(sparsifier, "score_lr", None)
         return sparsifier
+
+    def _take_over_masks(self, model: nn.Module) -> None:
+        """Those of ``init_from``, and say so where they are not as sparse as the configuration has it."""
+        assert self.config.init_from is not None
+        targets = [layer.num_kept for _, layer in sparse_layers(model)]
+        load_masks(model, self.initial_state, self.config.init_from)
+        kept = [layer.num_kept for _, layer in sparse_layers(model)]
+        # Counts that are spread over the layers in another way, or rounded there, are the same sparsity.
+        if abs(sum(kept) - sum(targets)) > 0.01 * sum(targets):
+            logger.warning(
+                "init_from: the masks of %s keep %d groups and stay as they are; the configuration asks for %d",
+                *(self.config.init_from, sum(kept), sum(targets)),
+            )
 
     def train_epoch(self, phase: Phase) -> None:
         """The rest of the current epoch, or as much of it as ``max_steps`` allows."""
@@ -281,7 +299,11 @@ class Trainer:
         is_last = self.epoch + 1 == sum(p.epochs for p in self.plan)
         if self._is_cut() or is_last or (self.epoch + 1) % c.eval_freq == 0:
             row |= self.evaluate()
-        row |= rename_times({"sparsity": 0.0} if self.sparsifier is None else self.sparsifier.metrics())
+        if self.sparsifier is None:
+            row |= {"sparsity": 0.0}
+        else:
+            row |= rename_times(self.sparsifier.metrics())
+            self.sparsifier.reset_metrics()  # means of the next row begin here
         row |= {"time_epoch_s": seconds, "time_images_per_s": images / seconds}
         self._log_topology()
         self._log("epoch", row)
@@ -306,7 +328,7 @@ class Trainer:
         if not self._is_cut():
             self._finish_method()
             self.save()
-        result = self._log("layers", {"layers": layer_rows(self.model)})
+        self._log("layers", {"layers": layer_rows(self.model)})
         row = {name: getattr(self.config, name) for name in ("method", "arch", "data", "seed")}
         row |= {"sparsity_target": 0.0 if self.config.method == "dense" else self.config.sparsity}
         accuracies = ("train_acc", "val_acc", "test_loss", "test_acc")
@@ -382,8 +404,9 @@ class Trainer:
         save_checkpoint(self.folder.checkpoint, state)
 
     def _network_state(self) -> dict[str, Any]:
-        ema = None if self.ema is None else self.ema.state_dict()
-        return {"model": self.model.state_dict(), "ema": ema, "config": dataclasses.asdict(self.config)}
+        ema = {"module": None, "steps": 0} if self.ema is None else self.ema.state_dict()
+        state = {"model": self.model.state_dict(), "ema": ema["module"], "ema_steps": ema["steps"]}
+        return state | {"config": dataclasses.asdict(self.config)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint that `save` wrote."""
@@ -405,7 +428,7 @@ class Trainer:
             setattr(self, name, state[name])
         self._equip()
         if self.ema is not None and state["ema"] is not None:
-            self.ema.load_state_dict(state["ema"])
+            self.ema.load_state_dict({"module": state["ema"], "steps": state["ema_steps"]})
         if self.ranks.is_main:
             self.totals.copy_(state["totals"])
         set_rng_state(self.device, state["rng"][self.ranks.rank])
@@ -426,7 +449,7 @@ class Trainer:
             # In the mode in which it trains, whatever came before. What cannot be traced stays, with a warning.
             optimize_for_cpu(self.model.train())
         self.net = self.model
-        if self.config.compile:
+        if self.config.compile:  # inside of DDP, as PyTorch advises: the graph is then the model's alone
             self.net = torch.compile(self.net)  # type: ignore[assignment]
         if self.ranks.world > 1 and any(p.requires_grad for p in self.model.parameters()):
             self.net = nn.parallel.DistributedDataParallel(self.net)
@@ -435,8 +458,7 @@ class Trainer:
                 if before is not None:
                     self.hook.bytes_sent += before.bytes_sent
                     self.hook.dense_bytes += before.dense_bytes
-        storage = "sparse" if self.sparsifier is None else self.sparsifier.storage
-        self.ema = EMA(self.model, self.config.model_ema_decay, storage) if self.config.model_ema else None
+        self.ema = EMA(self.model, self.config.model_ema_decay) if self.config.model_ema else None
         if "upper" in self.loaders and isinstance(self.sparsifier, BiP):
             phase = self.plan[min(self.phase_index, len(self.plan) - 1)]
             done = self.phase_epoch * phase.steps_per_epoch + self.batch

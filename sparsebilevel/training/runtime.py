@@ -1,9 +1,8 @@
-"""What a training run needs of its surroundings: ranks, signals, and averaged weights."""
+"""What a training run needs of its surroundings: ranks, signals, the device and its random numbers."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 import os
 import signal
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..nn import sparse_layers
+from .checkpoint import is_mask_key
 
 
 class Interrupted(Exception):
@@ -88,7 +87,7 @@ class Ranks:
     def share_statistics(self, model: nn.Module) -> None:
         """Rank 0's statistics of normalization layers for all: each rank has updated them with batches of its own."""
         for name, buffer in model.named_buffers():
-            if self.world > 1 and buffer.is_floating_point() and not name.endswith("mask_scores"):
+            if self.world > 1 and buffer.is_floating_point() and not is_mask_key(name):
                 dist.broadcast(buffer, 0)
 
     def barrier(self) -> None:
@@ -130,46 +129,6 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={name!r}: this torch finds no CUDA device")
     return device
-
-
-class EMA:
-    """Averaged weights under the current masks, in a copy of the model that can be evaluated.
-
-    ``torch.optim.swa_utils`` would average the masks as well (or, told not to, leave the statistics of normalization
-    layers out). Parameters and floating buffers are averaged here; masks and counters are copied. The decay starts low,
-    ``(1 + t) / (10 + t)``, so that the initial weights are soon forgotten.
-    """
-
-    def __init__(self, model: nn.Module, decay: float, storage: str = "sparse") -> None:
-        self.decay, self.storage, self.steps = decay, storage, 0
-        self.module = copy.deepcopy(model).requires_grad_(False)
-        for _, layer in sparse_layers(self.module):
-            layer.collect("none")
-            layer.set_mask_scores(None)
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Take one step towards ``model``."""
-        self.steps += 1
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        theirs = dict(model.named_parameters()) | dict(model.named_buffers())
-        for name, mine in (*self.module.named_parameters(), *self.module.named_buffers()):
-            if mine.is_floating_point():
-                mine.lerp_(theirs[name].to(mine.dtype), 1 - decay)
-            else:
-                mine.copy_(theirs[name])
-        # Where a weight that grows starts at zero, its average does so too.
-        for _, layer in sparse_layers(self.module) if self.storage == "sparse" else ():
-            layer.weight.masked_fill_(~layer.mask, 0)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """State dict of the averaged model, and the count of steps."""
-        return {**self.module.state_dict(), "ema_steps": torch.tensor(self.steps)}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from ``state_dict()``."""
-        self.steps = int(state["ema_steps"])
-        self.module.load_state_dict({name: value for name, value in state.items() if name != "ema_steps"})
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
