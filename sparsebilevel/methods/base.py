@@ -174,7 +174,8 @@ class Sparsifier:
     Args:
         model: has been through :func:`sparsebilevel.sparsify`; may be wrapped in DDP or compiled.
         optimizer: the user's, or several of them, or None; its state follows the masks. Never wrapped.
-        sparsity: None takes over the target given to ``sparsify``; another one changes it, with a message.
+        sparsity: None takes over the target given to ``sparsify``, or where masks hide weights already, as another
+            method or a checkpoint has left them, what these keep; another one changes it, with a message.
         distribution: of a ``sparsity`` given here (None is ``uniform``), see
             :func:`~sparsebilevel.schedules.layer_counts`.
         update_freq: optimizer steps between topology changes; 0 = never.
@@ -253,7 +254,10 @@ class Sparsifier:
                 )
 
     def release(self) -> None:
-        """Leave the model, masks as they are, to another method. This one is not to be stepped any more."""
+        """Leave the model, masks as they are, to another method. This one is not to be stepped any more.
+
+        Scores go, unless they are the user's Parameters.
+        """
         self.released = True
         for masked in self.weights.values():
             if _AT_WORK.get(masked.layers[0], lambda: None)() is not self:
