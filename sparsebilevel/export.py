@@ -26,7 +26,7 @@ from torch.sparse import to_sparse_semi_structured
 
 from ._slicing import slice_model
 from .federated import load_network as load_federated
-from .masks import NM, parse_pattern
+from .masks import NM
 from .nn import densify, sparsify
 from .training.build import create_network
 from .training.checkpoint import (
@@ -38,6 +38,7 @@ from .training.checkpoint import (
     masked_layers,
     network_state,
 )
+from .training.config import Config
 
 __all__ = ["FORMATS", "export_model", "load_network", "load_sliced", "slice_model", "to_semi_structured"]
 
@@ -141,7 +142,8 @@ def _network(checkpoint: Mapping[str, Any], path: Path) -> tuple[nn.Module, dict
     model = _create(config, state)
     check_architecture(model, state, path)
     if layers := masked_layers(state):
-        pattern = parse_pattern(config.get("pattern", "unstructured"))
+        by_layer = tuple(config.get("layer_pattern", ()))
+        pattern = Config(pattern=config.get("pattern", "unstructured"), layer_pattern=by_layer).patterns()
         sparsity = float(pattern.sparsity) if isinstance(pattern, NM) else 0.0  # for now; the masks say it
         dense_first = config.get("dense_first", False)
         sparsify(model, sparsity, pattern=pattern, include=layers, dense_first=dense_first, init="dense")

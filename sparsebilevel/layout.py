@@ -815,7 +815,10 @@ class _Forward:
         self._run: Any = functools.wraps(plain)(lambda model, *args, **kwargs: _run(model, *args, **kwargs))
 
     def __get__(self, model: nn.Module | None, kind: type[nn.Module]) -> Callable[..., Any]:
-        return self._plain if model is None else self._run.__get__(model)  # Dynamo cannot call types.MethodType
+        if model is None:
+            return self._plain
+        # Dynamo cannot call types.MethodType, nor, in torch 2.11, __get__.
+        return functools.partial(self._plain, model) if torch.compiler.is_compiling() else self._run.__get__(model)
 
 
 class InLayout(nn.Module):

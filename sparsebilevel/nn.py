@@ -35,7 +35,7 @@ from .kernels.gradient import runs_directly
 from .kernels.measurements import Window
 from .kernels.reference import effective_weight
 from .masks import NM, Pattern, Unstructured, global_masks, parse_pattern, random_mask
-from .schedules import layer_counts
+from .schedules import layer_counts, layer_patterns
 
 Support = Literal["none", "active", "search", "all"]
 _SUPPORTS = ("none", "active", "search", "all")
@@ -709,6 +709,22 @@ def _reasons_to_stay_dense(
     return reasons
 
 
+def _warn_of_single_groups(
+    shapes: Mapping[str, Sequence[int]], sparsity: float | Mapping[str, float], patterns: Mapping[str, Pattern]
+) -> None:
+    """A depthwise convolution has one channel a filter, which the pattern "channel" cannot take from it."""
+    if sparsity == 0:
+        return
+    single = [name for name, shape in shapes.items() if patterns[name].num_groups(shape) == 1 < math.prod(shape)]
+    if single:
+        listed = ", ".join(map(repr, single[:3])) + (f" and {len(single) - 3} more" if len(single) > 3 else "")
+        warnings.warn(
+            f"{listed} {'stays' if len(single) == 1 else 'stay'} dense: to the pattern the whole weight is one group "
+            "(another pattern, or exclude=, says what is meant)",
+            stacklevel=3,
+        )
+
+
 def _warn_of_attention(model: nn.Module, included: set[int] | None, excluded: set[int]) -> None:
     names = [
         name
@@ -730,7 +746,7 @@ def sparsify(
     model: nn.Module,
     sparsity: float | Mapping[str, float] = 0.9,
     distribution: str = "uniform",
-    pattern: Pattern | str = "unstructured",
+    pattern: Pattern | str | Mapping[str, Pattern | str] = "unstructured",
     *,
     include: Selector | Collection[Selector] | None = None,
     exclude: Selector | Collection[Selector] = (),
@@ -750,12 +766,14 @@ def sparsify(
         sparsity: target fraction of zeros, in [0, 1), or values by layer name or glob pattern, of which the first that
             fits holds: ``{"fc": 0, "layer1.*": 0.8, "*": 0.9}``.
         distribution: ``uniform``, ``er``, ``erk`` or ``global``, see :func:`~sparsebilevel.schedules.layer_counts`.
-        pattern: which weights live and die together, see :mod:`sparsebilevel.masks`.
+        pattern: which weights live and die together, see :mod:`sparsebilevel.masks`; or patterns by layer, in the form
+            of ``sparsity``: ``{"head.*": "nm:2:4", "*": "unstructured"}``. ``nm`` fixes its layers' sparsity, and they
+            stand outside the target.
         include: convert only these modules and what is inside them: names, glob patterns of names, types or modules.
         exclude: leave these as they are; same forms. Wins over ``include``.
         dense_first: convert the first layer but keep all its weights, as the literature does with ``uniform``.
         init: initial masks: ``random``, ``magnitude`` (largest weights; over the whole model if ``distribution`` is
-            ``global``) or ``dense`` (all ones; a method prunes later).
+            ``global``, layers of different patterns apart) or ``dense`` (all ones; a method prunes later).
         seed: of the random masks; None takes torch's global generator. Masks do not depend on the device. Under
             torch.distributed all ranks must draw the same ones, unless a method, which takes those of rank 0, follows.
 
@@ -767,11 +785,15 @@ def sparsify(
         ValueError: nothing to convert; sparsity outside [0, 1); unknown distribution, pattern, init or module names; a
             weight that the pattern does not fit; a model that is sparse already.
     """
-    pattern = parse_pattern(pattern)
+    parsed: Pattern | dict[str, Pattern]
+    if isinstance(pattern, Mapping):
+        parsed = {name: parse_pattern(p) for name, p in pattern.items()}
+    else:
+        parsed = parse_pattern(pattern)
     if init not in ("random", "magnitude", "dense"):
         raise ValueError(f"init={init!r} is not known; allowed: random, magnitude, dense")
-    if isinstance(pattern, NM) and sparsity != float(pattern.sparsity):
-        warnings.warn(f"{pattern} fixes the sparsity at {float(pattern.sparsity):g}, not {sparsity}", stacklevel=2)
+    if isinstance(parsed, NM) and sparsity != float(parsed.sparsity):
+        warnings.warn(f"{parsed} fixes the sparsity at {float(parsed.sparsity):g}, not {sparsity}", stacklevel=2)
     if any(True for _ in sparse_layers(model)):
         raise ValueError("model has sparse layers already; call densify first, or pass the new target to a method")
     included = None if include is None else _select(model, "include", include)
@@ -801,15 +823,15 @@ def sparsify(
         raise ValueError(f"seed={seed!r} is not allowed; expected a whole number or None")
     dense = next(iter(weights)) if dense_first else None
     shapes = {name: tuple(w.shape) for name, w in weights.items()}
-    counts = layer_counts(shapes, sparsity, distribution, pattern, () if dense is None else (dense,))
-    masks = _initial_masks(weights, counts, pattern, init, distribution == "global", dense, seed)
+    dense_layers = () if dense is None else (dense,)
+    patterns = layer_patterns(parsed, shapes, dense_layers) | dict.fromkeys(dense_layers, Unstructured())
+    counts = layer_counts(shapes, sparsity, distribution, patterns, dense_layers)
+    _warn_of_single_groups(shapes, sparsity, patterns)
+    masks = _initial_masks(weights, counts, patterns, init, distribution == "global", dense, seed)
     for module in layers.values():
         owner = owners[id(module.weight)]
         module.__class__ = _SPARSE_CLASSES[type(module)]
-        if owner == dense:
-            module._add_mask(masks[owner].clone(), Unstructured(), module.weight.numel())
-        else:
-            module._add_mask(masks[owner].clone(), pattern, counts[owner])
+        module._add_mask(masks[owner].clone(), patterns[owner], counts[owner])
     model._ddp_params_and_buffers_to_ignore = _LeftToMethods(model)  # type: ignore[assignment]
     _close_fast_paths(model)
     return model
@@ -819,7 +841,7 @@ def sparsify(
 def _initial_masks(
     weights: Mapping[str, Tensor],
     counts: dict[str, int],
-    pattern: Pattern,
+    patterns: Mapping[str, Pattern],
     init: str,
     rank_globally: bool,
     dense: str | None,
@@ -828,16 +850,17 @@ def _initial_masks(
     """Masks by name, that lie where and as their weights do. Ranking over the whole model settles ``counts`` anew."""
     masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
     free = {name: w for name, w in weights.items() if name != dense and not w.is_meta}
+    drawn: dict[str, Tensor] = {}
     if init == "random":
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        drawn = {n: random_mask(w.shape, counts[n], pattern, generator) for n, w in free.items()}
-    elif init == "dense":
-        drawn = {}
-    elif rank_globally and free:
-        drawn = global_masks({n: w.abs() for n, w in free.items()}, sum(counts[n] for n in free), pattern)
-        counts.update({n: pattern.count(mask) for n, mask in drawn.items()})
-    else:
-        drawn = {n: pattern.mask(w.abs(), counts[n]) for n, w in free.items()}
+        drawn = {n: random_mask(w.shape, counts[n], patterns[n], generator) for n, w in free.items()}
+    elif init == "magnitude" and rank_globally:
+        for pattern in dict.fromkeys(patterns[n] for n in free):
+            group = {n: w.abs() for n, w in free.items() if patterns[n] == pattern}
+            drawn |= global_masks(group, sum(counts[n] for n in group), pattern)
+        counts.update({n: patterns[n].count(mask) for n, mask in drawn.items()})
+    elif init == "magnitude":
+        drawn = {n: patterns[n].mask(w.abs(), counts[n]) for n, w in free.items()}
     for name, mask in drawn.items():
         masks[name].copy_(mask)
     return masks

@@ -11,8 +11,11 @@ import fnmatch
 import math
 from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
+from typing import TypeVar
 
 from .masks import NM, Channel, Filter, Pattern, Unstructured, check_sparsity
+
+T = TypeVar("T")
 
 DISTRIBUTIONS = ("uniform", "er", "erk", "global")
 
@@ -54,79 +57,105 @@ def layer_counts(
     shapes: Mapping[str, Sequence[int]],
     sparsity: float | Mapping[str, float],
     distribution: str = "uniform",
-    pattern: Pattern | None = None,
+    pattern: Pattern | Mapping[str, Pattern] | None = None,
     dense_layers: Collection[str] = (),
 ) -> dict[str, int]:
-    """Groups of the pattern that each layer keeps.
+    """Groups of its pattern that each layer keeps.
 
     Args:
         shapes: layer name -> weight shape, in model order.
         sparsity: target over all layers, or values by layer name or glob pattern, of which the first that fits holds:
             ``{"fc": 0, "layer1.*": 0.8, "*": 0.9}`` (then ``distribution`` has nothing to share out).
         distribution: ``uniform`` (every layer the same, no re-balancing for dense ones), ``er``, ``erk``, or ``global``
-            (one ranking over all layers: the counts returned are only a starting point, their sum is exact).
-        pattern: unstructured if None. ``NM`` fixes its own counts, whatever the target.
+            (one ranking over all layers of a pattern: the counts returned are only a starting point, their sum is
+            exact).
+        pattern: unstructured if None; or patterns by layer, in the form of ``sparsity``. ``NM`` fixes its own counts,
+            whatever the target, and stands outside of it.
         dense_layers: layers kept dense, e.g. the first one, as the literature does with ``uniform``. They stand outside
             the target: the others are not made sparser for their sake.
 
     Returns:
         layer name -> number of groups kept, each at least 1. With ``er``, ``erk`` and ``global`` the fractions are
-        rounded so that the sum is exact, unless the pattern asks for multiples: then each layer's is the nearest.
+        rounded so that the sum over the layers of a pattern is exact, unless it asks for multiples: then each layer's
+        is the nearest.
 
     Raises:
         ValueError: unknown distribution, names or patterns that no layer has, layers without a value, sparsity outside
             [0, 1) or too high to leave each layer one group.
     """
-    pattern = pattern or Unstructured()
-    groups = {name: _num_groups(name, shape, pattern, dense_layers) for name, shape in shapes.items()}
-    _check_names("dense_layers", dense_layers, groups)
+    _check_names("dense_layers", dense_layers, shapes)
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution={distribution!r} is not known; allowed: {', '.join(DISTRIBUTIONS)}")
+    patterns = layer_patterns(pattern or Unstructured(), shapes, dense_layers)
+    groups = {name: _num_groups(name, shape, patterns.get(name), dense_layers) for name, shape in shapes.items()}
+    densities: dict[str, Fraction]
     if isinstance(sparsity, Mapping):
-        densities = _densities_by_name(sparsity, groups, dense_layers)
+        by_name = {name: 1 - check_sparsity(value, f"sparsity[{name!r}]") for name, value in sparsity.items()}
+        densities = first_that_fits("sparsity", by_name, shapes, dense_layers, default="0.9")
+        distribution = "uniform"
+    elif distribution in ("er", "erk"):
+        shared = {n: shapes[n] for n in shapes if n not in dense_layers and not isinstance(patterns[n], NM)}
+        densities, _ = erdos_renyi_densities(shared, sparsity, kernel=distribution == "erk")
     else:
-        densities = dict.fromkeys(groups, 1 - check_sparsity(sparsity))
-    if isinstance(pattern, NM):
-        densities = dict.fromkeys(groups, 1 - pattern.sparsity)
-    if distribution == "uniform" or isinstance(sparsity, Mapping) or isinstance(pattern, NM):
-        return {n: g if n in dense_layers else pattern.round_count(g * densities[n], g) for n, g in groups.items()}
-    if distribution != "global":
-        free = {n: shapes[n] for n in shapes if n not in dense_layers}
-        densities, _ = erdos_renyi_densities(free, sparsity, kernel=distribution == "erk")
-    wanted = {n: Fraction(g) if n in dense_layers else g * densities[n] for n, g in groups.items()}
-    if distribution == "global":
-        pattern.check_ranking()
-    elif isinstance(pattern, (Filter, Channel)) and pattern.multiple > 1:
-        return {n: g if n in dense_layers else pattern.round_count(wanted[n], g) for n, g in groups.items()}
-    return _round_to_total(wanted, groups, round(sum(wanted.values())))
+        densities = dict.fromkeys(shapes, 1 - check_sparsity(sparsity))
+    free = [name for name in shapes if name not in dense_layers]
+    densities |= {name: 1 - p.sparsity for name in free if isinstance(p := patterns[name], NM)}
+
+    counts = {name: groups[name] for name in dense_layers}
+    for p in dict.fromkeys(patterns[name] for name in free):
+        wanted = {name: groups[name] * densities[name] for name in free if patterns[name] == p}
+        if distribution == "global":
+            p.check_ranking()
+        multiples = isinstance(p, (Filter, Channel)) and p.multiple > 1
+        if distribution == "uniform" or multiples or isinstance(p, NM):
+            counts |= {name: p.round_count(count, groups[name]) for name, count in wanted.items()}
+        else:
+            counts |= _round_to_total(wanted, groups, round(sum(wanted.values())))
+    return {name: counts[name] for name in shapes}
 
 
-def _densities_by_name(
-    sparsity: Mapping[str, float], layers: Collection[str], dense_layers: Collection[str]
-) -> dict[str, Fraction]:
-    """Density of every layer by the first entry that fits its name; every entry must hold for some layer."""
-    densities: dict[str, Fraction] = {}
-    for pattern, value in sparsity.items():
+def layer_patterns(
+    pattern: Pattern | Mapping[str, Pattern], layers: Collection[str], dense_layers: Collection[str] = ()
+) -> dict[str, Pattern]:
+    """Pattern of every layer; those of ``dense_layers`` need none."""
+    if isinstance(pattern, Mapping):
+        return first_that_fits("pattern", pattern, layers, dense_layers, default="'unstructured'")
+    return dict.fromkeys(layers, pattern)
+
+
+def first_that_fits(
+    argument: str, values: Mapping[str, T], layers: Collection[str], optional: Collection[str], *, default: str
+) -> dict[str, T]:
+    """Layer name -> value of the first entry that fits it, for all layers but the optional ones.
+
+    Args:
+        argument: name of ``values``, for errors.
+        values: by layer name or glob pattern; every entry must hold for some layer.
+        default: a value for "*" that the error for a layer without one suggests.
+    """
+    found: dict[str, T] = {}
+    for pattern, value in values.items():
         if not isinstance(pattern, str):
-            raise ValueError(f"sparsity has {pattern!r}; expected names of layers or glob patterns of them")
-        density = 1 - check_sparsity(value, f"sparsity[{pattern!r}]")
+            raise ValueError(f"{argument} has {pattern!r}; expected names of layers or glob patterns of them")
         fitting = [name for name in layers if name == pattern or fnmatch.fnmatchcase(name, pattern)]
         if not fitting:
-            raise ValueError(f"sparsity has {pattern!r}, which no layer matches; the layers are {list(layers)[:20]}")
-        left = {name: density for name in fitting if name not in densities}
+            raise ValueError(f"{argument} has {pattern!r}, which no layer matches; the layers are {list(layers)[:20]}")
+        left = {name: value for name in fitting if name not in found}
         if not left and pattern != "*":  # a default may find nothing left
             raise ValueError(
-                f"sparsity has {pattern!r} after entries that match its layers already; the first that fits holds, so "
-                "that the special ones come before the general ones"
+                f"{argument} has {pattern!r} after entries that match its layers already; the first that fits holds, "
+                "so that the special ones come before the general ones"
             )
-        densities |= left
-    if missing := [name for name in layers if name not in densities and name not in dense_layers]:
-        raise ValueError(f"sparsity has no value for {missing[:5]}; name them, or end with a default such as '*': 0.9")
-    return densities
+        found |= left
+    if missing := [name for name in layers if name not in found and name not in optional]:
+        raise ValueError(
+            f"{argument} has no value for {missing[:5]}; name them, or end with a default such as '*': {default}"
+        )
+    return found
 
 
-def _num_groups(name: str, shape: Sequence[int], pattern: Pattern, dense_layers: Collection[str]) -> int:
-    if isinstance(pattern, NM) and name in dense_layers:
+def _num_groups(name: str, shape: Sequence[int], pattern: Pattern | None, dense_layers: Collection[str]) -> int:
+    if pattern is None or (isinstance(pattern, NM) and name in dense_layers):
         return math.prod(shape)  # what stays dense need not fit
     try:
         return pattern.num_groups(shape)
@@ -134,7 +163,7 @@ def _num_groups(name: str, shape: Sequence[int], pattern: Pattern, dense_layers:
         raise ValueError(f"layer {name!r}: {error}; exclude it, or keep it dense") from None
 
 
-def _check_names(argument: str, names: Collection[str], known: Mapping[str, int]) -> None:
+def _check_names(argument: str, names: Collection[str], known: Collection[str]) -> None:
     unknown = sorted(set(names) - set(known))
     if unknown:
         raise ValueError(f"{argument} names unknown layers {unknown[:5]}; the layers are {list(known)[:20]}")

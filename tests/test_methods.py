@@ -885,11 +885,9 @@ def test_a_distribution_belongs_to_a_new_target():
     assert counts(sparsifier) == {"0": 22, "3": 86, "6": 72}  # uniform
 
 
-def test_a_new_target_needs_one_pattern():
-    model = sparse_net(0.5, pattern="filter", dense_first=True)
-    model[6].pattern = Channel()
-    with pytest.raises(ValueError, match="sparsity=0.9 must be given to sparsify: the layers have different patterns"):
-        sb.Static(model, sparsity=0.9)
+def test_a_new_target_with_a_pattern_for_each_layer():
+    model = sparse_net(0.5, pattern={"3": "filter", "6": "nm:2:4", "*": "unstructured"})
+    assert counts(sb.Static(model, sparsity=0.75)) == {"0": 27, "3": 3 * 36, "6": 180}  # 2 of 4, whatever the target
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "filter"])

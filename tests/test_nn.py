@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sparsebilevel as sb
 from sparsebilevel.kernels import reference
+from sparsebilevel.masks import NM, Filter, Unstructured
 
 
 def mlp(sparsity=0.5, **kwargs):
@@ -617,6 +618,38 @@ def test_init_chooses_the_masks():
     assert int(mask.sum()) == 16
     assert [ranked[i].num_kept for i in (0, 2)] == [int(ranked[i].mask.sum()) for i in (0, 2)]
     assert size[mask].min() > size[~mask].max()
+
+
+@pytest.mark.parametrize(("distribution", "init"), [("uniform", "random"), ("global", "magnitude"), ("erk", "dense")])
+def test_every_layer_has_its_own_pattern(distribution, init):
+    make = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 12), nn.Linear(12, 16))
+    patterns = {"0": Filter(), "[13]": "unstructured", "*": "nm:2:4"}
+    model = sb.sparsify(make, 0.75, distribution, patterns, init=init, seed=0)
+    layers = dict(sb.sparse_layers(model))
+    assert [layer.pattern for layer in layers.values()] == [Filter(), Unstructured(), Unstructured(), NM(2, 4)]
+    for layer in layers.values():
+        layer.pattern.check(layer.mask)
+        assert layer.mask.all() if init == "dense" else layer.pattern.count(layer.mask) == layer.num_kept
+    assert (layers["0"].num_kept, layers["4"].num_kept) == (2, 96)
+    assert layers["1"].num_kept + layers["3"].num_kept == (576 + 96) // 4 or distribution == "erk"
+
+
+def test_a_dense_first_layer_needs_no_pattern():
+    model = sb.sparsify(mlp(0), 0.75, pattern={"2": "filter"}, dense_first=True)
+    assert (model[0].pattern, model[2].pattern) == (Unstructured(), Filter())
+    assert model[0].mask.all()
+
+
+@pytest.mark.parametrize("sparsity", [0.5, {"*": 0.5}])
+def test_layers_that_their_pattern_leaves_whole_are_named(sparsity):
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 1, groups=4))
+    with pytest.warns(UserWarning, match="'1', '2' stay dense: to the pattern the whole weight is one group"):
+        sb.sparsify(copy.deepcopy(model), sparsity, pattern="channel")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sb.sparsify(copy.deepcopy(model), 0.0, pattern="channel")
+        sb.sparsify(copy.deepcopy(model), sparsity, pattern={"0": "channel", "*": "unstructured"})
+        sb.sparsify(copy.deepcopy(model), sparsity, pattern="channel", exclude=["1", "2"])
 
 
 def test_same_seed_same_masks():

@@ -136,6 +136,53 @@ def test_erk_of_resnet50_with_a_dense_first_layer():
     assert flops_ratio("resnet50", densities) == pytest.approx(0.0520, abs=5e-5)
 
 
+MIXED = {"a": (8, 40), "b": (10, 8, 3, 3), "c": (16, 16), "d": (12, 16), "e": (6, 16)}
+PATTERNS = {"b": Filter(), "d": NM(1, 4), "*": Unstructured()}
+
+
+def test_uniform_counts_with_patterns_by_layer():
+    counts = layer_counts(MIXED, 0.75, "uniform", PATTERNS, dense_layers=["a"])
+    assert counts == {"a": 320, "b": 2, "c": 64, "d": 48, "e": 24}  # 2.5 of 10 filters rounds to even
+    assert list(counts) == list(MIXED)
+    by_name = layer_counts(MIXED, {"[ab]": 0.5, "d": 0.1, "*": 0.75}, pattern=PATTERNS)
+    assert by_name == {"a": 160, "b": 5, "c": 64, "d": 48, "e": 24}
+
+
+@pytest.mark.parametrize("distribution", ["er", "erk"])
+def test_shared_counts_with_patterns_by_layer(distribution):
+    counts = layer_counts(MIXED, 0.75, distribution, PATTERNS)
+    free = {name: shape for name, shape in MIXED.items() if name != "d"}  # NM stands outside of the target
+    densities, _ = erdos_renyi_densities(free, 0.75, kernel=distribution == "erk")
+    assert counts["d"] == 48
+    assert counts["b"] == round(10 * densities["b"])
+    unstructured = {name: math.prod(MIXED[name]) * densities[name] for name in "ace"}
+    assert sum(counts[name] for name in "ace") == round(sum(unstructured.values()))
+    assert all(abs(counts[name] - wanted) < 1 for name, wanted in unstructured.items())
+
+
+def test_global_counts_with_patterns_by_layer():
+    counts = layer_counts(MIXED, 0.75, "global", PATTERNS)
+    assert counts["b"] == 2
+    assert sum(counts[name] for name in "ace") == (320 + 256 + 96) // 4
+    with pytest.raises(ValueError, match="is not allowed in a ranking over all layers"):
+        layer_counts(MIXED, 0.75, "global", {"b": Filter(2), "*": Unstructured()})
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        ({"x": Filter()}, r"pattern has 'x', which no layer matches; the layers are \['a', 'b'"),
+        ({"a": Filter()}, r"pattern has no value for \['b', 'c', 'd', 'e'\]; .* such as '\*': 'unstructured'"),
+        ({"*": Unstructured(), "b": Filter()}, "pattern has 'b' after entries that match its layers already"),
+        ({3: Filter()}, "pattern has 3; expected names of layers"),
+        ({"a": NM(2, 3), "*": Unstructured()}, "layer 'a': .*exclude it, or keep it dense"),
+    ],
+)
+def test_wrong_patterns_by_layer(patterns, message):
+    with pytest.raises(ValueError, match=message):
+        layer_counts(MIXED, 0.5, pattern=patterns)
+
+
 def model_size(name: str, counts: dict[str, int], channels_and_biases: int, dense: set[str] = frozenset()) -> float:
     """Megabytes: 4 B a non-zero, 1 bit a weight of masked layers, 4 B a channel of a folded norm and bias of the fc."""
     bits = sum(math.prod(shape) for n, shape in shapes_of(name).items() if n not in dense)

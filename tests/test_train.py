@@ -17,8 +17,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 import sparsebilevel as sb
+from sparsebilevel.export import load_network
 from sparsebilevel.kernels import native
 from sparsebilevel.layout import InLayout
+from sparsebilevel.masks import NM, Filter, Unstructured
 from sparsebilevel.training import build
 from sparsebilevel.training import checkpoint as ckpt
 from sparsebilevel.training.config import LOOP_OPTIONS, METHOD_NAMES, METHOD_OPTIONS, default_search_space, parse_steps
@@ -192,6 +194,18 @@ def test_sparsity_by_layer(tmp_path):
         ValueError, match=r"another configuration \(layer_sparsity was \['14=0', '\[36\]=0.5'\], now \[\]"
     ):
         train(make_config(tmp_path, method="rigl", update_freq="2", sparsity=0.8, resume=True))
+
+
+def test_pattern_by_layer(tmp_path):
+    by_layer = {"layer_pattern": ("14=nm:2:4", "[36]=filter:4"), "sparsity": 0.75}
+    train(make_config(tmp_path, method="bidst", update_freq="2", search_space=0.1, **by_layer, max_steps=4))
+    train(make_config(tmp_path, method="bidst", update_freq="2", search_space=0.1, **by_layer, resume=True))
+    network, _ = load_network(tmp_path)
+    patterns = {name: layer.pattern for name, layer in sb.sparse_layers(network)}
+    assert patterns == {"0": Unstructured(), "3": Filter(4), "6": Filter(4), "9": Unstructured(), "14": NM(2, 4)}
+    for _, layer in sb.sparse_layers(network):
+        layer.pattern.check(layer.mask)
+        assert layer.pattern.count(layer.mask) == layer.num_kept < layer.pattern.num_groups(layer.weight.shape)
 
 
 def test_a_run_of_a_version_without_a_field_is_resumed(tmp_path):
@@ -599,6 +613,9 @@ def test_unwritable_folder(tmp_path):
             {"layer_sparsity": ("3=0",), "distribution": "erk"},
             "distribution='erk' has nothing to share out with layer_s",
         ),
+        ({"layer_pattern": ("fc",)}, r"layer_pattern='fc' is not allowed; expected NAME=PATTERN: pattern='' is not"),
+        ({"layer_pattern": ("=filter",)}, "layer_pattern='=filter' is not allowed; .*: the name is missing"),
+        ({"layer_pattern": ("fc=filter",)}, r"pattern has 'fc', which no layer matches; the layers are \['0', '3'"),
         ({"sparsity": float("nan")}, r"sparsity=nan is not allowed"),
         ({"batch_size": 0}, r"batch_size=0 is not allowed; expected a whole number, at least 1"),
         ({"batch_size": 100_000}, r"batch_size=100000"),

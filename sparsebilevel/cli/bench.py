@@ -111,7 +111,7 @@ def _from_run(run: Path) -> tuple[torch.nn.Module, tuple[int, int, int], int]:
     data = load_data(values["data"], values["data_path"], batch_size=1, **options)
     network = create_network(values["arch"], data.num_classes, data.input_shape)
     c = Config(**values)
-    sparsify(network, c.target(), c.distribution, c.pattern, exclude=c.exclude, dense_first=c.dense_first)
+    sparsify(network, c.target(), c.distribution, c.patterns(), exclude=c.exclude, dense_first=c.dense_first)
     check_architecture(network, state["model"], run / "checkpoint.pth")
     load_masks(network, state["model"], run / "checkpoint.pth")  # with their counts, which the target need not have
     network.load_state_dict(state["model"])

@@ -296,12 +296,7 @@ class Sparsifier:
         dense = [] if isinstance(sparsity, Mapping) else [name for name, w in self.weights.items() if w.is_dense]
         free = {n: w for n, w in self.weights.items() if n not in dense} or self.weights
         shapes = {name: tuple(w.weight.shape) for name, w in free.items()}
-        patterns = {w.pattern for w in free.values()}
-        if len(patterns) > 1:
-            raise ValueError(
-                f"sparsity={sparsity} must be given to sparsify: the layers have different patterns {patterns}"
-            )
-        counts = layer_counts(shapes, sparsity, distribution, patterns.pop())
+        counts = layer_counts(shapes, sparsity, distribution, {name: w.pattern for name, w in free.items()})
         changed = {name: k for name, k in counts.items() if k != self.weights[name].num_kept}
         if changed:
             logger.warning(

@@ -13,7 +13,10 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..masks import Pattern  # with torch, which a help text does without
 
 METHOD_NAMES = ("dense", "static", "set", "rigl", "bidst", "omp", "imp", "hydra", "bip")
 
@@ -106,6 +109,7 @@ class Config:
         "unstructured",
         "weights that live together: unstructured, filter[:MULTIPLE], channel[:MULTIPLE], block:BHxBW, nm:N:M",
     )
+    layer_pattern: tuple[str, ...] = option((), "NAME=PATTERN pairs for layers with another one, as layer_sparsity")
     dense_first: bool = option(False, "keep the first layer dense")
     exclude: tuple[str, ...] = option((), "layers to leave dense: names or glob patterns")
     # -- training
@@ -212,6 +216,7 @@ class Config:
                 f"distribution={self.distribution!r} has nothing to share out with layer_sparsity; expected uniform"
             )
         self.target()
+        self.patterns()
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
 
@@ -282,6 +287,22 @@ class Config:
                     f"layer_sparsity={text!r} is not allowed; expected NAME=VALUE with a value in [0, 1)"
                 ) from None
         return values | {"*": values.get("*", self.sparsity)} if values else self.sparsity
+
+    def patterns(self) -> Pattern | dict[str, Pattern]:
+        """The pattern as `sparsebilevel.sparsify` takes it: one for all layers, or by name with a default."""
+        from ..masks import parse_pattern
+
+        patterns: dict[str, Pattern] = {}
+        for text in self.layer_pattern:
+            name, _, pattern = text.partition("=")
+            try:
+                if not name:
+                    raise ValueError("the name is missing")
+                patterns[name] = parse_pattern(pattern)
+            except ValueError as error:
+                raise ValueError(f"layer_pattern={text!r} is not allowed; expected NAME=PATTERN: {error}") from None
+        default = parse_pattern(self.pattern)
+        return patterns | {"*": patterns.get("*", default)} if patterns else default
 
     # -- what a method gets -------------------------------------------------------------------------------------------
 

@@ -206,7 +206,7 @@ class Trainer:
         c = self.config
         init: Any = "dense" if c.method in ("omp", "imp", *TWO_PHASE_METHODS) else "random"
         layers: dict[str, Any] = {"exclude": c.exclude, "dense_first": c.dense_first}
-        sparsify(model, c.target(), c.distribution, c.pattern, init=init, seed=c.seed, **layers)
+        sparsify(model, c.target(), c.distribution, c.patterns(), init=init, seed=c.seed, **layers)
         if init == "random" and hides_weights(self.initial_state):  # the others choose masks by the weights
             self._take_over_masks(model)
         sparsifier = METHODS[c.method](model, optimizer, seed=c.seed, **self._method_arguments())
