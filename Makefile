@@ -70,11 +70,11 @@ clean: ## remove environments, builds and caches
 	@.venv-oldest/bin/pip install -q "$(OLDEST)" ".[test]"
 	@touch $@
 
-# The test extra pins the tested triton; here the newest replaces it.
+# The test extra pins the tested triton; here the newest replaces it. Only here are the trainers of docs/trainers.md.
 .venv-latest/.dev: $(SOURCES)
 	@$(PYTHON) -m venv .venv-latest
 	@.venv-latest/bin/pip install -q $(TORCH)
 	@$(CLEAN_BUILD)
-	@.venv-latest/bin/pip install -q ".[test]"
+	@.venv-latest/bin/pip install -q ".[test]" lightning accelerate transformers
 	@.venv-latest/bin/pip install -q --upgrade triton numpy
 	@touch $@

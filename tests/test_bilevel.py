@@ -362,7 +362,6 @@ def test_bip_finishes_and_rewinds(with_masks):
 @pytest.mark.parametrize("steps", [3, 150])
 def test_a_run_without_upper_steps_is_said_once(steps, caplog):
     model, opt, bip = build_bip()
-    state = copy.deepcopy(bip.state_dict())
     for step in range(steps):
         compute_loss(model, step).backward()
         opt.step()
@@ -370,10 +369,12 @@ def test_a_run_without_upper_steps_is_said_once(steps, caplog):
     assert ("no upper_step in 100 steps" in caplog.text) == (steps > 100)
     bip.finish()
     assert caplog.text.count("its mask is still that of one-shot magnitude pruning") == 1
-    caplog.clear()
-    bip = None
+    states = model.state_dict(), bip.state_dict()
     model, _, bip = build_bip()
-    bip.load_state_dict(state | {"finished": True})
+    caplog.clear()
+    model.load_state_dict(states[0])
+    bip.load_state_dict(states[1])
+    assert bip.finished
     assert not caplog.text
 
 

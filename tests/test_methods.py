@@ -32,7 +32,7 @@ from torch import nn
 import sparsebilevel as sb
 from sparsebilevel.kernels import native
 from sparsebilevel.masks import NM, Block, Channel, Filter, Unstructured
-from sparsebilevel.methods.base import mask_hash
+from sparsebilevel.methods.base import checksum
 
 OPTIMIZERS = {
     "sgd": lambda ps: torch.optim.SGD(ps, 0.05, momentum=0.9, weight_decay=1e-2),
@@ -688,6 +688,59 @@ def test_a_state_is_refused_over_masks_of_another_count(name):
         second[2].load_state_dict(first[2].state_dict())
 
 
+@pytest.mark.parametrize("name", ["bidst", "bip", "hydra"])
+def test_a_state_is_refused_over_scores_that_the_constructor_has_made(name):
+    """The order of trainers that load a model's state before anything else."""
+    model, opt, first = build(name)
+    train(model, opt, first, 6)
+    other = sparse_net(0.8, 1, distribution="erk", init="dense")
+    other.load_state_dict(model.state_dict())
+    second = type(first)(other, sgd(other))
+    with pytest.raises(ValueError, match=r"not those of the state .* build the method, then load the model's state"):
+        second.load_state_dict(first.state_dict())
+    other.load_state_dict(model.state_dict())
+    second.load_state_dict(first.state_dict())
+    assert second.step_count == 6
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_built_over_a_model_that_has_its_state(name):
+    """The order of trainers that load models and optimizers before anything else."""
+    model, opt, first = build(name)
+    train(model, opt, first, 6)
+    if name == "imp":
+        first.advance()
+        train(model, opt, first, 2, start=6)
+    state = torch.load(save(model, opt, first), weights_only=True)
+    cls, kwargs, init = METHODS[name]
+    other = sparse_net(0.8, 1, distribution="erk", init=init)
+    other_opt = OPTIMIZERS["sgd"](other.parameters())
+    other.load_state_dict(state["model"])
+    other_opt.load_state_dict(state["opt"])
+    second = cls.resume(state["sparsifier"], other, other_opt, **kwargs)
+    for run in ((model, opt, first), (other, other_opt, second)):
+        train(*run, 6, start=20)
+    assert_same_run((model, opt, first), (other, other_opt, second))
+
+
+def test_resuming_from_nothing_begins_anew():
+    model = sparse_net()
+    sparsifier = sb.RigL.resume(None, model, sgd(model), update_freq=3)
+    assert sparsifier.schedule.freq == 3
+    assert sparsifier.step_count == 0
+    sparsifier.release()
+    with pytest.raises(ValueError, match="state is of method 'RigL'; expected 'SET'"):
+        sb.SET.resume(sparsifier.state_dict(), model, sgd(model))
+
+
+def test_a_state_is_refused_over_other_masks_of_the_same_counts():
+    first, second = build("rigl"), build("rigl", seed=77)
+    with pytest.raises(ValueError, match="they keep as many weights, but have other values"):
+        second[2].load_state_dict(first[2].state_dict())
+    older = {key: value for key, value in first[2].state_dict().items() if key != "checksum"}
+    second[2].load_state_dict(older)  # which cannot know
+
+
 def test_layers_with_counts_of_their_own_must_keep_them():
     """As many weights as the target has, but shared out in another way."""
     model = sparse_net(0.8)
@@ -1262,18 +1315,18 @@ def test_nan_weights_raise(name):
         cls(model, sgd(model), **kwargs)
 
 
-def test_mask_hash_sees_every_bit_and_the_order_of_layers():
-    model = sparse_net()
-    sparsifier = sb.Static(model)
-    weights = list(sparsifier.weights.values())
-    seen = {int(mask_hash(weights)), int(mask_hash(weights[::-1]))}
-    for masked in weights:
-        for i in range(0, masked.mask.numel(), 7):
-            flat = masked.mask.view(-1)
-            flat[i] ^= True
-            seen.add(int(mask_hash(weights)))
-            flat[i] ^= True
-    assert len(seen) == 2 + sum(len(range(0, m.mask.numel(), 7)) for m in weights)
+def test_the_checksum_sees_every_bit_and_the_order_of_layers():
+    masks = list(masks_of(sb.Static(sparse_net())).values())
+    seen = {int(checksum(masks)), int(checksum(masks[::-1]))}
+    for mask in masks:
+        for i in range(0, mask.numel(), 7):
+            mask.view(-1)[i] ^= True
+            seen.add(int(checksum(masks)))
+            mask.view(-1)[i] ^= True
+    assert len(seen) == 2 + sum(len(range(0, mask.numel(), 7)) for mask in masks)
+    scores = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    lasting = scores.clone(memory_format=torch.preserve_format).t().contiguous().t()  # other strides, the same values
+    assert int(checksum([scores])) == int(checksum([lasting])) != int(checksum([-scores]))
 
 
 # -- many processes ---------------------------------------------------------------------------------------------------

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,9 @@ from ..kernels import Backend, binarize, describe
 from ..masks import NM, Pattern, random_mask
 from ..nn import SparseMaskedModule, sparse_layers
 from ..schedules import UpdateSchedule, layer_counts
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 logger = logging.getLogger("sparsebilevel")
 
@@ -118,6 +122,11 @@ class MaskedWeight:
         return grads[0] if len(grads) == 1 else torch.stack(grads).sum(0)
 
 
+def _listed(optimizers: Any) -> list[torch.optim.Optimizer]:
+    """``optimizer`` as methods take it: one, several or None."""
+    return [] if optimizers is None else list(optimizers) if isinstance(optimizers, Iterable) else [optimizers]
+
+
 @torch.no_grad()
 def change_mask(
     masked: MaskedWeight, mask: Tensor, optimizers: Iterable[torch.optim.Optimizer], storage: Storage
@@ -140,11 +149,11 @@ def change_mask(
     masked.set_mask(mask)
 
 
-def mask_hash(weights: Iterable[MaskedWeight]) -> Tensor:
-    """int64 checksum of all masks, computed where they are: the sum of splitmix64 over eight bytes and their place."""
+def checksum(tensors: Iterable[Tensor]) -> Tensor:
+    """int64 checksum of tensors, computed where they are: the sum of splitmix64 over eight bytes and their place."""
     total: Tensor | None = None
-    for masked in weights:
-        raw = masked.mask.reshape(-1).view(torch.uint8)
+    for tensor in tensors:
+        raw = tensor.detach().reshape(-1).view(torch.uint8)
         lanes = nn.functional.pad(raw, (0, -raw.numel() % 8)).view(torch.int64)
         lanes = lanes + torch.arange(lanes.numel(), device=lanes.device) * -7046029254386353131
         for factor in (-4658895280553007687, -7723592293110705685):
@@ -210,8 +219,7 @@ class Sparsifier:
         seed: int = 0,
     ) -> None:
         self.model = unwrap(model)
-        several = () if optimizer is None else optimizer if isinstance(optimizer, Iterable) else (optimizer,)
-        self.optimizers: list[torch.optim.Optimizer] = list(several)
+        self.optimizers = _listed(optimizer)
         for given in self.optimizers:
             if not isinstance(given, torch.optim.Optimizer):
                 raise ValueError(
@@ -468,7 +476,7 @@ class Sparsifier:
     # -- ranks --------------------------------------------------------------------------------------------------------
 
     def _ranks_agree(self) -> bool:
-        mine = mask_hash(self.weights.values())
+        mine = checksum(masked.mask for masked in self.weights.values())
         if dist.get_backend() == "nccl":  # which carries nothing from the CPU, where a federated server has its masks
             mine = mine.cuda()
         low, high = mine.clone(), mine.clone()
@@ -515,6 +523,7 @@ class Sparsifier:
         """Everything but masks and scores, which the model's own ``state_dict`` holds. Loads with ``weights_only``."""
         return {
             "method": type(self).__name__,
+            "checksum": self._checksum(),
             "step_count": self.step_count,
             "num_kept": {name: masked.num_kept for name, masked in self.weights.items()},
             "history": [dict(record) for record in self.history],
@@ -523,21 +532,30 @@ class Sparsifier:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state_dict()``. Load the model's state first.
+        """Continue from ``state_dict()``, after the model has got its own state.
+
+        A method's constructor starts scores afresh. So build it first, then load the model's state, then this; or call
+        :meth:`resume` where the model has its state already.
 
         Raises:
-            ValueError: a state of another method, of another version, or of a model with other layers or masks.
+            ValueError: a state of another method, of another version, or of a model with other layers, masks or scores.
         """
         if state.get("method") != type(self).__name__:
             raise ValueError(f"state is of method {state.get('method')!r}; expected {type(self).__name__!r}")
-        if missing := sorted(set(self.state_dict()) - set(state)):
+        # A state without a checksum is older than checksums.
+        if missing := sorted(set(self.state_dict()) - set(state) - {"checksum"}):
             raise ValueError(f"state lacks {', '.join(missing)}; another version of sparsebilevel wrote it")
         if set(state["num_kept"]) != set(self.weights):
             odd = sorted(set(state["num_kept"]) ^ set(self.weights))
             raise ValueError(f"state belongs to a model with other layers; they differ in {odd[:5]}")
-        for name, kept in state["num_kept"].items():
-            self.weights[name].num_kept = kept
-        self._check_counts()
+        before = {name: masked.num_kept for name, masked in self.weights.items()}
+        self._set_counts(state["num_kept"])
+        if difference := self._odd_counts() or self._odd_scores(state.get("checksum")):
+            self._set_counts(before)
+            raise ValueError(
+                f"the model's masks and scores are not those of the state ({difference}); build the method, then load "
+                "the model's state, one that was saved together with this, and then this"
+            )
         self.step_count = state["step_count"]
         self.history = [dict(record) for record in state["history"]]
         self.generator.set_state(state["generator"])
@@ -548,12 +566,42 @@ class Sparsifier:
         """Groups that all masks together keep now."""
         return sum(masked.num_kept for masked in self.weights.values())
 
-    def _check_counts(self) -> None:
-        if odd := self._odd_counts():
-            raise ValueError(
-                f"the model's masks are not those of the state ({odd}); load the model's state first, and one that was "
-                "saved together with this"
-            )
+    @classmethod
+    def resume(cls, state: Mapping[str, Any] | None, model: nn.Module, optimizer: Any = None, **kwargs: Any) -> Self:
+        """Build the method over a model and optimizers that have their states already, as trainers load them.
+
+        What the constructor makes of masks, weights, scores and the optimizers' state is undone before ``state`` is
+        loaded. Meanwhile there is a second copy of all of them.
+
+        Args:
+            state: of :meth:`state_dict`, saved together with the model's; None begins anew.
+            model, optimizer, **kwargs: as the constructor takes them.
+
+        Raises:
+            ValueError: as the constructor and :meth:`load_state_dict`.
+        """
+        if state is None:
+            return cls(model, optimizer, **kwargs)
+        optimizers = _listed(optimizer)
+        before = copy.deepcopy((model.state_dict(), [one.state_dict() for one in optimizers]))
+        sparsifier = cls(model, optimizers or None, **kwargs)
+        model.load_state_dict(before[0])
+        for one, its_state in zip(optimizers, before[1], strict=True):
+            one.load_state_dict(its_state)
+        sparsifier.load_state_dict(state)
+        return sparsifier
+
+    def _set_counts(self, counts: Mapping[str, int]) -> None:
+        for name, kept in counts.items():
+            self.weights[name].num_kept = kept
+
+    def _checksum(self) -> int:
+        """Of all masks and scores."""
+        tensors = [(w.mask, w.layers[0].mask_scores) for w in self.weights.values()]
+        return int(checksum(t for pair in tensors for t in pair if t is not None))
+
+    def _odd_scores(self, expected: int | None) -> str:
+        return "" if expected in (None, self._checksum()) else "they keep as many weights, but have other values"
 
     def _odd_counts(self) -> str:
         """Which masks do not keep what they should, in words; nothing if all do."""
