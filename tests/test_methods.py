@@ -925,6 +925,15 @@ def test_the_same_target_changes_nothing(caplog):
     assert same_masks(before, masks_of(sparsifier))
 
 
+def test_rigl_without_an_end_says_so(caplog):
+    sb.RigL(sparse_net(), update_end=750)
+    sb.RigL(sparse_net(), update_freq=0)
+    sb.SET(sparse_net())
+    assert not caplog.text
+    sb.RigL(sparse_net())
+    assert "RigL without update_end= goes on to exchange 0.3 of the weights every 100 steps" in caplog.text
+
+
 def test_a_target_by_layer():
     model = sparse_net(0.5)
     sparsifier = sb.Static(model, sparsity={"0": 0.0, "3": 0.75, "6": 0.9})

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..kernels import binarize
 from ..masks import NM
 from ..schedules import cosine_drop_fraction
-from .base import MaskedWeight, Sparsifier
+from .base import MaskedWeight, Sparsifier, logger
 
 
 class Static(Sparsifier):
@@ -118,6 +118,12 @@ class RigL(SET):
     def initialize(self) -> None:
         if self.paper and not self.optimizers:
             raise ValueError("paper=True replaces steps of the optimizer, but no optimizer was given")
+        if self.schedule.freq and self.schedule.end is None:
+            logger.warning(
+                "RigL without update_end= goes on to exchange %g of the weights every %d steps; in the paper it falls "
+                "to 0 at 75 %% of the training",
+                *(self.drop_fraction, self.schedule.freq),
+            )
         super().initialize()
 
     def release(self) -> None:
