@@ -132,6 +132,23 @@ def layer_weight(
     return _LayerWeight.apply(weight, mask_scores, sink, (mask, positions, dtype, shares))
 
 
+def differentiable_weight(
+    weight: Tensor,
+    mask: Tensor,
+    mask_scores: Tensor | None,
+    grad_sink: Tensor | None,
+    positions: Tensor | None,
+    dtype: torch.dtype,
+    shares: bool,
+) -> Tensor:
+    """``mask * weight`` in ``dtype``, of operators of torch, whose gradient goes out under the contract of masked ops.
+
+    For backward passes that somebody differentiates: what the gradient of the input owes to ``mask * weight`` belongs
+    to ``G`` too. With ``shares`` the gradient of the weight is ``G``.
+    """
+    return _TracedWeight.apply(weight, mask_scores, grad_sink, mask, positions, dtype, shares)
+
+
 def _is_small(input: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether torch's ``where`` and its gradient take less time than a kept copy and ours."""
     size = weight.numel()

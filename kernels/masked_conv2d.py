@@ -76,11 +76,16 @@ def _dense_backward(
     geometry: tuple[Sequence[int], Sequence[int], Sequence[int], int],
     needs: Needs,
     library: Any = reference,
+    z: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients in the order of ``needs``; differentiable by ``library=reference``, and faster by ``dense``."""
+    """Gradients in the order of ``needs``; differentiable by ``library=reference``, and faster by ``dense``.
+
+    ``z`` is the effective weight, if it has a history of its own.
+    """
     stride, padding, dilation, groups = geometry
     is_shape = not needs.input and weight.dtype == input.dtype  # that is all which the other gradients need
-    z = weight if is_shape else library.effective_weight(weight, mask, input.dtype)
+    if z is None:
+        z = weight if is_shape else library.effective_weight(weight, mask, input.dtype)
     grad_input, grad, grad_bias = torch.ops.aten.convolution_backward(
         grad_output,
         input,
@@ -165,18 +170,19 @@ def _(grad_output, input, weight, mask, positions, stride, padding, dilation, gr
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    input, weight, mask, _bias, _scores, sink, positions, *geometry = inputs
-    ctx.save_for_backward(input, weight, mask, positions)
+    input, weight, mask, _bias, scores, sink, positions, *geometry = inputs
     ctx.sink_is_weight = sink is weight
+    ctx.save_for_backward(input, weight, mask, positions, scores, None if ctx.sink_is_weight else sink)
     ctx.geometry = geometry
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight, mask, positions = ctx.saved_tensors
+    input, weight, mask, positions, scores, sink = ctx.saved_tensors
     need_input, need_weight, _, need_bias, need_scores, need_sink = ctx.needs_input_grad[:6]
     needs = Needs(need_input, need_weight and not ctx.sink_is_weight, need_scores, need_sink, need_bias)
     if is_left_to_torch(grad_output):
-        grads = _dense_backward(grad_output, input, weight, mask, positions, ctx.geometry, needs)
+        z = dense.differentiable_weight(weight, mask, scores, sink, positions, input.dtype, ctx.sink_is_weight)
+        grads = _dense_backward(grad_output, input, weight, mask, positions, ctx.geometry, needs, z=z)
     else:
         operands = grad_output, input, weight, mask
         op: Any = torch.ops.sparsebilevel.masked_conv2d_backward

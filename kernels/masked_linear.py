@@ -73,11 +73,15 @@ def _dense_backward(
     positions: Tensor | None,
     needs: Needs,
     library: Any = reference,
+    z: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients in the order of ``needs``; differentiable by ``library=reference``, and faster by ``dense``."""
+    """Gradients in the order of ``needs``; differentiable by ``library=reference``, and faster by ``dense``.
+
+    ``z`` is the effective weight, if it has a history of its own.
+    """
     grad_input = grad_weight = grad_scores = grad_sink = grad_bias = None
     if needs.input:
-        grad_input = library.linear_input_grad(grad_output, weight, mask)
+        grad_input = library.linear_input_grad(grad_output, weight, mask) if z is None else grad_output.matmul(z)
     if needs.grad:
         grad = library.linear_weight_grad(grad_output, input)
         distribute = dense.distribute if library is dense else distribute_gradient
@@ -134,17 +138,18 @@ def _(grad_output, input, weight, mask, positions, needs):
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    input, weight, mask, _bias, _scores, sink, positions = inputs
-    ctx.save_for_backward(input, weight, mask, positions)
+    input, weight, mask, _bias, scores, sink, positions = inputs
     ctx.sink_is_weight = sink is weight
+    ctx.save_for_backward(input, weight, mask, positions, scores, None if ctx.sink_is_weight else sink)
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight, mask, positions = ctx.saved_tensors
+    input, weight, mask, positions, scores, sink = ctx.saved_tensors
     need_input, need_weight, _, need_bias, need_scores, need_sink, _ = ctx.needs_input_grad
     needs = Needs(need_input, need_weight and not ctx.sink_is_weight, need_scores, need_sink, need_bias)
     if is_left_to_torch(grad_output):
-        grads = _dense_backward(grad_output, input, weight, mask, positions, needs)
+        z = dense.differentiable_weight(weight, mask, scores, sink, positions, input.dtype, ctx.sink_is_weight)
+        grads = _dense_backward(grad_output, input, weight, mask, positions, needs, z=z)
     else:
         operands = grad_output, input, weight, mask
         op: Any = torch.ops.sparsebilevel.masked_linear_backward

@@ -58,6 +58,8 @@ class SparseMaskedModule(nn.Module):
 
     _dense_class: type[nn.Module]
     _wants_shared_gradient = False  # set by share_gradient
+    # Of layers made on the meta device: "dense", or the state of the generator that draws the mask there will be.
+    _first_mask: str | Tensor | None = None
     _op: str
     weight: nn.Parameter
     mask: Tensor
@@ -274,9 +276,10 @@ class SparseMaskedModule(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         scores, was_meta = self._buffers.get("mask_scores"), self.mask.is_meta
+        self._let_go_of_weight()
         super()._apply(fn, recurse)
-        if was_meta:  # to_empty: what is there now is whatever the memory held
-            self.reset_mask()
+        if was_meta and not self.mask.is_meta:  # to_empty: what is there now is whatever the memory held
+            self._draw_first_mask()
         cast = self._buffers.get("mask_scores")
         if scores is not None and cast is not None and cast.dtype != scores.dtype:
             # .half() and friends: a sum of many small steps must not lose its low bits.
@@ -285,6 +288,20 @@ class SparseMaskedModule(nn.Module):
         give_back(self.weight, self.mask)
         _note_weight(self)
         return self
+
+    def _draw_first_mask(self) -> None:
+        """The mask that ``sparsify`` would have drawn on a device with memory."""
+        if self._first_mask == "dense":
+            self.set_mask(torch.ones_like(self.mask), check=False)
+        elif isinstance(self._first_mask, Tensor):
+            self.reset_mask(torch.Generator().set_state(self._first_mask))
+        else:
+            self.reset_mask()
+
+    def _let_go_of_weight(self) -> None:
+        """Torch swaps tensors, where it is told to, only if nobody holds a weak reference to them."""
+        if torch.__future__.get_swap_module_params_on_conversion():
+            _LAYERS.pop(self.weight, None)
 
     def _refit_collection(self) -> None:
         """Follow the weight to another device or dtype, with what has been collected."""
@@ -306,13 +323,17 @@ class SparseMaskedModule(nn.Module):
                 error_msgs: list[str] = args[-1]  # of load_state_dict, which raises them all at the end
                 error_msgs.append(f"layer {prefix.rstrip('.')!r}: {error}")
                 del state_dict[prefix + "mask"]
+            else:  # assign=True would take another dtype over
+                state_dict[prefix + "mask"] = mask.bool()
         if not self.mask.is_meta:
             state_dict.setdefault(prefix + "mask", self.mask)
         if prefix + "mask_scores" in state_dict and self.mask_scores is None:
             self.set_mask_scores(torch.zeros_like(self.weight, dtype=torch.float32))
         elif prefix + "mask_scores" not in state_dict and self.mask_scores is not None:
             state_dict[prefix + "mask_scores"] = self.mask_scores
+        self._let_go_of_weight()
         super()._load_from_state_dict(state_dict, prefix, *args)
+        _note_weight(self)
         self._refit_collection()  # assign=True may have put a weight of another device or dtype in place
 
     @property
@@ -631,6 +652,7 @@ def _convert_to_dense(layer: Any) -> nn.Module:
         "num_kept",
         "measured_ratio",
         "measured_passes",
+        "_first_mask",
         "score_support",
         "_positions",
         "_grad_sink",
@@ -762,7 +784,9 @@ def sparsify(
     layers that have no weight yet.
 
     Args:
-        model: any module; Parameters, hooks and module identities are kept. A bare ``nn.Linear`` works too.
+        model: any module; Parameters, hooks and module identities are kept. A bare ``nn.Linear`` works too, but not one
+            inside of an ``nn.TransformerEncoderLayer``, which in inference reads its weight past the layer's forward:
+            give the encoder layer.
         sparsity: target fraction of zeros, in [0, 1), or values by layer name or glob pattern, of which the first that
             fits holds: ``{"fc": 0, "layer1.*": 0.8, "*": 0.9}``.
         distribution: ``uniform``, ``er``, ``erk`` or ``global``, see :func:`~sparsebilevel.schedules.layer_counts`.
@@ -776,6 +800,7 @@ def sparsify(
             ``global``, layers of different patterns apart) or ``dense`` (all ones; a method prunes later).
         seed: of the random masks; None takes torch's global generator. Masks do not depend on the device. Under
             torch.distributed all ranks must draw the same ones, unless a method, which takes those of rank 0, follows.
+            On the meta device masks are drawn, the same, when ``to_empty`` gives them memory.
 
     Returns:
         The same model.
@@ -827,11 +852,13 @@ def sparsify(
     patterns = layer_patterns(parsed, shapes, dense_layers) | dict.fromkeys(dense_layers, Unstructured())
     counts = layer_counts(shapes, sparsity, distribution, patterns, dense_layers)
     _warn_of_single_groups(shapes, sparsity, patterns)
-    masks = _initial_masks(weights, counts, patterns, init, distribution == "global", dense, seed)
+    masks, first = _initial_masks(weights, counts, patterns, init, distribution == "global", dense, seed)
     for module in layers.values():
         owner = owners[id(module.weight)]
         module.__class__ = _SPARSE_CLASSES[type(module)]
         module._add_mask(masks[owner].clone(), patterns[owner], counts[owner])
+        if owner in first:
+            module._first_mask = first[owner]
     model._ddp_params_and_buffers_to_ignore = _LeftToMethods(model)  # type: ignore[assignment]
     _close_fast_paths(model)
     return model
@@ -846,14 +873,25 @@ def _initial_masks(
     rank_globally: bool,
     dense: str | None,
     seed: int | None,
-) -> dict[str, Tensor]:
-    """Masks by name, that lie where and as their weights do. Ranking over the whole model settles ``counts`` anew."""
+) -> tuple[dict[str, Tensor], dict[str, str | Tensor]]:
+    """Masks by name, where and as their weights lie, and how to draw those on the meta device when they leave it.
+
+    Ranking over the whole model settles ``counts`` anew.
+    """
     masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
-    free = {name: w for name, w in weights.items() if name != dense and not w.is_meta}
+    free = {name: w for name, w in weights.items() if name != dense}
+    meta = [name for name, w in weights.items() if w.is_meta]
+    first: dict[str, str | Tensor] = {name: "dense" for name in meta if init == "dense" or name == dense}
     drawn: dict[str, Tensor] = {}
     if init == "random":
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        drawn = {n: random_mask(w.shape, counts[n], patterns[n], generator) for n, w in free.items()}
+        for n, w in free.items():
+            if w.is_meta and generator is not None:
+                first[n] = generator.get_state()
+            if not w.is_meta or generator is not None:  # draws for other layers go on from here
+                drawn[n] = random_mask(w.shape, counts[n], patterns[n], generator)
+    elif init == "magnitude" and meta:
+        raise ValueError(f"init='magnitude' is not allowed: the weight of {meta[0]!r} is on the meta device")
     elif init == "magnitude" and rank_globally:
         for pattern in dict.fromkeys(patterns[n] for n in free):
             group = {n: w.abs() for n, w in free.items() if patterns[n] == pattern}
@@ -863,7 +901,7 @@ def _initial_masks(
         drawn = {n: patterns[n].mask(w.abs(), counts[n]) for n, w in free.items()}
     for name, mask in drawn.items():
         masks[name].copy_(mask)
-    return masks
+    return masks, first
 
 
 class _LeftToMethods:

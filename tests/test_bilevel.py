@@ -879,6 +879,27 @@ def constant_steps(make, grad, steps=200):
     return float((before - model[0].weight.detach())[0, 0]) / grad, float(bidst.current_score_lr("0"))
 
 
+class CountingAdam(torch.optim.Optimizer):
+    """Adam whose step is a number, as outside of torch."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p] or {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.state[p] = state
+            state["step"] += 1
+            state["exp_avg"].lerp_(p.grad, 0.1)
+            state["exp_avg_sq"].lerp_(p.grad.square(), 0.001)
+            mean = state["exp_avg"] / (1 - 0.9 ** state["step"])
+            square = state["exp_avg_sq"] / (1 - 0.999 ** state["step"])
+            p.sub_(0.01 * mean / (square.sqrt() + 1e-8))
+
+
 @pytest.mark.parametrize("grad", [1e-3, 2.0])
 @pytest.mark.parametrize(
     "make",
@@ -891,11 +912,13 @@ def constant_steps(make, grad, steps=200):
         lambda ps: torch.optim.RMSprop(ps, 0.01, alpha=0.9),
         lambda ps: torch.optim.RMSprop(ps, 0.01, alpha=0.9, momentum=0.8),
         lambda ps: torch.optim.Adagrad(ps, 0.01),
+        lambda ps: torch.optim.Adadelta(ps, 1.0),
+        lambda ps: CountingAdam(ps),
     ],
 )
 def test_the_score_step_is_that_of_the_weights_whatever_the_optimizer(make, grad):
     moved, rate = constant_steps(make, grad)
-    assert rate == pytest.approx(moved, rel=1e-3)
+    assert rate == pytest.approx(moved, rel=2e-3)  # Adadelta's last step has changed its mean of steps
 
 
 def test_scores_learn_as_fast_with_adam_as_with_sgd():

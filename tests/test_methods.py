@@ -733,6 +733,74 @@ def test_resuming_from_nothing_begins_anew():
         sb.SET.resume(sparsifier.state_dict(), model, sgd(model))
 
 
+@pytest.mark.parametrize("name", ["hydra", "bidst"])
+def test_a_refused_resumption_leaves_the_model_as_it_was(name):
+    _, _, first = build(name)
+    cls, kwargs, init = METHODS[name]
+    other = sparse_net(0.8, 5, distribution="erk", init=init)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match="not those of the state"):
+        cls.resume(first.state_dict(), other, sgd(other), **kwargs)
+    assert all(p.requires_grad for p in other.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+    assert all(layer.score_support == "none" for _, layer in sb.sparse_layers(other))
+    sb.Static(other)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_of_a_method_hold_their_model(copied):
+    model, _, sparsifier = build("bidst")
+    other, second = copied((model, sparsifier))
+    with pytest.raises(ValueError, match="model has a method already, BiDST"):
+        sb.Static(other)
+    second.release()
+    assert all(layer.mask_scores is None for _, layer in sb.sparse_layers(other))
+    sb.Static(other)
+    with pytest.raises(ValueError, match="model has a method already, BiDST"):
+        sb.Static(model)
+
+
+class OptimizerAround(torch.optim.SGD):
+    """As ZeroRedundancyOptimizer: the state is in another one."""
+
+    def __init__(self, params):
+        super().__init__(params, 0.1)
+        self.optim = torch.optim.SGD(self.param_groups[0]["params"], 0.1, momentum=0.9)
+
+
+class FullyShardedDataParallel(nn.Sequential):
+    pass
+
+
+def test_sharded_models_and_optimizers_are_refused():
+    model = sparse_net()
+    with pytest.raises(ValueError, match="optimizer is a OptimizerAround, which keeps its state in another optimizer"):
+        sb.SET(model, OptimizerAround(model.parameters()))
+    with pytest.raises(ValueError, match="model is in FullyShardedDataParallel, which methods do not support"):
+        sb.SET(nn.Sequential(FullyShardedDataParallel(model)))
+    with pytest.raises(ValueError, match="the weight of '0' is on the meta device"):
+        sb.SET(sparse_net().to("meta"))
+    model[0].weight = nn.Parameter(model[0].weight.detach().flatten()[:7])
+    with pytest.raises(ValueError, match="the weight of '0' is spread over devices"):
+        sb.SET(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_do_not_take_the_default_dtype(name, dtype):
+    expected, _, _ = build(name)
+    torch.set_default_dtype(dtype)
+    try:
+        cls, kwargs, init = METHODS[name]
+        model = sparse_net(0.8, 0, distribution="erk", init=init).float()
+        sparsifier = cls(model, sgd(model), **kwargs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    train(model, sparsifier.optimizers[0], sparsifier, 5)
+    dtypes = {key: value.dtype for key, value in expected.state_dict().items()}
+    assert {key: value.dtype for key, value in model.state_dict().items()} == dtypes
+
+
 def test_a_state_is_refused_over_other_masks_of_the_same_counts():
     first, second = build("rigl"), build("rigl", seed=77)
     with pytest.raises(ValueError, match="they keep as many weights, but have other values"):

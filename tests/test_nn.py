@@ -652,6 +652,78 @@ def test_layers_that_their_pattern_leaves_whole_are_named(sparsity):
         sb.sparsify(copy.deepcopy(model), sparsity, pattern="channel", exclude=["1", "2"])
 
 
+@pytest.mark.parametrize("options", [{"init": "dense"}, {"seed": 3}, {"seed": 3, "dense_first": True}])
+def test_masks_are_the_same_by_way_of_the_meta_device(options):
+    expected = sb.sparsify(mlp(0), 0.75, **options)
+    model = sb.sparsify(mlp(0).to("meta"), 0.75, **options)
+    model = copy.deepcopy(model).to_empty(device="cpu")
+    for (_, a), (_, b) in zip(sb.sparse_layers(model), sb.sparse_layers(expected), strict=True):
+        assert torch.equal(a.mask, b.mask)
+
+
+def test_magnitudes_on_the_meta_device_are_refused():
+    with pytest.raises(ValueError, match="init='magnitude' is not allowed: the weight of '0' is on the meta device"):
+        sb.sparsify(mlp(0).to("meta"), 0.75, init="magnitude")
+
+
+def test_conversions_that_swap_tensors():
+    model, other = sb.sparsify(mlp(0), 0.75, seed=0), sb.sparsify(mlp(0), 0.75, seed=1)
+    sparsifier = sb.BiDST(model, torch.optim.SGD(model.parameters(), 0.1), update_freq=2)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double()
+        model.float()
+        model.load_state_dict(other.state_dict())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert torch.equal(model[0].mask, other[0].mask)
+    assert sb.nn.mask_of(model[0].weight) is model[0].mask
+    assert sparsifier.weights["0"].weight is model[0].weight
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_masks_of_another_dtype_are_loaded_as_bool(assign):
+    model, other = sb.sparsify(mlp(0), 0.75, seed=0), sb.sparsify(mlp(0), 0.75, seed=1)
+    state = {k: v.float() for k, v in other.state_dict().items()}
+    model.load_state_dict(state, assign=assign)
+    assert model[0].mask.dtype == torch.bool
+    assert torch.equal(model[0].mask, other[0].mask)
+
+
+@pytest.mark.parametrize("kind", ["none", "all", "active", "scores", "shared"])
+@pytest.mark.parametrize("is_conv", [False, True])
+def test_the_gradient_of_a_gradient_follows_the_contract(kind, is_conv):
+    """What a gradient penalty sends through the gradient of the input belongs to G, too."""
+    torch.manual_seed(0)
+    first = nn.Conv2d(3, 5, 3, stride=2, padding=1) if is_conv else nn.Linear(12, 20)
+    model = nn.Sequential(first, nn.Tanh(), nn.Flatten(), nn.Linear(20, 1)).double()
+    sb.sparsify(model, 0.5, seed=0)
+    layers = [layer for _, layer in sb.sparse_layers(model)]
+    for layer in layers:
+        if kind in ("all", "active"):
+            layer.collect(kind)
+        elif kind != "none":
+            layer.set_mask_scores(nn.Parameter(torch.randn_like(layer.weight)))
+    if kind == "shared":
+        sb.optim.share_gradient(model)
+    x = torch.randn(4, *((3, 4, 4) if is_conv else (12,)), dtype=torch.float64, requires_grad=True)
+
+    dense = sb.densify(model)
+    for net in (model, dense):
+        (grad,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+        grad.square().sum().backward()
+    layers_of_dense = [module for module in dense if isinstance(module, (nn.Linear, nn.Conv2d))]
+    for layer, other in zip(layers, layers_of_dense, strict=True):
+        G = other.weight.grad
+        assert_close(layer.weight.grad, G if kind == "shared" else G * layer.mask)
+        if kind == "all":
+            assert_close(layer.effective_grad, G)
+        elif kind == "active":
+            assert_close(layer.effective_grad, G.reshape(-1)[layer.support_positions])
+        elif kind == "scores":
+            assert_close(layer.mask_scores.grad, layer.weight * G)
+
+
 def test_same_seed_same_masks():
     assert same_masks(cnn(seed=3), cnn(seed=3))
     assert not same_masks(cnn(seed=3), cnn(seed=4))

@@ -225,6 +225,11 @@ class Sparsifier:
                 raise ValueError(
                     f"optimizer is or has a {type(given).__name__}; expected a torch.optim.Optimizer, several, or None"
                 )
+            if isinstance(getattr(given, "optim", None), torch.optim.Optimizer):
+                raise ValueError(
+                    f"optimizer is a {type(given).__name__}, which keeps its state in another optimizer, on some ranks "
+                    "only; a method clears the state of dropped weights and expects a plain torch.optim.Optimizer"
+                )
         self.weights = self._find_weights()
         self._refuse_company()
         held = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
@@ -247,6 +252,12 @@ class Sparsifier:
         self.first_masks = self._copy_masks() if self.continuous else {}
         self.prepare_collection()
         for layer in self._layers():  # last: a method that could not be made leaves the model free
+            _AT_WORK[layer] = weakref.ref(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of copies and pickles, which work on a copy of the model."""
+        self.__dict__.update(state)
+        for layer in () if self.released else self._layers():
             _AT_WORK[layer] = weakref.ref(self)
 
     def _layers(self) -> Iterator[SparseMaskedModule]:
@@ -294,7 +305,18 @@ class Sparsifier:
                     f"the weight of {name!r} is computed (weight_norm, spectral_norm, parametrize); a method changes "
                     "weights where they are stored and expects a Parameter"
                 )
+            if layer.weight.is_meta:
+                raise ValueError(
+                    f"the weight of {name!r} is on the meta device; give the model memory and values first"
+                )
+            if hasattr(layer.weight, "device_mesh") or layer.weight.shape != layer.mask.shape:
+                raise ValueError(
+                    f"the weight of {name!r} is spread over devices (FSDP, tensor parallelism), which methods do not "
+                    "support; use DistributedDataParallel"
+                )
             by_weight.setdefault(id(layer.weight), MaskedWeight(name, [])).layers.append(layer)
+        if any(type(module).__name__ == "FullyShardedDataParallel" for module in self.model.modules()):
+            raise ValueError("model is in FullyShardedDataParallel, which methods do not support; use DDP")
         if not by_weight:
             raise ValueError("model has no sparse layers; call sparsebilevel.sparsify(model, sparsity=...) first")
         return {masked.name: masked for masked in by_weight.values()}
@@ -588,7 +610,12 @@ class Sparsifier:
         model.load_state_dict(before[0])
         for one, its_state in zip(optimizers, before[1], strict=True):
             one.load_state_dict(its_state)
-        sparsifier.load_state_dict(state)
+        try:
+            sparsifier.load_state_dict(state)
+        except Exception:
+            sparsifier.release()  # which takes the scores away
+            model.load_state_dict(before[0])
+            raise
         return sparsifier
 
     def _set_counts(self, counts: Mapping[str, int]) -> None:

@@ -235,10 +235,18 @@ class _BiLevel(Sparsifier):
                     *(type(self).__name__, type(optimizer).__name__),
                 )
             return rate
-        mean = torch.where(masked.mask, state[key], 0).sum() / masked.mask.sum()
-        if key == "exp_avg_sq":
-            mean = mean / (1 - group["betas"][1] ** state["step"]).to(mean.device)
-        return rate / (mean.sqrt() + group["eps"])
+        eps = group.get("eps", 1e-8)
+        mean = self._active_mean(masked, state[key])
+        if key == "exp_avg_sq" and "betas" in group and "step" in state:
+            missing = group["betas"][1] ** state["step"]  # a number or a tensor, as the optimizer counts
+            mean = mean / (1 - (missing.to(mean.device) if isinstance(missing, Tensor) else missing))
+        if "acc_delta" in state:  # Adadelta, whose steps have the size of those before
+            return rate * (self._active_mean(masked, state["acc_delta"]) + eps).sqrt() / (mean + eps).sqrt()
+        return rate / (mean.sqrt() + eps)
+
+    @staticmethod
+    def _active_mean(masked: MaskedWeight, values: Tensor) -> Tensor:
+        return torch.where(masked.mask, values, 0).sum() / masked.mask.sum()
 
     def metrics(self) -> dict[str, float]:
         return super().metrics() | self._sizes.read()
@@ -565,7 +573,8 @@ class BiDST(_BiLevel):
     def initialize(self) -> None:
         super().initialize()
         for masked in self.weights.values():
-            scores = torch.full(masked.mask.shape, -math.inf, device=masked.mask.device)  # row-major, as positions are
+            mask = masked.mask  # whose strides the scores must not have: they are row-major, as positions are
+            scores = torch.full(mask.shape, -math.inf, dtype=torch.float32, device=mask.device)
             psi = (1 + math.tanh(self.initial_score / self.tau / 2)) / 2  # the sigmoid, without overflow
             worth = psi * (1 - psi) / self.tau * masked.weight.float().square() / 2
             scores[masked.mask] = self.initial_score + worth[masked.mask]
@@ -636,7 +645,8 @@ class BiDST(_BiLevel):
                 masked.scores.copy_(scores.view(masked.scores.shape))
 
     def _noise(self, like: Tensor) -> Tensor:
-        return torch.rand(like.shape, generator=self.generator, device="cpu").to(like.device).logit_(1e-6)
+        noise = torch.rand(like.shape, generator=self.generator, dtype=torch.float32, device="cpu")
+        return noise.to(like.device).logit_(1e-6)
 
     def propose_masks(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         masks = {}

@@ -88,7 +88,7 @@ class RigL(SET):
         self._watch_steps()
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # of copies, whose optimizers have no hooks
-        self.__dict__.update(state)
+        super().__setstate__(state)
         self._watch_steps()
 
     def _watch_steps(self) -> None:
