@@ -901,7 +901,7 @@ class _Graphs:
         Compilers, tracers and exporters see the model as it was written, and so does what the lines do not take; in
         channels_last each op decides for itself.
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.fx._symbolic_trace._is_fx_tracing_flag:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.fx._symbolic_trace.is_fx_symbolic_tracing():
             return False
         if torch._C._are_functorch_transforms_active():
             return False

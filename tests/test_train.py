@@ -196,6 +196,15 @@ def test_sparsity_by_layer(tmp_path):
         train(make_config(tmp_path, method="rigl", update_freq="2", sparsity=0.8, resume=True))
 
 
+def test_rewinding_to_an_initialization_that_was_not_trained_from_is_named(tmp_path, caplog):
+    train(make_config(tmp_path / "dense", method="dense", max_steps=2))
+    start = {"method": "imp", "levels": 1, "epochs": 1, "init_from": str(tmp_path / "dense" / "checkpoint.pth")}
+    train(make_config(tmp_path / "same", **start))
+    assert "rewinds" not in caplog.text
+    train(make_config(tmp_path / "other", **start | {"seed": 4}))
+    assert "was trained from seed 3, and this run, of seed 4, rewinds to an initialization of its own" in caplog.text
+
+
 def test_pattern_by_layer(tmp_path):
     by_layer = {"layer_pattern": ("14=nm:2:4", "[36]=filter:4"), "sparsity": 0.75}
     train(make_config(tmp_path, method="bidst", update_freq="2", search_space=0.1, **by_layer, max_steps=4))

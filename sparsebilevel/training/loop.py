@@ -188,6 +188,7 @@ class Trainer:
                 assert self.config.init_from is not None
                 self.initial_state = initial_weights(self.config.init_from)
                 load_dense(self.model, self.initial_state, self.config.init_from)
+                self._warn_of_another_initialization()
             elif action == "start":
                 if self.config.rewind == "pretrained":
                     self.rewind_point = self._copy_state()
@@ -212,6 +213,20 @@ class Trainer:
         sparsifier = METHODS[c.method](model, optimizer, seed=c.seed, **self._method_arguments())
         self.score_lr: float | None = getattr(sparsifier, "score_lr", None)
         return sparsifier
+
+    def _warn_of_another_initialization(self) -> None:
+        """To rewind to weights that ``init_from`` was not trained from is the control of lottery tickets."""
+        c = self.config
+        if c.method != "imp" and c.rewind != "init":
+            return
+        assert c.init_from is not None
+        seed = (load_checkpoint(c.init_from).get("config") or {}).get("seed")
+        if seed != c.seed:
+            logger.warning(
+                "init_from: %s was trained from %s, and this run, of seed %s, rewinds to an initialization of its own; "
+                "train both with one seed",
+                *(c.init_from, "an unknown initialization" if seed is None else f"seed {seed}", c.seed),
+            )
 
     def _take_over_masks(self, model: nn.Module) -> None:
         """Those of ``init_from``, and say so where they are not as sparse as the configuration has it."""
