@@ -48,6 +48,30 @@ def test_a_variant_that_fails_is_a_row_and_the_others_go_on(bench):
     assert bench.results["rows"]["x"]["variants"]["dense"] == {"skipped": "the budget of 0 s was over"}
 
 
+def test_what_is_ready_when_the_budget_ends_is_timed(bench):
+    module, bench = bench
+    task = module.Task(lambda: torch.nn.Linear(8, 8), torch.randn(4, 8), torch.sum)
+
+    def late(model):
+        bench.budget = 0
+        return model
+
+    bench.compare("x", "", task, {"dense": module.Variant(), "late": module.Variant(late), "later": module.Variant()})
+    found = bench.results["rows"]["x"]["variants"]
+    assert [f.get("samples") for f in found.values()] == [1, 1, None]
+    assert found["later"] == {"skipped": "the budget of 0 s was over"}
+
+
+def test_rows_of_the_same_machine_stay_and_those_of_another_are_not_mixed_in(bench):
+    module, bench = bench
+    bench.keep("a", {"title": "kept"})
+    again = module.Bench(bench.device, bench.sizes, 1.0, bench.output)
+    again.keep("f", {"title": "new"})
+    assert set(json.loads(bench.output.read_text())["rows"]) == {"a", "f"}
+    with pytest.raises(SystemExit, match="has rows of another sizes; give another --output"):
+        module.Bench(bench.device, bench.sizes._replace(batch=3), 1.0, bench.output)
+
+
 def test_hand_written_and_own_masks_train_alike(bench):
     module, bench = bench
     torch.manual_seed(0)
