@@ -16,9 +16,10 @@ convolutions and linear layers, of the larger of two for each of their three pro
 product, and what it reads and writes in bfloat16 at the speed of a copy, both measured here. All else in a step comes
 on top of it.
 
-Results go to ``benchmarks/results/gpu_training.json`` after each row, where the other rows stay if they are of the same
-machine, and tables to standard output. Rows b, e and f take minutes to prepare: give each a call of its own.
-``--device cpu --quick`` runs the same lines where there is no GPU; its figures mean nothing.
+Results go to ``benchmarks/results/gpu_training.json`` after each row, and tables to standard output. The file's other
+rows stay; one of another machine, or of other sizes, is refused (``--output``). Rows b, e and f take minutes to
+prepare: give each a call of its own. ``--device cpu --quick --output FILE`` runs the same lines where there is no GPU;
+its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -506,7 +507,8 @@ def main() -> None:
     bench = Bench(torch.device(options.device), QUICK if options.quick else Sizes(), options.budget, options.output)
     for row in chosen:
         if failed := bench.guard(functools.partial(ROWS[row], bench)):
-            bench.keep(row, failed)
+            if row not in bench.results["rows"]:  # what was found before is worth more
+                bench.keep(row, failed)
             note(f"{row}: {failure(failed)}")
     note(f"written to {options.output}")
 

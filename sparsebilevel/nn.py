@@ -35,7 +35,7 @@ from .kernels.gradient import runs_directly
 from .kernels.measurements import Window
 from .kernels.reference import effective_weight
 from .masks import NM, Pattern, Unstructured, global_masks, parse_pattern, random_mask
-from .schedules import layer_counts, layer_patterns
+from .schedules import first_that_fits, layer_counts, layer_patterns
 
 Support = Literal["none", "active", "search", "all"]
 _SUPPORTS = ("none", "active", "search", "all")
@@ -731,18 +731,26 @@ def _reasons_to_stay_dense(
     return reasons
 
 
+def _first_three(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def _warn_of_single_groups(
-    shapes: Mapping[str, Sequence[int]], sparsity: float | Mapping[str, float], patterns: Mapping[str, Pattern]
+    shapes: Mapping[str, Sequence[int]],
+    sparsity: float | Mapping[str, float],
+    patterns: Mapping[str, Pattern],
+    dense_layers: Collection[str],
 ) -> None:
     """A depthwise convolution has one channel a filter, which the pattern "channel" cannot take from it."""
-    if sparsity == 0:
-        return
-    single = [name for name, shape in shapes.items() if patterns[name].num_groups(shape) == 1 < math.prod(shape)]
+    asked = dict.fromkeys(shapes, sparsity)
+    if isinstance(sparsity, Mapping):
+        asked = first_that_fits("sparsity", sparsity, shapes, dense_layers, default="0.9")
+    to_prune = [name for name in asked if asked[name] and name not in dense_layers]
+    single = [name for name in to_prune if patterns[name].num_groups(shapes[name]) == 1 < math.prod(shapes[name])]
     if single:
-        listed = ", ".join(map(repr, single[:3])) + (f" and {len(single) - 3} more" if len(single) > 3 else "")
         warnings.warn(
-            f"{listed} {'stays' if len(single) == 1 else 'stay'} dense: to the pattern the whole weight is one group "
-            "(another pattern, or exclude=, says what is meant)",
+            f"{_first_three(single)} {'stays' if len(single) == 1 else 'stay'} dense: to the pattern the whole weight "
+            "is one group (another pattern, or exclude=, says what is meant)",
             stacklevel=3,
         )
 
@@ -756,10 +764,9 @@ def _warn_of_attention(model: nn.Module, included: set[int] | None, excluded: se
         and id(module) not in excluded
     ]
     if names:
-        listed = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         warnings.warn(
-            f"the projections of {listed} stay dense: nn.MultiheadAttention reads their weights past any layer's "
-            "forward (exclude=nn.MultiheadAttention says that this is meant)",
+            f"the projections of {_first_three(names)} stay dense: nn.MultiheadAttention reads their weights past any "
+            "layer's forward (exclude=nn.MultiheadAttention says that this is meant)",
             stacklevel=3,
         )
 
@@ -851,7 +858,7 @@ def sparsify(
     dense_layers = () if dense is None else (dense,)
     patterns = layer_patterns(parsed, shapes, dense_layers) | dict.fromkeys(dense_layers, Unstructured())
     counts = layer_counts(shapes, sparsity, distribution, patterns, dense_layers)
-    _warn_of_single_groups(shapes, sparsity, patterns)
+    _warn_of_single_groups(shapes, sparsity, patterns, dense_layers)
     masks, first = _initial_masks(weights, counts, patterns, init, distribution == "global", dense, seed)
     for module in layers.values():
         owner = owners[id(module.weight)]

@@ -648,6 +648,7 @@ def test_layers_that_their_pattern_leaves_whole_are_named(sparsity):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sb.sparsify(copy.deepcopy(model), 0.0, pattern="channel")
+        sb.sparsify(copy.deepcopy(model), {"[12]": 0.0, "*": 0.5}, pattern="channel")
         sb.sparsify(copy.deepcopy(model), sparsity, pattern={"0": "channel", "*": "unstructured"})
         sb.sparsify(copy.deepcopy(model), sparsity, pattern="channel", exclude=["1", "2"])
 

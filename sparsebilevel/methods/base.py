@@ -258,7 +258,8 @@ class Sparsifier:
         """Of copies and pickles, which work on a copy of the model."""
         self.__dict__.update(state)
         for layer in () if self.released else self._layers():
-            _AT_WORK[layer] = weakref.ref(self)
+            if _AT_WORK.get(layer, lambda: None)() is None:  # a shallow copy works on the same model
+                _AT_WORK[layer] = weakref.ref(self)
 
     def _layers(self) -> Iterator[SparseMaskedModule]:
         return (layer for masked in self.weights.values() for layer in masked.layers)
@@ -311,8 +312,9 @@ class Sparsifier:
                 )
             if hasattr(layer.weight, "device_mesh") or layer.weight.shape != layer.mask.shape:
                 raise ValueError(
-                    f"the weight of {name!r} is spread over devices (FSDP, tensor parallelism), which methods do not "
-                    "support; use DistributedDataParallel"
+                    f"the weight of {name!r} has shape {list(layer.weight.shape)} where its mask has "
+                    f"{list(layer.mask.shape)}, or is a DTensor; methods do not support weights that are spread over "
+                    "devices (FSDP, tensor parallelism): use DistributedDataParallel"
                 )
             by_weight.setdefault(id(layer.weight), MaskedWeight(name, [])).layers.append(layer)
         if any(type(module).__name__ == "FullyShardedDataParallel" for module in self.model.modules()):
