@@ -281,7 +281,7 @@ def test_filters_with_small_weights_go_first():
     assert max(shares) - min(shares) <= 1 / 8 + 1e-9  # the same part of each
 
 
-def test_energy_is_the_mean_square_of_activations():
+def test_energy_is_the_sum_of_squared_activations():
     run = make_run("energy", norm="batch", epochs=1)
     clients = run.exchange.clients
     model = copy.deepcopy(run.model).eval()
@@ -291,7 +291,7 @@ def test_energy_is_the_mean_square_of_activations():
         with torch.no_grad():
             block = model.stages[1][0]
             hidden = F.relu(block.bn1(block.conv1(model.stages[0](F.relu(model.bn1(model.conv1(x)))))))
-            expected += hidden.double().square().mean((0, 2, 3))[:3]
+            expected += hidden.double().square().sum((2, 3)).mean(0)[:3]
     energies = run._energies()
     assert_close(energies[8:11], expected, rtol=1e-5, atol=1e-8)
     assert run.received == {"energy": 4 * 8 * len(energies)}

@@ -67,8 +67,8 @@ class Clients:
     - ``hypernetwork``: ``hyper_steps`` steps from batch ``position`` on, with ``hypernetwork`` [3, H], its values and
       AdamW's two states after ``step`` steps, ``lr``, and ``turn``, the number of the round among its kind. Replies
       with ``hypernetwork`` and sums over the steps: ``loss``, ``accuracy``, ``server_penalty``, ``device_penalty``.
-    - ``energy``: replies with ``energy`` [G], float64, the mean square of every gate point's activations over the
-      training samples and positions.
+    - ``energy``: replies with ``energy`` [G], float64, of every gate point's activations the sum of squares over the positions,
+      averaged over the training samples.
     - ``evaluate``: replies with ``correct`` of ``count`` test samples. With ``steps`` the device first takes so many by
       itself, from batch ``position`` on, with ``lr`` falling along a cosine to 0; nobody gets what it has learned.
 
@@ -249,7 +249,7 @@ class Clients:
 
         def add(name: str) -> Callable[..., None]:
             def hook(_module: nn.Module, args: Any) -> None:
-                sums[name] = sums.get(name, 0) + args[0].double().square().mean((2, 3)).sum(0)
+                sums[name] = sums.get(name, 0) + args[0].double().square().sum((0, 2, 3))
 
             return hook
 

@@ -519,7 +519,7 @@ class Federation:
         return server, torch.stack(devices)
 
     def _energies(self) -> Tensor:
-        """Of every gate: the mean square of its channel's activations, summed over devices; float64 ``[G]``.
+        """Of every gate: the squares of its channel's activations, summed over positions and devices; float64 ``[G]``.
 
         All of them are asked, also where rounds have a sample of clients, since there is no other round of this kind.
         """
