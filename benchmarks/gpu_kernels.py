@@ -467,6 +467,18 @@ def _in_turn(
     return list(rows.values())
 
 
+class Rows:
+    """What was measured, in the file of results as soon as it is there: a call may be ended from outside."""
+
+    def __init__(self, output: Path | None, first: dict[str, Any]) -> None:
+        self.output, self.result = output, {"times": [first]}
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        self.result["times"] += rows
+        if self.output:
+            self.output.write_text(json.dumps(self.result, indent=1) + "\n")
+
+
 def _lists(occupied: Tensor) -> None:
     """All that a step of a linear layer needs of a mask."""
     layout = BlockLayout(64, occupied, 0.1)
@@ -475,9 +487,8 @@ def _lists(occupied: Tensor) -> None:
     assert layout.by_row
 
 
-def steps(device: torch.device, quick: bool, until: float, flops: float) -> list[dict[str, Any]]:
+def steps(rows: Rows, device: torch.device, quick: bool, until: float, flops: float) -> None:
     """Rows of whole steps of a layer, of which ``seconds`` are eager; the arguments are those of :func:`time`."""
-    rows: list[dict[str, Any]] = []
     cases: list[tuple[torch.dtype | None, int, str]]
     tokens = TOKENS[-1:] if quick else TOKENS[1::2] + TOKENS[::2]  # what matters most first
     cases = [(torch.float32, t, "unstructured") for t in tokens[:2]]
@@ -488,31 +499,29 @@ def steps(device: torch.device, quick: bool, until: float, flops: float) -> list
     cases += [] if quick else [(master, TOKENS[-2], "block:64x64") for master in (torch.float32, torch.bfloat16)]
     for master, t, pattern in cases:
         if clock.monotonic() > until:
-            rows.append({"what": f"{pattern}, {master} weights, {t} tokens", "error": "no time left"})
+            rows.add([{"what": f"{pattern}, {master} weights, {t} tokens", "error": "no time left"}])
             continue
         floor = 3 * 2 * t * WIDTH * WIDTH / flops
         if master is not None:
-            rows += _time_steps(t, device, master, pattern, floor)
+            rows.add(_time_steps(t, device, master, pattern, floor))
             continue
         runs, captured = (_whole_steps(t, device) for _ in range(2))  # no copies are kept of what a graph steps
         names = {name: {"what": f"step and optimizer {name}, {t} tokens", "floor": floor} for name in runs}
-        rows += _in_turn(runs, names, device, 10, captured=captured)
-    return rows
+        rows.add(_in_turn(runs, names, device, 10, captured=captured))
 
 
-def time(device: torch.device, quick: bool, until: float, flops: float, bandwidth: float) -> list[dict[str, Any]]:
+def time(rows: Rows, device: torch.device, quick: bool, until: float, flops: float, bandwidth: float) -> None:
     """Rows of every kernel and baseline: ``what``; ``seconds``, of launches in the queue, ``graph``, and ``floor``.
 
     Args:
+        rows: where they go.
         quick: few sizes.
         until: by the monotonic clock, when the rest is left out.
         flops, bandwidth: a second, of :func:`ceilings`.
     """
-    rows: list[dict[str, Any]] = []
 
     def note(what: str, run: Callable[[], Any], floor: float, graph: bool = True) -> None:
         row: dict[str, Any] = {"what": what, "floor": floor}
-        rows.append(row)
         for kind, prepare in (("seconds", lambda: run), ("graph", lambda: _graph(run)))[: 1 + graph]:
             if clock.monotonic() > until:
                 row[f"{kind}_error"] = "no time left"
@@ -522,6 +531,7 @@ def time(device: torch.device, quick: bool, until: float, flops: float, bandwidt
             except Exception as error:  # the other rows are still wanted
                 row[f"{kind}_error"] = f"{type(error).__name__}: {str(error)[:200]}"
                 print(f"{what}, {kind}: {row[f'{kind}_error']}", flush=True)
+        rows.add([row])
 
     for t in TOKENS[-1:] if quick else TOKENS:  # would a gradient that the library writes in float32 save the pass?
         x, dy = (torch.randn(t, WIDTH, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -597,7 +607,6 @@ def time(device: torch.device, quick: bool, until: float, flops: float, bandwidt
         by_torch.step()
 
     note("split_gradient, sgd_step, torch's SGD on the scores", apart, 60 * size / bandwidth, graph=False)
-    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -632,12 +641,13 @@ def main() -> None:
     elif options.what in ("steps", "time"):
         until = clock.monotonic() + options.budget
         bandwidth, flops = ceilings(device)
+        rows = Rows(options.output, {"what": "ceilings", "bytes_per_s": bandwidth, "flops_per_s": flops})
         if options.what == "steps":
-            rows = steps(device, options.quick, until, flops)
+            steps(rows, device, options.quick, until, flops)
         else:
-            rows = time(device, options.quick, until, flops, bandwidth)
-        result = {"times": [{"what": "ceilings", "bytes_per_s": bandwidth, "flops_per_s": flops}, *rows]}
-        print(table(rows))
+            time(rows, device, options.quick, until, flops, bandwidth)
+        result = rows.result
+        print(table(rows.result["times"][1:]))
     else:
         matrices = [(t, WIDTH, WIDTH) for t in (TOKENS[1::2] if options.quick else TOKENS)]
         layers = [*matrices, *(() if options.quick else CONVOLUTIONS)]

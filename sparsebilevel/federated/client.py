@@ -67,8 +67,8 @@ class Clients:
     - ``hypernetwork``: ``hyper_steps`` steps from batch ``position`` on, with ``hypernetwork`` [3, H], its values and
       AdamW's two states after ``step`` steps, ``lr``, and ``turn``, the number of the round among its kind. Replies
       with ``hypernetwork`` and sums over the steps: ``loss``, ``accuracy``, ``server_penalty``, ``device_penalty``.
-    - ``energy``: replies with ``energy`` [G], float64, of every gate point's activations the sum of squares over the positions,
-      averaged over the training samples.
+    - ``energy``: replies with ``energy`` [G], float64, of every gate point's activations the sum of squares over the
+      positions, averaged over the training samples.
     - ``evaluate``: replies with ``correct`` of ``count`` test samples. With ``steps`` the device first takes so many by
       itself, from batch ``position`` on, with ``lr`` falling along a cosine to 0; nobody gets what it has learned.
 
