@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
@@ -1891,6 +1892,44 @@ def test_masked_conv2d(kernel, stride, padding, dilation, groups, dtype):
     for out, want in zip(outs, reference.split_gradient(z.grad, w, m), strict=True):
         assert out.dtype == want.dtype
         close(out, want)
+
+
+# -- over the wire -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of this process alone: nccl's on a GPU, else gloo's."""
+    backend = "nccl" if DEVICE.type == "cuda" else "gloo"
+    if not (dist.is_available() and dist.is_backend_available(backend)):
+        pytest.skip(f"needs torch.distributed with {backend}")
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_the_hook_and_a_method_of_a_rank_by_itself(one_rank):
+    """What they do on the device between and after the messages; that ranks add up is for several, over gloo."""
+
+    def train(hooked):
+        torch.manual_seed(0)
+        model = sb.sparsify(torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 40)), 0.8, seed=0)
+        ddp = torch.nn.parallel.DistributedDataParallel(model)
+        hook = sb.SparseAllReduce(ddp) if hooked else None
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        method = sb.BiDST(model, optimizer, update_freq=2, update_end=8)
+        for step in range(6):
+            x = torch.randn(16, 64, generator=torch.Generator().manual_seed(step), device="cpu").to(DEVICE)
+            optimizer.zero_grad()
+            ddp(x).square().mean().backward()
+            optimizer.step()
+            method.step()
+        return model.state_dict(), hook
+
+    (plain, _), (hooked, hook) = train(False), train(True)
+    for name, tensor in plain.items():
+        assert_close(hooked[name], tensor, rtol=1e-5, atol=1e-7)
+    assert 0.2 < hook.bytes_sent / hook.dense_bytes < 0.25, hook
 
 
 # -- the script for machines with a GPU --------------------------------------------------------------------------------
