@@ -933,13 +933,19 @@ def test_scores_learn_as_fast_with_adam_as_with_sgd():
 
 
 def test_an_optimizer_whose_steps_are_not_known_is_named(caplog):
-    model = sparse_net()
-    opt = torch.optim.Rprop(model.parameters(), 0.01)
-    train(model, opt, sb.BiDST(model, opt, update_freq=2), 3)
-    assert caplog.text.count("BiDST takes Rprop for plain SGD, since no score_lr is given") == 1
+    for given, missing in (
+        ({}, "score_lr and no implicit_scale is"),
+        ({"score_lr": 0.1}, "implicit_scale is"),
+        ({"implicit_scale": 1.0}, "score_lr is"),
+    ):
+        caplog.clear()
+        model = sparse_net()
+        opt = torch.optim.Rprop(model.parameters(), 0.01)
+        train(model, opt, sb.BiDST(model, opt, update_freq=2, **given), 3)
+        assert caplog.text.count(f"BiDST takes Rprop for plain SGD, since no {missing} given") == 1
     model = sparse_net()
     opt = torch.optim.SGD(model.parameters(), 0.01, momentum=1.0)
-    with pytest.raises(ValueError, match=r"momentum is 1.0, with which no step size follows; give score_lr"):
+    with pytest.raises(ValueError, match="momentum is 1.0, which gives no step size; give score_lr and implicit_scale"):
         train(model, opt, sb.BiDST(model, opt, update_freq=2), 1)
 
 

@@ -348,7 +348,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--limit", type=int, help="use only so many training samples")
     group = parser.add_argument_group("algorithm (what is not given is the algorithm's own)")
     group.add_argument("--algorithm", default="bilevel", help=f"{', '.join(ALGORITHMS)} [%(default)s]")
-    group.add_argument("--baselines", nargs="*", default=["d-sgd", "magnitude-after"], help="to compare it with")
+    group.add_argument("--baselines", nargs="*", default=["d-sgd", "magnitude-after"],
+                       help="to compare it with; none without names [d-sgd magnitude-after]")  # fmt: skip
     group.add_argument(
         "--epochs", type=float, default=50.0, help="sample gradients: epochs of the mean worker [%(default)s]"
     )

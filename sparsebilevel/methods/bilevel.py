@@ -222,7 +222,9 @@ class _BiLevel(Sparsifier):
     ) -> float | Tensor:
         rate, momentum = float(group["lr"]), float(group.get("momentum", 0))
         if momentum >= 1:
-            raise ValueError(f"the optimizer's momentum is {momentum}, with which no step size follows; give score_lr")
+            raise ValueError(
+                f"the optimizer's momentum is {momentum}, which gives no step size; give score_lr and implicit_scale"
+            )
         if momentum:
             rate *= (1 - float(group.get("dampening", 0))) / (1 - momentum)
         state = optimizer.state.get(masked.weight, {})
@@ -230,9 +232,10 @@ class _BiLevel(Sparsifier):
         if key is None:
             if state and "momentum" not in group and not self._warned_of_rate:
                 self._warned_of_rate = True
+                taken = [name for name in ("score_lr", "implicit_scale") if getattr(self, name) is None]
                 logger.warning(
-                    "%s takes %s for plain SGD, since no score_lr is given, and its steps are of another size",
-                    *(type(self).__name__, type(optimizer).__name__),
+                    "%s takes %s for plain SGD, since no %s is given, and its steps are of another size",
+                    *(type(self).__name__, type(optimizer).__name__, " and no ".join(taken)),
                 )
             return rate
         eps = group.get("eps", 1e-8)
