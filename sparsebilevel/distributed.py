@@ -64,7 +64,9 @@ class SparseAllReduce:
     The gradient of a sparse layer's weight is zero outside of the mask. Of each bucket the other elements go into one
     vector, which is reduced and written back: no positions are sent. Parameters without a mask (scores that are
     Parameters among them) travel whole beside them, as do weights that another kind of module uses too and those that
-    share their gradient with scores. The averages are those of DDP without a hook.
+    share their gradient with scores. The averages are those of DDP without a hook, unless something else than its layer
+    reads a masked weight, as a penalty on it or ``F.linear(x, layer.weight)`` does: outside of the mask a gradient from
+    there is dropped.
 
     Masks must change on all ranks between the same two backward passes, which methods (:class:`Sparsifier`) see to. In
     each pass the ranks compare a hash of all masks, 16 bytes that travel beside the first bucket: a rank whose masks

@@ -1,5 +1,6 @@
 """The algorithms of decentralized pruning, their tasks, and the command `sparsebilevel decentralized`."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -268,6 +269,34 @@ def test_runs_resume_bit_for_bit_and_with_the_same_bytes():
         make_run("bilevel-penalty", budget=2000, lower="finite").load_state_dict(states)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"sparsity": 0.5}, {"seed": 3}, {"lr": 0.2}, {"tracking": "none"}, {"constraint": "box"}]
+)
+def test_states_of_other_runs_are_refused_and_change_nothing(changes):
+    other, run = make_run(**changes), make_run()
+    other.round()
+    states = {k: run.state_dict(k) for k in (0, 1)} | {k: other.state_dict(k) | {"round": 0} for k in (2, 3)}
+    x, lower = dict(run.x), run.lower
+    with pytest.raises(ValueError, match=f"checkpoint of worker 2 is of another run .other {next(iter(changes))}"):
+        run.load_state_dict(states)
+    assert run.done == 0
+    assert run.lower is lower
+    assert all(run.x[k] is x[k] for k in x)
+
+
+def test_a_run_goes_back_to_before_the_agreement():
+    run, whole = (make_run("bilevel-penalty", budget=2000) for _ in range(2))
+    start = {k: copy.deepcopy(run.state_dict(k)) for k in range(4)}
+    for each in (run, whole):
+        while each.done < each.rounds:
+            each.round()
+    run.load_state_dict(start)
+    assert run.is_penalty
+    while run.done < run.rounds:
+        run.round()
+    assert all(torch.equal(whole.y[k], run.y[k]) for k in range(4))
+
+
 @pytest.mark.parametrize("name", ["d-sgd", "magnitude-during"])
 def test_a_run_that_diverges_says_so(name):
     run = make_run(name, budget=3000, lr=100.0)
@@ -396,7 +425,16 @@ def test_masks_that_differ_are_not_called_agreed():
         ({"schedule": "step"}, "schedule='step'"),
         ({"initial_mask": "random"}, "initial_mask='random'"),
         ({"normalize": "layer"}, "normalize='layer'"),
-        ({"inner_steps": 0}, "inner_steps=0"),
+        ({"inner_steps": 0}, "inner_steps=0 is not allowed; expected a whole number, at least 1"),
+        ({"inner_steps": 1.5}, "inner_steps=1.5"),
+        ({"batch_size": math.nan}, "batch_size=nan"),
+        ({"period": 2.5}, "period=2.5"),
+        ({"seed": None}, "seed=None"),
+        ({"rho": 2}, r"rho=2 is not allowed; expected a number in \[0, 1\]"),
+        ({"implicit_scale": math.inf}, "implicit_scale=inf"),
+        ({"implicit_scale": -1.0}, "implicit_scale=-1.0 is not allowed; expected a finite number >= 0"),
+        ({"clip": "mask", "clip_at": 1.5}, r"clip_at=1.5 is not allowed; expected a number in \(0, 1\]"),
+        ({"lr": "0.1"}, "lr='0.1'"),
         ({"lr": 0}, "lr=0"),
         ({"ridge": -1}, "ridge=-1"),
         ({"search": 0}, "search=0"),
@@ -405,7 +443,80 @@ def test_masks_that_differ_are_not_called_agreed():
 )
 def test_bad_settings_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
-        Settings(**options).validate()
+        Settings(**options).validate(10)
+
+
+@pytest.mark.parametrize("budget", [math.nan, math.inf, -5])
+def test_bad_budgets_are_refused(budget):
+    with pytest.raises(ValueError, match=f"budget={budget} is not allowed"):
+        make_run(budget=budget)
+
+
+def own_problem(module, masked=None):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(120, 6, generator=generator), torch.arange(120) % 3
+    parts = list(torch.arange(80).split(20))
+    objective = Objective(module, nn.functional.cross_entropy, masked)
+    return Problem(objective, Samples(x[:80], y[:80]), parts, Samples(x[80:], y[80:]))
+
+
+def test_frozen_parameters_stay():
+    module = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    module[0].requires_grad_(False)
+    before = module[0].weight.clone()
+    run = make_run(problem=own_problem(module))
+    assert run.size == 21
+    while run.done < run.rounds:
+        run.round()
+    run.evaluate()
+    state = run.problem.objective.state_dict(run.final_weights())
+    assert torch.equal(state["0.weight"], before)
+    assert not torch.equal(state["2.weight"], module[2].weight)
+    with pytest.raises(ValueError, match="no parameter that requires a gradient"):
+        own_problem(module.requires_grad_(False))
+
+
+def test_the_state_of_shared_parameters_has_one_value():
+    module = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 3))
+    module[2].weight = module[0].weight
+    problem = own_problem(module)
+    z = torch.randn(problem.size)
+    state = problem.objective.state_dict(z)
+    assert torch.equal(state["0.weight"], state["2.weight"])
+    x = problem.test_set.inputs
+    expected = problem.objective.evaluate(z, x)
+    module.load_state_dict(state)
+    assert torch.equal(module.eval()(x), expected)
+
+
+class DropsByFunction(nn.Linear):
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x, 0.5, self.training))
+
+
+def test_all_that_a_network_draws_follows_from_the_key():
+    problem = own_problem(DropsByFunction(6, 3))
+    z, indices = problem.initial(), torch.arange(20)
+    before = torch.get_rng_state()
+    first, again, other = (problem.gradient(0, z, indices, key) for key in (7, 7, 8))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_vector_with_a_mask_has_a_group_for_each_entry():
+    run = make_run(problem=own_problem(nn.Linear(6, 3), ["*"]), regularizer="group", strength=0.5)
+    x = torch.rand(run.maskable)
+    weight, bias = run.problem.split_masked(x)
+    assert run.regularizer(x) == pytest.approx(0.5 * (weight.norm(dim=1).sum() + bias.sum()).item())
+    gradient = run._regularizer_gradient(x)
+    assert_close(gradient[18:], torch.full((3,), 0.5))
+
+
+def test_a_mask_needs_parameters_that_have_one():
+    with pytest.raises(ValueError, match="mask='learned' is not allowed where no parameter has a mask"):
+        make_run(problem=own_problem(nn.Linear(6, 3), []))
+    make_run("d-sgd", problem=own_problem(nn.Linear(6, 3), [])).round()
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------------
@@ -602,6 +713,16 @@ def test_the_command_resumes_to_the_same_numbers(tmp_path):
     assert all(torch.equal(models[0]["model"][n], models[1]["model"][n]) for n in models[0]["model"])
 
 
+def test_resume_leaves_out_a_line_that_was_cut_short(tmp_path):
+    flags = ["--workers", "2", "--baselines", "--epochs", "3"]
+    main(command(tmp_path, *flags, "--max-rounds", "6"))
+    with (tmp_path / "bilevel" / "log.jsonl").open("a") as file:
+        file.write('{"round": 7, "eval')
+    main(command(tmp_path, *flags, "--resume"))
+    assert [row["round"] for row in rows(tmp_path)] == sorted({row["round"] for row in rows(tmp_path)})
+    assert (tmp_path / "bilevel" / "model.pth").exists()
+
+
 def test_a_run_that_replaces_another_does_not_go_on_from_its_checkpoints(tmp_path):
     flags = ["--workers", "2", "--baselines", "--checkpoint-freq", "4"]
     main(command(tmp_path / "run", *flags, "--epochs", "3"))
@@ -660,6 +781,10 @@ def test_resume_leaves_no_checkpoints_of_another_course(tmp_path, capsys):
         (["--evaluations", "nan"], "evaluations=nan is not allowed"),
         (["--hidden", "-1"], "hidden=-1 is not allowed; expected at least 1"),
         (["--hidden", "0"], "hidden=0 is not allowed"),
+        (["--lr", "-1"], "lr=-1.0 is not allowed"),
+        (["--rho", "2"], "rho=2.0 is not allowed"),
+        (["--mixings", "0"], "steps=0 is not allowed"),
+        (["--algorithm", "d-svrgda-clip-mask", "--clip-at", "1.5"], "clip_at=1.5 is not allowed"),
     ],
 )
 def test_bad_flags_end_in_one_line(flags, match, tmp_path, capsys):
@@ -669,6 +794,7 @@ def test_bad_flags_end_in_one_line(flags, match, tmp_path, capsys):
     error = capsys.readouterr().err
     assert match in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(8, marks=pytest.mark.slow)])

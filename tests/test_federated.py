@@ -105,6 +105,69 @@ def test_a_flat_module_is_the_module():
     assert model[1].running_mean.tolist() == [1, 1]
 
 
+@pytest.mark.parametrize(
+    ("method", "options"), [("dwnp", {"hyper_start": 0.0}), ("fedavg", {"average": "mime"}), ("bip", {"sparsity": 0.5})]
+)
+def test_frozen_parameters_stay(method, options):
+    torch.manual_seed(0)
+    model = set_norm(resnet_cifar(8, in_channels=1, width=8), "group", standardize=False)
+    model.stages[0].requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    data, parts, tests = make_data()
+    settings = Settings(method=method, **{**QUICK, "weight_decay": 0.1, "epochs": 2, **options})
+    points = [] if method == "bip" else find_gate_points(model)
+    run = make_federation(model, points, data, parts, tests, [0.5] * 4, settings)
+    while run.phases[run.phase].name == run.phases[0].name:
+        run.round()
+    after = densify(run.model).state_dict() if method == "bip" else run.model.state_dict()
+    for name, value in before.items():
+        kept = after[name] != 0  # of bip's mask
+        assert torch.equal(after[name][kept], value[kept]) == name.startswith("stages.0"), name
+
+
+class Drops(nn.Module):
+    """A network that draws numbers, by a function, and counts its batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.Linear(4, 10)
+
+    def forward(self, x):
+        return self.fc(F.dropout(self.bn(self.conv(x)).relu().mean((2, 3)), 0.5, self.training))
+
+
+@pytest.mark.parametrize("average", ["mean", "mime"])
+def test_what_networks_draw_is_a_function_of_the_request(average):
+    data, parts, tests = make_data()
+
+    def make():
+        torch.manual_seed(0)
+        settings = Settings(method="fedavg", **{**QUICK, "average": average})
+        return make_federation(Drops(), [], data, parts, tests, [0.5] * 4, settings)
+
+    whole, first, second = make(), make(), make()
+    for _ in range(4):
+        whole.round()
+    for _ in range(2):
+        first.round()
+    torch.manual_seed(5)
+    second.load_state_dict(first.state_dict())
+    for _ in range(2):
+        second.round()
+    assert torch.equal(whole.weights, second.weights)
+    assert torch.equal(whole.statistics, second.statistics)
+
+
+def test_mimes_two_gradients_drop_the_same():
+    flat, x, y = FlatModule(Drops().eval()), torch.randn(8, 1, 8, 8), torch.arange(8)
+    flat.module.train()
+    flat.module.bn.eval()
+    start = flat.values.clone()
+    correction, zero = torch.randn_like(start), torch.zeros_like(start)
+    train_weights(flat, [(x, y)], start, zero, 0.1, 0.9, 0.0, "mime", correction)
+    assert_close(flat.values, start - 0.1 * correction)  # at the start both gradients are one
+
+
 def test_one_client_is_plain_training():
     data, parts, tests = make_data(1, 100, how="iid")
     run = make_run("fedavg", 1, data=(data, parts, tests), local_steps=3, epochs=2, finetune_epochs=0)
@@ -612,6 +675,10 @@ def test_other_settings_are_refused():
         ({"sample": 5}, "sample=5 is not allowed; expected 1 to 4, the clients"),
         ({"sample": 2, "min_clients": 3}, "min_clients=3 is not allowed; expected 1 to 2, the clients of a round"),
         ({"temperature": 0.0}, "temperature=0.0"),
+        ({"temperature": float("inf")}, "temperature=inf is not allowed; expected a finite number above 0"),
+        ({"epochs": float("nan")}, "epochs=nan"),
+        ({"epochs": "2"}, "epochs='2'"),
+        ({"batch_size": 2.5}, "batch_size=2.5 is not allowed; expected a whole number, at least 1"),
     ],
 )
 def test_bad_settings_are_refused(options, match):
@@ -754,6 +821,8 @@ def test_torchrun_gives_the_numbers_of_one_process(torchrun, tmp_path):
         (["--device", "tpu"], "device='tpu'"),
         (["--arch", "digits_cnn"], "has no residual blocks"),
         (["--device-flops", "2"], "device_flops='2'"),
+        (["--device-flops", "uniform:0:inf"], "device_flops='uniform:0:inf'"),
+        (["--device-flops", "0.001"], "device_flops[0]=0.001 cannot be met"),
         (["--baselines", "fedprox"], "method='fedprox'"),
         (["--clients", "0", "--device-flops", "uniform:0.3:0.5"], "clients=0"),
         (["--sample", "9"], "sample=9"),
@@ -773,6 +842,34 @@ def test_bad_flags_end_in_one_line(flags, message, tmp_path, capsys):
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_replaces_another_does_not_go_on_from_it(tmp_path):
+    flags = [*COMMAND, "--method", "random", "--baselines", "fedavg", "--epochs", "2", "--finetune-epochs", "1"]
+    run, new = (["--output-dir", str(tmp_path / name)] for name in ("run", "new"))
+    main([*flags, *run, "--alpha", "0.5"])
+    main([*flags, *run, "--alpha", "100", "--overwrite", "--max-rounds", "1"])
+    main([*flags, *run, "--alpha", "100", "--resume"])
+    main([*flags, *new, "--alpha", "100"])
+    for name in ("random", "fedavg"):
+        rows = [without_times(read_rows(tmp_path / folder / name)) for folder in ("run", "new")]
+        assert rows[0] == rows[1]
+
+
+def test_a_run_goes_on_after_a_crash_at_any_place(tmp_path):
+    flags = [*COMMAND, "--method", "fedavg", "--epochs", "2", "--finetune-epochs", "1", "--checkpoint-freq", "1"]
+    flags += ["--output-dir", str(tmp_path)]
+    main([*flags, "--max-rounds", "2"])
+    folder = tmp_path / "fedavg"
+    with (folder / "log.jsonl").open("a") as file:
+        file.write('{"type": "round", "rou')
+    main([*flags, "--resume"])
+    rows = read_rows(folder)
+    assert [row["type"] for row in rows].count("result") == 1
+    (folder / "model.pth").unlink()  # between the result and the network
+    main([*flags, "--resume"])
+    assert (folder / "model.pth").exists()
+    assert without_times(read_rows(folder)) == without_times(rows)
 
 
 def test_a_folder_is_not_overwritten(tmp_path, capsys):

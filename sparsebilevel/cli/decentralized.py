@@ -20,7 +20,7 @@ from ..decentralized.gossip import Gossip
 from ..decentralized.graphs import Topology, make_topology
 from ..decentralized.tasks import TASK_SETTINGS, Problem, make_problem
 from ..training.checkpoint import load_checkpoint, save_checkpoint, write_text
-from ..training.runlog import open_folder
+from ..training.runlog import open_folder, read_log
 from ..training.runtime import choose_device
 from .tables import text_table
 
@@ -40,6 +40,7 @@ _RUN_FLAGS = (
     "backend",
     "run_id",
 )
+_WRITTEN = ("*/worker*-*.pth", "*/model.pth", "*/log.jsonl", "*.png")  # what a run leaves, beside config.json
 
 
 def decentralized(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
@@ -67,6 +68,10 @@ def decentralized(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
         args.task, args.data, args.data_path, workers, how=args.partition, alpha=args.alpha, hidden=args.hidden,
         init_from=args.init_from, limit=args.limit, device=device, seed=args.seed,
     )  # fmt: skip
+    # What is wrong with the settings shows before the folder is touched.
+    _make_gossip(LocalCommunicator(workers), topology, args)
+    for name in names:
+        make_settings(name, args).validate(problem.maskable)
     comm: Communicator = LocalCommunicator(workers)
     if world > 1:
         comm = TorchCommunicator(
@@ -78,8 +83,6 @@ def decentralized(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     folder = Path(args.output_dir)
     if is_main:
         _open_folder(folder, args, workers)
-        if not args.resume:
-            _forget_runs(folder)
         if not args.quiet:
             print(f"{args.task} on {args.data}: {workers} workers, {args.partition}, samples {problem.sizes}")
             print(f"graph {args.graph}: spectral gap {topology.gap:.6f}; {problem.maskable:,} weights have a mask")
@@ -129,7 +132,7 @@ def _open_folder(folder: Path, args: argparse.Namespace, workers: int) -> None:
     # Checkpoints bear it too: a worker that a run before this one has lost may still write.
     is_old = args.resume and (folder / "config.json").exists()
     config["run_id"] = _run_id(folder) if is_old else secrets.token_hex(8)
-    open_folder(folder, config, _RUN_FLAGS, args.resume, args.overwrite)
+    open_folder(folder, config, _RUN_FLAGS, args.resume, args.overwrite, _WRITTEN)
 
 
 def _run_id(folder: Path) -> str | None:
@@ -138,18 +141,16 @@ def _run_id(folder: Path) -> str | None:
     return json.loads(written.read_text()).get("run_id") if written.exists() else None
 
 
-def _forget_runs(folder: Path) -> None:
-    """Remove what a run before this one has left: ``--resume`` would take its checkpoints for those of this one."""
-    for path in (*folder.glob("*/worker*-*.pth"), *folder.glob("*/model.pth"), *folder.glob("*/log.jsonl")):
-        path.unlink()
-
-
 def make_settings(name: str, args: argparse.Namespace) -> Settings:
     """Those of the task, changed by the algorithm and by the command line."""
     fields = {field.name for field in dataclasses.fields(Settings)}
     given = {k: v for k, v in vars(args).items() if k in fields and v is not None}
     chosen = ALGORITHMS[name] if name != args.algorithm else {**ALGORITHMS[name], **given}
     return Settings(**{**TASK_SETTINGS[args.task], **given, **chosen})
+
+
+def _make_gossip(comm: Communicator, topology: Topology, args: argparse.Namespace) -> Gossip:
+    return Gossip(comm, topology, args.mixings, args.chebyshev, _DTYPES[args.message_dtype])
 
 
 def run_algorithm(
@@ -164,7 +165,7 @@ def run_algorithm(
     """Run, or continue, one algorithm; its rows of figures."""
     comm.sent.clear()
     comm.notice = comm.resent = 0
-    gossip = Gossip(comm, topology, args.mixings, args.chebyshev, _DTYPES[args.message_dtype])
+    gossip = _make_gossip(comm, topology, args)
     budget = args.epochs * problem.mean_size if args.evaluations is None else args.evaluations
     run = Decentralized(problem, gossip, make_settings(name, args), budget)
     is_main = 0 in comm.ranks
@@ -189,7 +190,7 @@ def run_algorithm(
     if is_main:
         if not start:
             (folder / "model.pth").unlink(missing_ok=True)
-        kept = [json.loads(line) for line in log.read_text().splitlines()] if start and log.exists() else []
+        kept = read_log(folder) if start and log.exists() else []
         rows = [row for row in kept if row["round"] <= start]
         write_text(log, "".join(json.dumps(row) + "\n" for row in rows))
     every = max(1, run.rounds // args.reports)

@@ -35,12 +35,14 @@ from ..federated.settings import METHODS, UNSTRUCTURED, Settings
 from ..federated.unstructured import check_prunable
 from ..models import create_model
 from ..training.checkpoint import load_checkpoint, save_checkpoint, write_text
-from ..training.runlog import open_folder
+from ..training.runlog import open_folder, read_log
 from ..training.runtime import Ranks, process_group
 from .tables import text_table
 
 # Where and how long to run, not what: free to differ when a run is resumed.
 _RUN_FLAGS = ("output_dir", "resume", "overwrite", "quiet", "max_rounds", "data_path", "checkpoint_freq", "baselines")
+# What a run leaves in its folder, beside config.json and facts.json.
+_WRITTEN = ("*/checkpoint.pth", "*/log.jsonl", "*/model.pth", "results.csv", "*.png")
 
 
 def federated(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -72,17 +74,26 @@ def _federated(args: argparse.Namespace, ranks: Ranks) -> dict[str, dict[str, An
         labels, args.clients, args.partition, alpha=args.alpha, balance=True, shards=args.shards, seed=args.seed
     )
     tests = matching_partition(labels, parts, data.test.labels, args.seed)
-    network = make_network(args, data)  # what is wrong with it shows before the folder is touched
     if any(name in UNSTRUCTURED for name in names):
-        check_prunable(network)
-    if any(name not in UNSTRUCTURED and name != "fedavg" for name in names):
-        find_gate_points(network)
+        check_prunable(make_network(args, data))
+
+    def build(name: str) -> tuple[Federation, nn.Module]:
+        torch.manual_seed(args.seed)
+        model = make_network(args, data)
+        dense = copy.deepcopy(model)
+        has_none = name in UNSTRUCTURED or (name == "fedavg" and not _has_points(model))
+        points = [] if has_none else find_gate_points(model)
+        chosen = dataclasses.replace(settings, method=name)
+        return make_federation(model, points, data, parts, tests, budgets, chosen, report=say, ranks=ranks), dense
+
+    say = (lambda text: None) if args.quiet or not ranks.is_main else lambda text: print(text, flush=True)
+    for name in names:
+        build(name)  # what is wrong with networks and budgets shows before the folder is touched
     folder = Path(args.output_dir)
     if ranks.is_main:
         _open_folder(folder, args)
         _write_facts(folder / "facts.json", settings, budgets, parts, tests)
     ranks.barrier()
-    say = (lambda text: None) if args.quiet or not ranks.is_main else lambda text: print(text, flush=True)
     if settings.personal and max(budgets) > settings.server_budget:
         say(f"device_flops up to {max(budgets)} are above server_flops={settings.server_budget}: no device gets more")
     sizes = [len(part) for part in parts]
@@ -91,14 +102,7 @@ def _federated(args: argparse.Namespace, ranks: Ranks) -> dict[str, dict[str, An
     shape = data.num_classes, _features(args, data)
     trained: dict[str, Any] = {}  # the phase "train", which is the same for all methods that have it
     for name in names:
-        torch.manual_seed(args.seed)
-        model = make_network(args, data)
-        dense = copy.deepcopy(model)
-        points = (
-            [] if name in UNSTRUCTURED or (name == "fedavg" and not _has_points(model)) else find_gate_points(model)
-        )
-        chosen = dataclasses.replace(settings, method=name)
-        run = make_federation(model, points, data, parts, tests, budgets, chosen, report=say, ranks=ranks)
+        run, dense = build(name)
         rows = run_method(name, run, dense, args, folder / name, ranks, say, trained, shape)
         logs[name] = rows
         if rows and rows[-1]["type"] == "result":
@@ -157,7 +161,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
 
 def _open_folder(folder: Path, args: argparse.Namespace) -> None:
     config = {k: v for k, v in vars(args).items() if k not in ("command", "traceback")}
-    open_folder(folder, config, _RUN_FLAGS, args.resume, args.overwrite)
+    open_folder(folder, config, _RUN_FLAGS, args.resume, args.overwrite, _WRITTEN)
 
 
 def _write_facts(
@@ -191,11 +195,11 @@ def run_method(
     rows: list[dict[str, Any]] = []
     if args.resume and checkpoint.exists():
         run.load_state_dict(load_checkpoint(checkpoint))
-        logged = [json.loads(line) for line in log.read_text().splitlines()]
-        rows = [row for row in logged if row["round"] <= run.done]
+        rows = [row for row in read_log(folder) if row["round"] <= run.done]
     ranks.barrier()  # all have read what the first is about to change
-    if rows and rows[-1]["type"] == "result":
+    if rows and rows[-1]["type"] == "result" and (folder / "model.pth").exists():
         return rows
+    rows = [row for row in rows if row["type"] != "result"]
     if not run.done and trained and run.phases[0].name == "train":
         run.adopt_training(trained["state"])
         rows = list(trained["rows"])

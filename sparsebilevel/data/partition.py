@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .._checks import check_number, check_whole
+
 PARTITIONS = ("iid", "dirichlet", "label", "shards", "source")
 
 _DRAWS = 1000  # of one that leaves a worker with too few samples
 _LEAST = 10  # samples of a worker
+_EQUAL = 1e12  # an alpha from which on all shares are equal; sums of larger ones overflow
 
 
 def partition(
@@ -52,7 +54,9 @@ def partition(
     n = len(targets)
     if how not in PARTITIONS:
         raise ValueError(f"partition={how!r} is not known; allowed: {', '.join(PARTITIONS)}")
-    if not 1 <= workers <= n:
+    check_whole("workers", workers, 1)
+    check_whole("seed", seed, 0)
+    if workers > n:
         raise ValueError(f"workers={workers} is not allowed; expected 1 to {n}, the number of samples")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(n, generator=generator)
@@ -65,7 +69,8 @@ def partition(
     by_class = order[torch.argsort(targets[order], stable=True)]
     if how == "label":
         return [part.sort().values for part in by_class.tensor_split(workers)]
-    if not 1 <= shards <= n // workers:
+    check_whole("shards", shards, 1)
+    if shards > n // workers:
         raise ValueError(f"shards={shards} is not allowed; expected 1 to {n // workers}, the samples of a worker")
     pieces = by_class.tensor_split(workers * shards)
     dealt = torch.randperm(len(pieces), generator=generator).view(workers, shards)
@@ -73,8 +78,7 @@ def partition(
 
 
 def _dirichlet(targets: Tensor, order: Tensor, workers: int, alpha: float, balance: bool, seed: int) -> list[Tensor]:
-    if not (alpha > 0 and math.isfinite(alpha)):
-        raise ValueError(f"alpha={alpha!r} is not allowed; expected a finite number above 0")
+    check_number("alpha", alpha, without_least=True)
     n = len(targets)
     least = min(_LEAST, n // workers)
     random = np.random.default_rng(seed)
@@ -83,7 +87,7 @@ def _dirichlet(targets: Tensor, order: Tensor, workers: int, alpha: float, balan
         parts: list[list[Tensor]] = [[] for _ in range(workers)]
         held = np.zeros(workers)
         for of_class in members:
-            share = random.dirichlet([alpha] * workers)
+            share = random.dirichlet([min(alpha, _EQUAL)] * workers)
             if balance:
                 hungry = held < n / workers  # never none, while samples are left
                 share = share * hungry if (share * hungry).sum() > 0 else hungry.astype(float)
@@ -107,6 +111,8 @@ def _cut(members: Tensor, share: np.ndarray) -> list[Tensor]:
 def _by_source(sources: Tensor | None, n: int, workers: int) -> list[Tensor]:
     if sources is None:
         raise ValueError("partition='source': this data set does not say where its samples come from")
+    if len(sources) != n:
+        raise ValueError(f"sources has {len(sources)} entries; expected {n}, one for each sample")
     names, counts = sources.unique(return_counts=True)
     if len(names) < workers:
         raise ValueError(f"partition='source': {len(names)} sources are not enough for {workers} workers")

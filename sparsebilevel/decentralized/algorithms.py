@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._checks import check_number, check_whole
 from ..comm import CommunicationError
 from ..kernels import binarize
 from ..masks import check_sparsity
@@ -103,8 +104,8 @@ class Settings:
     search: float = 0.5
     seed: int = 0
 
-    def validate(self) -> None:
-        """Raise ValueError, naming the setting, where a value is not allowed."""
+    def validate(self, maskable: int) -> None:
+        """Raise ValueError, naming the setting, where a value is not allowed; ``maskable`` weights have a mask."""
         check_sparsity(self.sparsity)
         choices = {
             "mask": MASKS,
@@ -122,17 +123,20 @@ class Settings:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; allowed: {', '.join(allowed)}")
-        for name in ("inner_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed; expected at least 1")
-        for name in ("lr", "mask_lr", "epsilon", "clip_at"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; expected a number above 0")
+        for name, least in {"inner_steps": 1, "batch_size": 1, "period": 0, "seed": 0}.items():
+            check_whole(name, getattr(self, name), least)
+        for name in ("lr", "mask_lr", "epsilon"):
+            check_number(name, getattr(self, name), without_least=True)
         for name in ("strength", "ridge"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; expected a number of at least 0")
-        if not 0 < self.search <= 1:
-            raise ValueError(f"search={self.search!r} is not allowed; expected a number in (0, 1]")
+            check_number(name, getattr(self, name))
+        if self.implicit_scale is not None:
+            check_number("implicit_scale", self.implicit_scale)
+        check_number("rho", self.rho, most=1)
+        check_number("search", self.search, most=1, without_least=True)
+        # Entries of the mask are at most 1: a larger limit would leave none.
+        check_number("clip_at", self.clip_at, most=1 if self.clip == "mask" else math.inf, without_least=True)
+        if self.mask != "dense" and not maskable:
+            raise ValueError(f"mask={self.mask!r} is not allowed where no parameter has a mask; expected 'dense'")
         if self.hypergradient == "implicit" and self.implicit_scale is None and self.ridge == 0:
             raise ValueError("hypergradient='implicit' needs ridge > 0, or an implicit_scale")
 
@@ -199,7 +203,8 @@ class Decentralized:
         budget: sample gradients that a worker may compute on average; it fixes `rounds`.
 
     Raises:
-        ValueError: a setting that is not allowed.
+        ValueError: a setting or a budget that is not allowed, or no parameter has a mask and ``settings.mask`` is not
+            ``dense``.
 
     Attributes:
         rounds: number of rounds of the run.
@@ -211,15 +216,16 @@ class Decentralized:
     """
 
     def __init__(self, problem: Problem, gossip: Gossip, settings: Settings, budget: float) -> None:
-        settings.validate()
+        settings.validate(problem.maskable)
+        check_number("budget", budget, without_least=True)
         self.problem, self.gossip, self.settings = problem, gossip, settings
         s, self.size, self.maskable = settings, problem.size, problem.maskable
-        self.is_penalty = s.hypergradient == "penalty" and s.mask in ("learned", "dense")
         self.kept = self.maskable - round(check_sparsity(s.sparsity) * self.maskable)
         if s.mask == "dense":
             self.kept = self.maskable
-        copies = 2 if self.is_penalty else 1
         self.device = problem.device
+        self._begin(agreed=False)
+        copies = 2 if self.is_penalty else 1
         mask, weights = self._initial()
         self.x: Values = {k: mask.clone() for k in gossip.comm.ranks}
         self.y: Values = {k: weights.repeat(copies) for k in gossip.comm.ranks}
@@ -230,10 +236,6 @@ class Decentralized:
         # At worker 0 the last counts that it knows, of lost workers too: by worker, by process, by that and kind.
         self._evaluated, self._resent, self._sent = Counter[int](), Counter[int](), Counter[tuple[int, str]]()
         self._lost = 0
-        self.lower = {k: self._estimator(k, s.lower, self._lower_gradient, 0) for k in gossip.comm.ranks}
-        self.upper = {k: self._estimator(k, s.upper, self._upper_gradient, 1) for k in gossip.comm.ranks}
-        self.lower_step = TrackedStep(gossip, s.tracking, "weights")
-        self.upper_step = TrackedStep(gossip, s.tracking, "mask")
         cost = s.inner_steps * self._mean_cost(s.lower)
         upper_cost = copies * self._mean_cost(s.upper) if s.mask == "learned" else 0.0
         later_cost = cost * (copies if s.mask == "dense" else 1)  # under an agreed mask there is one level
@@ -251,6 +253,17 @@ class Decentralized:
             ranks = torch.arange(1, self.maskable + 1, dtype=mask.dtype, device=mask.device)
             mask[order] = ranks / self.maskable
         return mask, weights / mask
+
+    def _begin(self, agreed: bool) -> None:
+        """New estimators and trackers. From the agreement on, the lower level is all there is, and a new problem."""
+        s, gossip = self.settings, self.gossip
+        self.is_penalty = not agreed and s.hypergradient == "penalty" and s.mask in ("learned", "dense")
+        ranks = gossip.comm.ranks
+        self.lower = {k: self._estimator(k, s.lower, self._lower_gradient, 2 if agreed else 0) for k in ranks}
+        self.upper = {k: self._estimator(k, s.upper, self._upper_gradient, 1) for k in ranks}
+        self.lower_step = TrackedStep(gossip, s.tracking, "weights")
+        self.upper_step = TrackedStep(gossip, s.tracking, "mask")
+        gossip.error.clear()  # of other vectors, with the penalty of another length
 
     def _estimator(self, k: int, name: str, gradient: Callable[..., Tensor], level: int) -> Estimator:
         s = self.settings
@@ -310,7 +323,7 @@ class Decentralized:
             return 0.0
         if s.regularizer == "l1":
             return s.strength * x.sum().item()
-        return s.strength * sum(part.flatten(1).norm(dim=1).sum().item() for part in self.problem.split_masked(x))
+        return s.strength * sum(_norms(part).sum().item() for part in self.problem.split_masked(x))
 
     # -- a round
 
@@ -435,15 +448,8 @@ class Decentralized:
         for k, mask in masks.items():
             x = torch.cat([mask.float(), self.x[k][d:]])
             self.x[k], self.y[k] = x, self.x[k] * self.y[k][:P]
-        self._settle()
+        self._begin(agreed=True)
         self._update_masks()
-
-    def _settle(self) -> None:
-        """From the agreement on the lower level is all there is, and a new problem to estimators and trackers."""
-        self.is_penalty = False
-        self.lower_step.restart()
-        self.gossip.error.clear()  # of other vectors, with the penalty of another length
-        self.lower = {k: self._estimator(k, self.settings.lower, self._lower_gradient, 2) for k in self.lower}
 
     def _scores(self, x: Tensor, y: Tensor) -> Tensor:
         """Importances: the mask, and among equals the magnitude; magnitude alone where the mask is not learned."""
@@ -570,6 +576,7 @@ class Decentralized:
         is_first = k == comm.ranks[0]
         return {
             "model": {"x": self.x[k], "y": self.y[k]},
+            "settings": dataclasses.asdict(self.settings),
             "round": self.done,
             "rounds": self.rounds,
             "clock": self.gossip.clock,
@@ -606,17 +613,22 @@ class Decentralized:
         """Continue from the ``state_dict`` of each worker here.
 
         Raises:
-            ValueError: they are of different rounds, or of another run.
+            ValueError: they are of different rounds, or of another run. Nothing has changed then.
         """
         rounds = {k: state["round"] for k, state in states.items()}
         if len(set(rounds.values())) > 1:
             raise ValueError(f"checkpoints are of different rounds: {rounds}; remove those that the others lack")
+        ours = dataclasses.asdict(self.settings)
+        for k, state in states.items():
+            theirs = state.get("settings", {})
+            odd = [name for name, value in ours.items() if theirs.get(name) != value]
+            odd += ["sizes"] if state["model"]["x"].shape != self.x[k].shape else []
+            odd += ["number of rounds"] if state["rounds"] != self.rounds else []
+            if odd:
+                raise ValueError(f"checkpoint of worker {k} is of another run (other {', '.join(odd)})")
         comm = self.gossip.comm
-        if next(iter(rounds.values())) >= self.search_rounds and self.settings.mask != "dense":
-            self._settle()
+        self._begin(agreed=next(iter(rounds.values())) >= self.search_rounds and self.settings.mask != "dense")
         for k, state in _to_device(dict(states), self.device).items():
-            if state["model"]["x"].shape != self.x[k].shape or state["rounds"] != self.rounds:
-                raise ValueError(f"checkpoint of worker {k} is of another run (other sizes or number of rounds)")
             self.x[k], self.y[k] = state["model"]["x"], state["model"]["y"]
             self.done, self.gossip.clock, comm.notice = state["round"], state["clock"], state["notice"]
             self.lower[k].load_state_dict(state["lower"])
@@ -650,6 +662,10 @@ def _scale_to(step: Tensor, size: float) -> Tensor:
 
 def _group_gradient(x: Tensor) -> Tensor:
     """Of the sum over rows of their Euclidean norms; zero where a row is zero."""
-    norms = x.flatten(1).norm(dim=1)
     shape = (-1, *[1] * (x.dim() - 1))
-    return x / norms.clamp_min(1e-12).view(shape)
+    return x / _norms(x).clamp_min(1e-12).view(shape)
+
+
+def _norms(x: Tensor) -> Tensor:
+    """Of the rows; of a vector each entry is one."""
+    return x.unsqueeze(-1).flatten(1).norm(dim=1)

@@ -53,11 +53,12 @@ TASK_SETTINGS: dict[str, dict[str, Any]] = {
 
 
 class Objective:
-    """The loss of a module as a function of a flat vector of all its parameters, those with a mask first.
+    """The loss of a module as a function of a flat vector of its parameters, those with a mask first.
 
+    Parameters that are frozen (``requires_grad=False``) stay in the module, as they are.
     Normalization layers use the statistics they have (evaluation mode): batch statistics would make the loss of one
     sample depend on the others, and the two gradients of a variance-reduced estimate gradients of two functions.
-    Dropout is on, with masks that follow from the key of the evaluation.
+    Dropout is on, with masks that follow from the key of the evaluation, as all that torch draws in it.
 
     Args:
         module: its parameters are the initial weights.
@@ -66,7 +67,9 @@ class Objective:
     """
 
     def __init__(self, module: nn.Module, loss: Loss, masked: Sequence[str] | None = None) -> None:
-        parameters = dict(module.named_parameters())
+        parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if not parameters:
+            raise ValueError("module has no parameter that requires a gradient")
         for pattern in masked or ():
             if not fnmatch.filter(parameters, pattern):
                 raise ValueError(f"masked={pattern!r} fits no parameter; there are: {', '.join(parameters)}")
@@ -85,10 +88,6 @@ class Objective:
         for child in module.modules():
             if isinstance(child, (nn.modules.batchnorm._NormBase,)):
                 child.eval()
-        self.is_random = any(
-            isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 or getattr(m, "dropout", 0) not in (0, 0.0, None)
-            for m in module.modules()
-        )
 
     def flat(self) -> Tensor:
         """The module's parameters as one vector ``[P]``, float32."""
@@ -102,7 +101,10 @@ class Objective:
 
     def state_dict(self, z: Tensor) -> dict[str, Tensor]:
         """The module's state dict with the parameters ``z``, on the CPU."""
-        state = {**self.module.state_dict(), **self.split(z)}
+        state, values = self.module.state_dict(), self.split(z)
+        first = {p: name for name, p in self.module.named_parameters()}  # of a shared parameter the name in `names`
+        for name, p in self.module.named_parameters(remove_duplicate=False):
+            state[name] = values.get(first[p], state[name])
         return {name: value.detach().cpu().clone() for name, value in state.items()}
 
     def output(self, z: Tensor, inputs: Tensor) -> Tensor:
@@ -119,15 +121,20 @@ class Objective:
 
     @contextlib.contextmanager
     def _randomness(self, key: int) -> Iterator[None]:
-        if not self.is_random:
-            yield
-            return
+        """Of whatever draws numbers in a forward, not of dropout modules alone."""
         device = next(self.module.parameters()).device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.default_generator.manual_seed(key)
-            if device.type == "cuda":
-                torch.cuda.manual_seed(key)
+        generators = [torch.default_generator]
+        if device.type == "cuda":
+            torch.cuda.init()
+            generators.append(torch.cuda.default_generators[device.index or 0])
+        states = [generator.get_state() for generator in generators]  # fork_rng takes five times as long
+        try:
+            for generator in generators:
+                generator.manual_seed(key)
             yield
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
 
     @torch.no_grad()
     def evaluate(self, z: Tensor, inputs: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ Message = dict[str, Any]
 
 # Second words of a seed, one for each purpose; the server's are in `rounds`.
 _ORDER, _HYPER_PART, _HYPER_ORDER, _NOISE = range(4)
-_UPPER_ORDER = 6
+_UPPER_ORDER, _DROPOUT = 6, 7
 
 
 def make_seed(*words: int) -> int:
@@ -132,11 +132,23 @@ class Clients:
         if isinstance(flat, MaskedModule):
             flat.set_mask(torch.ones_like(flat.values, dtype=torch.bool) if mask is None else mask.to(self.device))
             flat.collect(request.get("learning", flat.prunable if request["kind"] == "scores" else None))
-        reply = {n: v.cpu() if isinstance(v, Tensor) else v for n, v in work(client, request).items()}
+        with self._randomness(client, request):
+            reply = {n: v.cpu() if isinstance(v, Tensor) else v for n, v in work(client, request).items()}
         if "effective" in reply:
             assert isinstance(flat, MaskedModule)
             reply["effective"] = pack_vector(reply["effective"], request.get("learning", flat.prunable).cpu())
         return reply if mask is None else pack_masked(reply, mask)
+
+    @contextlib.contextmanager
+    def _randomness(self, client: int, request: Message) -> Iterator[None]:
+        """What networks draw themselves, as dropout does, is a function of the request, too."""
+        seed = make_seed(self.settings.seed, _DROPOUT, client, request.get("round", 0), *request["kind"].encode())
+        on_gpu = self.device.type == "cuda"
+        with torch.random.fork_rng([self.device] if on_gpu else []):
+            torch.default_generator.manual_seed(seed)
+            if on_gpu:
+                torch.cuda.manual_seed(seed)
+            yield
 
     def _network(self, request: Message) -> FlatModule:
         """The network of the request, which holds its weights."""
@@ -201,7 +213,8 @@ class Clients:
         hyper.load(values)
         sums = dict.fromkeys(("loss", "accuracy", "server_penalty", "device_penalty"), 0.0)
         batches = itertools.islice(self.hyper_loaders[client].stream(request["position"]), s.hyper_steps)
-        flat.module.eval().requires_grad_(False)
+        frozen = [p for p in flat.module.eval().parameters() if not p.requires_grad]
+        flat.module.requires_grad_(False)
         try:
             for i, (x, y) in enumerate(batches):
                 noise = torch.Generator().manual_seed(make_seed(s.seed, _NOISE, request["turn"], client, i))
@@ -210,6 +223,8 @@ class Clients:
                 adamw(hyper.values, gradient, mean, square, step, request["lr"], s.hyper_weight_decay)
         finally:
             flat.module.requires_grad_(True)
+            for p in frozen:
+                p.requires_grad_(False)
         return {"hypernetwork": torch.stack([hyper.values, mean, square])} | sums
 
     def _loss(

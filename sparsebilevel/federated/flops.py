@@ -192,6 +192,8 @@ def parse_budgets(name: str, text: str | float | Sequence[float], clients: int, 
     try:
         if isinstance(text, str) and text.startswith("uniform:"):
             low, high = (float(part) for part in text.removeprefix("uniform:").split(":"))
+            if not 0 <= low <= high <= 1:
+                raise ValueError
             budgets = np.random.default_rng(seed).uniform(low, high, clients).tolist()
         else:
             parts = text.split(",") if isinstance(text, str) else [text] if isinstance(text, (int, float)) else text

@@ -16,7 +16,8 @@ class FlatModule:
 
     The parameters become views of ``values``; what is written there, the module computes with, in `gradient_of`, and
     otherwise after `load`. ``statistics`` [B] are the floating buffers (running means and variances of batch
-    normalization), which are averaged like parameters.
+    normalization), which are averaged like parameters; counters start anew when they are loaded. ``trained`` [P], bool,
+    has not the parameters that are frozen (``requires_grad=False``), or is None if there are none.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -33,6 +34,14 @@ class FlatModule:
             start = span.stop
         self._parameters = list(named.values())
         self._buffers = [b for b in module.buffers() if b.is_floating_point()]
+        counters = [b for b in module.buffers() if not b.is_floating_point() and b.dtype != torch.bool]
+        self._counters = [(b, b.clone()) for b in counters]
+        self.trained: Tensor | None = None
+        if not all(p.requires_grad for p in self._parameters):
+            which = torch.tensor([p.requires_grad for p in self._parameters])
+            self.trained = which.repeat_interleave(torch.tensor([p.numel() for p in self._parameters])).to(
+                self.values.device
+            )
 
     @property
     def statistics(self) -> Tensor:
@@ -46,10 +55,17 @@ class FlatModule:
             parts = statistics.split([b.numel() for b in self._buffers]) if self._buffers else ()
             for buffer, part in zip(self._buffers, parts, strict=True):
                 buffer.copy_(part.view(buffer.shape))
+            for counter, first in self._counters:
+                counter.copy_(first)
 
     def _note_written(self) -> None:
         """Views made through ``.data`` have versions of their own, by which layers know that a masked copy is old."""
         torch.autograd.graph.increment_version(self._parameters)
+
+    def decay(self, values: Tensor, weight_decay: float) -> Tensor:
+        """The part of a gradient that is weight decay, none of what is frozen."""
+        decay = values * weight_decay
+        return decay if self.trained is None else decay * self.trained
 
     def gradient_of(self, loss: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         """``loss()`` without its graph, and its gradient [P], which the next call overwrites."""
@@ -125,7 +141,8 @@ def train_weights(
             sums.add_(torch.tensor([len(y) * value.item(), float(hits), float(len(y))], dtype=torch.float64))
             return value
 
-        gradient = flat.gradient_of(loss)[1].add(flat.values, alpha=weight_decay)
+        draws = _random_state(flat.values.device)
+        gradient = flat.gradient_of(loss)[1] + flat.decay(flat.values, weight_decay)
         if not mime:
             sgd(flat.values, gradient, momentum, lr, decay)
             continue
@@ -136,13 +153,24 @@ def train_weights(
             buffers = [b for b in flat.module.buffers() if b.dtype != torch.bool]
             before = [b.clone() for b in buffers]
             flat.load(start)
+            _draw_again(flat.values.device, draws)  # both are gradients of one function, the same units dropped
             there = flat.gradient_of(lambda x=x, y=y: F.cross_entropy(flat.module(x), y))[1]  # type: ignore[misc]
-            gradient += correction - there.add(start, alpha=weight_decay)
+            gradient += correction - (there + flat.decay(start, weight_decay))
             flat.load(here)
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
         flat.values.sub_(gradient.add(momentum, alpha=decay), alpha=lr)
     return momentum, dict(zip(("loss", "correct", "count"), sums.tolist(), strict=True))
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, ...]:
+    return (torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else []))
+
+
+def _draw_again(device: torch.device, state: tuple[Tensor, ...]) -> None:
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
 
 
 def full_gradient(flat: FlatModule, batches: Iterable[Batch], weight_decay: float) -> Tensor:
@@ -151,4 +179,4 @@ def full_gradient(flat: FlatModule, batches: Iterable[Batch], weight_decay: floa
     for x, y in batches:
         total += flat.gradient_of(lambda x=x, y=y: F.cross_entropy(flat.module(x), y, reduction="sum"))[1]  # type: ignore[misc]
         count += len(y)
-    return (total / count).add_(flat.values, alpha=weight_decay)
+    return (total / count).add_(flat.decay(flat.values, weight_decay))

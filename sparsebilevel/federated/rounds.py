@@ -428,7 +428,8 @@ class Federation:
         """Closed weights, which no client has, go on from their ``old`` values and momentum."""
         assert self.pruner is not None
         s, is_open, mime = self.settings, self.pruner.mask, self.settings.average != "mean"
-        weights, momentum = decay_closed(*old, ~is_open, s.local_steps, lr, s.momentum, s.weight_decay, mime)
+        closed = ~is_open if self.flat.trained is None else ~is_open & self.flat.trained
+        weights, momentum = decay_closed(*old, closed, s.local_steps, lr, s.momentum, s.weight_decay, mime)
         self.weights = torch.where(is_open, self.weights, weights)
         self.momentum = torch.where(is_open, self.momentum, momentum)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+from .._checks import check_number, check_whole
 from .hypernetwork import NOISES
 
 AVERAGES = ("mean", "mime_lite", "mime")
@@ -141,19 +141,14 @@ class Settings:
         least |= {"retries": 0, "batch_size": 1, "seed": 0}
         least |= {"local_steps": 1, "hyper_steps": 1, "hyper_interval": 1, "mask_interval": 1, "mask_batches": 1}
         for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed; expected at least {low}")
+            check_whole(name, getattr(self, name), low)
         for name in ("lr", "finetune_lr", "weight_decay", "hyper_lr", "hyper_weight_decay", "strength"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; expected a finite number >= 0")
+            check_number(name, getattr(self, name))
         for name in ("momentum", "hyper_start", "sparsity", "search_space", "mask_start"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; expected a number in [0, 1)")
+            check_number(name, getattr(self, name), most=1, without_most=True)
         for name in ("hyper_part", "server_budget"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; expected a number in (0, 1]")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature!r} is not allowed; expected a number above 0")
+            check_number(name, getattr(self, name), most=1, without_least=True)
+        check_number("temperature", self.temperature, without_least=True)
         for name, most in (("sample", clients), ("min_clients", self.sample or clients)):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:

@@ -30,9 +30,9 @@ class EMA:
         dense = sb.densify(ema.module)
 
     ``torch.optim.swa_utils.AveragedModel`` does not know what a mask is: with ``use_buffers`` it fails on masks, or
-    with a ``multi_avg_fn`` mixes them; without, it copies buffers, statistics of normalization layers among them. It pairs
-    them by their order, which scores that come and go upset. Here parameters and floating buffers are averaged, masks
-    and counters are copied, and scores are left to the model. A weight that grows starts at
+    with a ``multi_avg_fn`` mixes them; without, it copies buffers, statistics of normalization layers among them. It
+    pairs them by their order, which scores that come and go upset. Here parameters and floating buffers are averaged,
+    masks and counters are copied, and scores are left to the model. A weight that grows starts at
     zero, and its average does so too.
 
     The decay starts low, ``(1 + t) / (10 + t)`` at step ``t``, so that the initial weights are soon forgotten.

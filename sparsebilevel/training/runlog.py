@@ -10,7 +10,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from .config import Config
 FILES = ("config.json", "log.jsonl", "checkpoint.pth", "best.pth")
 
 
-def open_folder(folder: Path, config: Mapping[str, Any], free: Container[str], resume: bool, overwrite: bool) -> None:
+def open_folder(
+    folder: Path, config: Mapping[str, Any], free: Container[str], resume: bool, overwrite: bool, written: Sequence[str]
+) -> None:
     """Make the folder of a command's run and write its ``config.json``; `RunFolder` is that of ``train``.
 
     Args:
@@ -32,13 +34,15 @@ def open_folder(folder: Path, config: Mapping[str, Any], free: Container[str], r
         free: names in it that may differ when a run is resumed.
         resume: continue the run that is there, if there is one.
         overwrite: take a folder that is not empty.
+        written: glob patterns of what a run leaves there. It is removed unless the run goes on, since ``resume`` would
+            take it for this run's.
 
     Raises:
         ValueError: the folder is not empty, or ``resume`` finds a run of another configuration.
     """
-    written = folder / "config.json"
-    if resume and written.exists():
-        before = json.loads(written.read_text())
+    path = folder / "config.json"
+    if resume and path.exists():
+        before = json.loads(path.read_text())
         odd = [name for name, value in config.items() if name not in free and before.get(name) != value]
         if odd:
             raise ValueError(
@@ -47,8 +51,12 @@ def open_folder(folder: Path, config: Mapping[str, Any], free: Container[str], r
             )
     elif folder.exists() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"output_dir={str(folder)!r} is not empty; give --resume, --overwrite or another folder")
+    else:
+        for pattern in written:
+            for old in folder.glob(pattern):
+                old.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(written, json.dumps(config, indent=2) + "\n")
+    write_text(path, json.dumps(config, indent=2) + "\n")
 
 
 class RunFolder:

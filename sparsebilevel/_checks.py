@@ -1,0 +1,40 @@
+"""Checks of arguments. What is refused is named, with its value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+LARGEST = 2**63 - 1
+
+
+def check_whole(name: str, value: Any, least: int, most: int = LARGEST) -> None:
+    """Raise ValueError unless ``value`` is a whole number in [least, most]."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not least <= int(value) <= most:
+        limits = f"at least {least}" if most == LARGEST else f"from {least} to {most}"
+        raise ValueError(f"{name}={value!r} is not allowed; expected a whole number, {limits}")
+
+
+def check_number(
+    name: str,
+    value: Any,
+    least: float = 0.0,
+    most: float = math.inf,
+    *,
+    without_least: bool = False,
+    without_most: bool = False,
+) -> None:
+    """Raise ValueError unless ``value`` is a finite number in [least, most], without the ends that are left out."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if (
+        is_number
+        and least <= value <= most
+        and not (value == least and without_least or value == most and without_most)
+    ):
+        return
+    if math.isinf(most):
+        allowed = f"a finite number {'above' if without_least else '>='} {least:g}"
+    else:
+        allowed = f"a number in {'(' if without_least else '['}{least:g}, {most:g}{')' if without_most else ']'}"
+    raise ValueError(f"{name}={value!r} is not allowed; expected {allowed}")
