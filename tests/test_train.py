@@ -244,6 +244,33 @@ def test_selection_is_by_validation_alone(tmp_path):
     assert {"model", "ema", "ema_steps", "config"} == kept.keys()
 
 
+@pytest.mark.parametrize(("cut", "changes"), [(7, {}), (10, {"eval_freq": 3})], ids=["in an epoch", "after one"])
+def test_what_max_steps_cuts_off_is_not_selected(cut, changes, tmp_path, monkeypatch):
+    """A resumed run does the rest of the epoch, or does not evaluate there, and never sees that network again."""
+    accuracies = {cut: 0.9}  # by step; of all other steps 0.5
+    monkeypatch.setattr(
+        Trainer, "evaluate", lambda self: dict.fromkeys(("val_acc", "test_acc"), accuracies.get(self.step, 0.5))
+    )
+    config = make_config(tmp_path, method="static", arch="mlp", epochs=4, **changes)
+    first = train(dataclasses.replace(config, max_steps=cut))
+    expected = None if changes else 1
+    assert (first["test_acc"], first["selected_epoch"]) == (0.9, expected)
+    assert (tmp_path / "best.pth").exists() == (expected is not None)
+    result = train(dataclasses.replace(config, resume=True))
+    assert result["selected_epoch"] == changes.get("eval_freq", 1)
+
+
+def test_best_network_of_a_run_that_was_cut_and_resumed(tmp_path):
+    config = make_config(tmp_path / "whole", method="static", arch="mlp", batch_size=32, lr=0.6, validation=0.05)
+    config = dataclasses.replace(config, lr_scheduler="constant", seed=0)
+    train(config)
+    parts = dataclasses.replace(config, output_dir=str(tmp_path / "parts"), resume=True)
+    train(dataclasses.replace(parts, max_steps=53))
+    train(parts)
+    one, two = (torch.load(tmp_path / name / "best.pth", weights_only=True)["model"] for name in ("whole", "parts"))
+    assert_same(one, two)
+
+
 def test_without_validation_nothing_is_selected(tmp_path):
     result = train(make_config(tmp_path, method="dense", epochs=1, validation=0))
     assert result["test_acc_selected"] is None

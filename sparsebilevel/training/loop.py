@@ -30,10 +30,10 @@ log.jsonl
       method's own figures, time_epoch_s, time_images_per_s.
     - type "topology": step (of the method), iou, grown, time_s. Methods that change their mask at every step have none.
     - type "layers", at the end: "layers", a list of {name, shape, total, nonzero, density}.
-    - type "result", last: test_acc (of the last epoch), test_acc_selected and selected_epoch (chosen by validation;
-      None without), sparsity, costs (of `costs.count_costs`), topology_changes, mask_iou_start (overlap with the
-      first mask, of methods that change it at every step), time_total_s, time_topology_s and, if measured,
-      time_step_ratio, time_step_sparse_ms, time_step_dense_ms. The test set never selects anything.
+    - type "result", last: test_acc (of the last epoch), test_acc_selected and selected_epoch (chosen by validation
+      among whole epochs; None without), sparsity, costs (of `costs.count_costs`), topology_changes, mask_iou_start
+      (overlap with the first mask, of methods that change it at every step), time_total_s, time_topology_s and, if
+      measured, time_step_ratio, time_step_sparse_ms, time_step_dense_ms. The test set never selects anything.
 checkpoint.pth
     Everything needed to go on: see `Trainer.save`. best.pth is the state of the best validation accuracy.
 
@@ -303,7 +303,7 @@ class Trainer:
         self.sparsifier.upper_step(loss, self.scaler if self.scaler.is_enabled() else None)
 
     def end_epoch(self, phase: Phase) -> None:
-        """Evaluate, log, select, and save. An epoch cut short by ``max_steps`` is logged, but its position stays."""
+        """Evaluate, log, select, and save. An epoch cut short by ``max_steps`` is logged only; its position stays."""
         self._check_finite()
         c = self.config
         seconds = time.perf_counter() - self.epoch_start
@@ -312,7 +312,9 @@ class Trainer:
         row: dict[str, Any] = {"epoch": self.epoch + 1, "phase": phase.name, "step": self.step}
         row |= {"lr": self.optimizer.param_groups[0]["lr"], "train_loss": loss / count, "train_acc": correct / count}
         is_last = self.epoch + 1 == sum(p.epochs for p in self.plan)
-        if self._is_cut() or is_last or (self.epoch + 1) % c.eval_freq == 0:
+        # Only what a run without max_steps evaluates too is selected: a resumed run repeats the cut epoch.
+        is_due = self.batch == phase.steps_per_epoch and (is_last or (self.epoch + 1) % c.eval_freq == 0)
+        if self._is_cut() or is_due:
             row |= self.evaluate()
         if self.sparsifier is None:
             row |= {"sparsity": 0.0}
@@ -325,7 +327,7 @@ class Trainer:
         self.progress.print(describe_epoch(row, sum(p.epochs for p in self.plan)))
         self.last = row
         best_so_far = -1.0 if self.best is None else self.best["val_acc"]
-        if self.phase_index == len(self.plan) - 1 and row.get("val_acc", -1.0) > best_so_far:
+        if is_due and self.phase_index == len(self.plan) - 1 and row.get("val_acc", -1.0) > best_so_far:
             self.best = {name: row[name] for name in ("epoch", "val_acc", "test_acc")}
             if self.ranks.is_main:
                 save_checkpoint(self.folder.best, self._network_state())
