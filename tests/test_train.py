@@ -666,6 +666,21 @@ def test_unwritable_folder(tmp_path):
         ({"exclude": ("0", "3", "6", "9", "14")}, r"no nn.Linear or nn.Conv2d to convert"),
         ({"opt": "lbfgs"}, r"opt='lbfgs' is not known; allowed: sgd, adamw"),
         ({"lr": float("nan")}, r"lr=nan is not allowed"),
+        ({"norm_weight_decay": float("nan")}, r"norm_weight_decay=nan is not allowed"),
+        ({"pretrain_weight_decay": -1.0}, r"pretrain_weight_decay=-1.0 is not allowed; expected a finite number >= 0"),
+        ({"finetune_weight_decay": -1.0}, r"finetune_weight_decay=-1.0 is not allowed"),
+        ({"lr_gamma": float("inf")}, r"lr_gamma=inf is not allowed"),
+        ({"lr_gamma": -0.1}, r"lr_gamma=-0.1 is not allowed"),
+        ({"seed": 2**63}, r"seed=9223372036854775808 is not allowed; expected .*, at most 9223372036854775807"),
+        ({"eval_batch_size": 10**21}, r"eval_batch_size=10{21} is not allowed"),
+        ({"max_steps": 10**400}, r"max_steps=10{400} is not allowed"),
+        ({"threads": 2**31}, r"threads=2147483648 is not allowed; expected a finite number, at most 2147483647"),
+        ({"lr_warmup_epochs": 1e308}, r"lr_warmup_epochs=1e\+308 is not allowed; .* at most 3.4028234663852886e\+38"),
+        ({"initial_score": -1e308}, r"initial_score=-1e\+308 is not allowed"),
+        ({"margin": 1e308}, r"margin=1e\+308 is not allowed"),
+        ({"update_freq": "1" + 400 * "0"}, r"update_freq='10{400}' is not allowed; expected steps"),
+        ({"method": "omp", "init_from": ""}, r"init_from='' is not allowed; expected a text that is not empty"),
+        ({"data_path": ""}, r"data_path='' is not allowed"),
         ({"device": "abacus"}, r"device='abacus' is not known"),
         ({"method": "rigl", "tau": 2.0}, r"tau=2.0: method rigl has no such option \(bidst\)"),
         ({"method": "dense", "update_freq": "3"}, r"update_freq='3': method dense has no such option"),
@@ -688,6 +703,10 @@ def test_bad_settings(changes, message, tmp_path):
     with pytest.raises((ValueError, OSError), match=message):
         train(make_config(tmp_path / "run", **{"method": "bidst", **changes}))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_largest_seed(tmp_path):
+    assert train(make_config(tmp_path, method="bidst", arch="mlp", epochs=1, seed=2**63 - 1))["epoch"] == 1
 
 
 def test_a_network_that_takes_one_image_size_only(tmp_path):

@@ -69,6 +69,9 @@ RUN_FIELDS = (
 )
 
 
+# Largest sizes of numbers, by type and by field: what torch's integers, its weights and its threads can hold.
+LARGEST: dict[type | str, int | float] = {int: 2**63 - 1, float: (2 - 2**-23) * 2.0**127, "threads": 2**31 - 1}
+
 # Titles under which the help lists the fields of `Config`: each stands over the field named and those after it.
 SECTIONS = {
     "method": "method, model and data",
@@ -207,6 +210,8 @@ class Config:
             value, choices = getattr(self, field.name), field.metadata["choices"]
             if choices and value is not None and value not in choices:
                 raise ValueError(f"{field.name}={value!r} is not known; allowed: {', '.join(choices)}")
+            if value == "":
+                raise ValueError(f"{field.name}='' is not allowed; expected a text that is not empty")
         self._validate_numbers()
         self._validate_method()
         if not (isinstance(self.sparsity, (int, float)) and 0 <= self.sparsity < 1):
@@ -221,6 +226,10 @@ class Config:
             raise ValueError("resume and overwrite exclude each other")
 
     def _validate_numbers(self) -> None:
+        for name, (kind, _) in field_types().items():
+            value, most = getattr(self, name), LARGEST.get(name, LARGEST.get(kind))
+            if most is not None and isinstance(value, (int, float)) and not abs(value) <= most:  # NaN is not either
+                raise ValueError(f"{name}={value!r} is not allowed; expected a finite number, at most {most}")
         at_least = dict.fromkeys(
             ("batch_size", "accumulate", "eval_freq", "checkpoint_freq", "print_freq", "epochs")
             + ("eval_batch_size", "max_steps", "threads", "upper_batch_size", "lower_steps"),
@@ -231,9 +240,12 @@ class Config:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ValueError(f"{name}={value!r} is not allowed; expected a whole number, at least {least}")
-        for name in ("lr", "momentum", "weight_decay", "lr_min", "lr_warmup_epochs", "pretrain_lr", "finetune_lr"):
+        for name in (
+            *("lr", "pretrain_lr", "finetune_lr", "lr_min", "lr_gamma", "lr_warmup_epochs", "momentum"),
+            *("weight_decay", "norm_weight_decay", "pretrain_weight_decay", "finetune_weight_decay"),
+        ):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
+            if value is not None and not value >= 0:
                 raise ValueError(f"{name}={value!r} is not allowed; expected a finite number >= 0")
         for name in ("label_smoothing", "model_ema_decay"):
             if not 0 <= getattr(self, name) < 1:
@@ -354,7 +366,7 @@ def parse_steps(name: str, text: str | int | float, steps_per_epoch: int, total_
                 raise ValueError
         if not (math.isfinite(steps) and steps >= 0):
             raise ValueError
-    except ValueError:
+    except (ValueError, OverflowError):
         allowed = "steps (100), epochs (8ep) or a fraction of the run between 0.0 and 1.0"
         raise ValueError(f"{name}={text!r} is not allowed; expected {allowed}") from None
     nonzero = steps > 0
