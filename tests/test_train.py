@@ -450,8 +450,28 @@ def test_nan_scores_are_named(tmp_path, monkeypatch):
         next(iter(self.weights.values())).scores.fill_(float("nan"))
 
     monkeypatch.setattr(sb.BiDST, "learn", poison)
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(
+        TrainingError, match=r"weights, gradients or scores are NaN \(step 1, lr .*smaller lr"
+    ) as caught:
         train(make_config(tmp_path, method="bidst", update_freq="2"))
+    assert "scores must not be NaN" in str(caught.value.__cause__)
+
+
+@pytest.mark.parametrize("method", ["rigl", "bidst", "bip"])
+def test_divergence_that_a_method_meets_first(method, tmp_path):
+    """It ranks what is NaN before the loop looks at the loss."""
+    changes = {} if method == "bip" else {"update_freq": "2"}
+    with pytest.raises(TrainingError, match=r"(loss is not finite|are NaN).*\(step \d+, lr 1e\+20\); try a smaller lr"):
+        train(make_config(tmp_path, method=method, arch="mlp", lr=1e20, lr_scheduler="constant", **changes))
+
+
+def test_what_a_method_refuses_of_a_sound_run_stays(tmp_path, monkeypatch):
+    def refuse(self, scaler=None):
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(sb.Static, "step", refuse)
+    with pytest.raises(ValueError, match="no such thing"):
+        train(make_config(tmp_path, method="static"))
 
 
 # -- resuming ---------------------------------------------------------------------------------------------------------

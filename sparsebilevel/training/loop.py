@@ -92,7 +92,7 @@ def train(config: Config) -> dict[str, Any]:
 
     Raises:
         ValueError, OSError, ImportError: what the run needs is wrong or missing; nothing on disk was changed.
-        TrainingError: the loss is not finite any more. The last checkpoint is intact.
+        TrainingError: the loss is not finite any more, or what is trained is NaN. The last checkpoint is intact.
         Interrupted: SIGTERM or SIGINT came; a checkpoint was written, and ``resume`` continues.
     """
     config.validate()
@@ -177,6 +177,9 @@ class Trainer:
                 self.train_epoch(phase)
                 self.end_epoch(phase)
             return self.finish()
+        except ValueError as error:
+            self._check_numbers(error)
+            raise
         finally:
             self.progress.close()
             self.folder.close()
@@ -543,10 +546,19 @@ class Trainer:
         return self.loaders.get(phase.name, self.data.train).batch_size * self.ranks.world
 
     def _check_finite(self) -> None:
-        loss = float(self.totals[0])
-        if not math.isfinite(loss):
-            rate = self.optimizer.param_groups[0]["lr"]
-            raise TrainingError(f"the loss is not finite any more (step {self.step}, lr {rate:.4g}); try a smaller lr")
+        if not math.isfinite(float(self.totals[0])):
+            raise self._divergence("the loss is not finite any more")
+
+    def _check_numbers(self, error: ValueError) -> None:
+        """Raise TrainingError where a method refused what it got because the run has diverged: no input was bad."""
+        self._check_finite()
+        state = [*self.model.state_dict().values(), *(p.grad for p in self.model.parameters() if p.grad is not None)]
+        if any(bool(values.isnan().any()) for values in state):  # scores outside of a search space are infinite
+            raise self._divergence("weights, gradients or scores are NaN") from error
+
+    def _divergence(self, what: str) -> TrainingError:
+        rate = self.optimizer.param_groups[0]["lr"]
+        return TrainingError(f"{what} (step {self.step}, lr {rate:.4g}); try a smaller lr")
 
     def _is_cut(self) -> bool:
         return self.config.max_steps is not None and self.step >= self.config.max_steps
