@@ -146,6 +146,8 @@ def test_a_run_can_be_repeated_from_its_config(tmp_path):
         (["export", "nowhere", "-o", "x.foo"], "output='x.foo' is not allowed; expected a name that ends in .pth, .pt"),
         (["bench", "resnet20000"], "unknown model 'resnet20000'"),
         (["bench", "digits_cnn", "-b", "0"], "batch_size=0 is not allowed"),
+        (["bench", "digits_cnn", "--threads", "0"], "threads=0 is not allowed; expected at least 1"),
+        (["bench", "digits_cnn", "--threads", "-1"], "threads=-1 is not allowed; expected at least 1"),
         (["ablate", "--method", "rigl"], "method='rigl' has no usual ablation"),
         (["ablate", "--grid", "colour=red"], "grid='colour=red' is not allowed"),
         (["ablate", "--grid", "method=rigl,magic"], "method='magic' is not known; allowed: dense, static"),
@@ -334,6 +336,12 @@ def test_bench_measures_the_masks_of_a_run(tmp_path, capsys):
     for row in rows:
         assert table[row["name"]][2] == f"{1 - row['density']:.4f}"
     assert len({row["density"] for row in rows}) > 1
+
+
+def test_bench_of_a_run_without_masks(tmp_path, capsys):
+    cli.main(["train", "--method", "dense", "--arch", "mlp", *TINY, "--output-dir", str(tmp_path)])
+    message = refused(capsys, "bench", tmp_path)
+    assert f"the run in {tmp_path} has no masks; give the name of its model, mlp, and --sparsity" in message
 
 
 def test_bench_tunes_on_gpus_only(capsys):

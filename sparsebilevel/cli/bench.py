@@ -12,7 +12,7 @@ from ..costs import measure_layers, measure_step, tune_layers
 from ..data import load_data
 from ..kernels import measurements, native
 from ..training.build import create_network
-from ..training.checkpoint import check_architecture, load_checkpoint, load_masks
+from ..training.checkpoint import check_architecture, load_checkpoint, load_masks, masked_layers
 from ..training.config import Config, read_config
 from ..training.runtime import choose_device
 
@@ -48,13 +48,12 @@ def bench(
         tune: fp32, bf16 or fp16: on a GPU, measure first which kernels suit the layers when they compute in that type,
             and keep the times (:func:`~sparsebilevel.costs.tune_layers`).
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} is not allowed; expected at least 1")
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size={image_size} is not allowed; expected at least 1")
+    for name, value in (("batch_size", batch_size), ("image_size", image_size), ("threads", threads)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} is not allowed; expected at least 1")
     if tune is not None and tune not in _TYPES:
         raise ValueError(f"tune={tune!r} is not known; allowed: {', '.join(_TYPES)}")
-    if threads:
+    if threads is not None:
         torch.set_num_threads(threads)
     place = choose_device(device)
     if Path(model, "config.json").exists():
@@ -107,6 +106,8 @@ def _from_name(name: str, num_classes: int, image_size: int | None) -> tuple[tor
 def _from_run(run: Path) -> tuple[torch.nn.Module, tuple[int, int, int], int]:
     state = load_checkpoint(run / "checkpoint.pth")
     values: dict[str, Any] = read_config(run / "config.json")
+    if not masked_layers(state["model"]):
+        raise ValueError(f"the run in {run} has no masks; give the name of its model, {values['arch']}, and --sparsity")
     options = {name: values[name] for name in ("image_size", "num_classes", "num_samples")}
     data = load_data(values["data"], values["data_path"], batch_size=1, **options)
     network = create_network(values["arch"], data.num_classes, data.input_shape)
