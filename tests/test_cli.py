@@ -152,6 +152,11 @@ def test_a_run_can_be_repeated_from_its_config(tmp_path):
         (["ablate", "--grid", "colour=red"], "grid='colour=red' is not allowed"),
         (["ablate", "--grid", "method=rigl,magic"], "method='magic' is not known; allowed: dense, static"),
         (["ablate", "--grid", "tau=warm"], "tau takes values of type float"),
+        (["ablate", "--grid", "gumbel=yes"], "gumbel takes values of type bool"),
+        (["ablate", "--grid", "seed=0,1"], "grid='seed=0,1' is not allowed; every run has its own seed"),
+        (["ablate", "--grid", "lr=0.1,0.10"], "lr=0.1 with seed 0 is asked for twice"),
+        (["ablate", "--grid", "lr=0.1", "--seeds", "3", "3"], "default with seed 3 is asked for twice"),
+        (["ablate", "--grid", "lr=0.1", "--seeds", "0", "-1", *TINY], "seed=-1 is not allowed"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, capsys, tmp_path, monkeypatch):
@@ -275,10 +280,31 @@ def test_usual_ablations():
     grid = ablate.usual_grid(Config(method="bidst"))
     assert {0.01, 0.1} <= set(grid["search_space"])
     assert {1e1, 1e7} <= set(grid["implicit_scale"])  # lambda from 1e-1 to 1e-7
+    assert ablate.usual_grid(Config(method="bip", weight_decay=1.0)) == {"implicit_scale": [0.0, 1.0]}
     assert ablate.parse_grid(["gumbel=true,false", "update-freq=8ep"]) == {
         "gumbel": [True, False],
         "update_freq": ["8ep"],
     }
+
+
+def test_a_grid_reads_values_as_the_flags_do():
+    texts = ["exclude=fc,fc conv1", "validation=100,0.2", "clip_grad_norm=none,1", "rewind=none,init", "lr=1"]
+    assert ablate.parse_grid([*texts, "lr=2"]) == {
+        "exclude": [("fc",), ("fc", "conv1")],
+        "validation": [100, 0.2],
+        "clip_grad_norm": [None, 1.0],
+        "rewind": ["none", "init"],
+        "lr": [1.0, 2.0],
+    }
+    assert isinstance(ablate.parse_grid(texts)["validation"][0], int)
+
+
+def test_close_values_have_folders_of_their_own(tmp_path, capsys):
+    flags = ["--method", "static", "--arch", "mlp", *TINY, "--max-steps", "1", "--output-dir", str(tmp_path)]
+    cli.main(["ablate", *flags, "--grid", "lr=0.1,0.10000001", "--grid", "exclude=1,1 3"])
+    labels = ["default", "lr=0.1", "lr=0.10000001", "exclude=1", "exclude=1 3"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{label}-seed0" for label in labels)
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[2:]] == labels
 
 
 def test_report_and_export(tmp_path, capsys, monkeypatch):

@@ -79,7 +79,7 @@ def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
 
     ablate = command("ablate", run_ablate, "Vary one setting at a time; one run each, in sub-folders of --output-dir.")
     ablate.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="repeat every setting with these seeds")
-    help = "values of a field, instead of the method's usual ablations; may be given several times"
+    help = "values of a field (of lists: 'a b,c'), instead of the method's usual ablations; may be given several times"
     ablate.add_argument("--grid", action="append", metavar="FIELD=V1,V2", help=help)
     add_config_flags(ablate)
 
@@ -158,20 +158,29 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
             group.add_argument(*flags, nargs="*", metavar="NAME", **options)
         else:
             metavar = None if field.metadata["choices"] else kind.__name__.upper()
-            convert = _converter(field.name, kind, optional)
+            convert = converter(field.name, kind, optional)
             group.add_argument(*flags, type=convert, choices=field.metadata["choices"], metavar=metavar, **options)
 
 
-def _converter(name: str, kind: type, optional: bool) -> Callable[[str], Any]:
+def converter(name: str, kind: type, optional: bool) -> Callable[[str], Any]:
+    """What reads the values of a field: those of its flag, and of ``ablate --grid`` also true, false, and ``a b``."""
     from ..training.config import parse_amount
 
+    read: Callable[[str], Any] = {bool: _parse_bool, tuple: lambda text: tuple(text.split())}.get(kind, kind)
+    if name == "validation":
+        read = parse_amount
+
     def convert(text: str) -> Any:
-        if optional and kind is not str and text == "none":
-            return None
-        return parse_amount(text) if name == "validation" else kind(text)
+        return None if optional and kind is not str and text == "none" else read(text)
 
     convert.__name__ = kind.__name__  # argparse's messages say "invalid int value"
     return convert
+
+
+def _parse_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
 
 
 def config_from(args: argparse.Namespace) -> Config:

@@ -11,6 +11,7 @@ from typing import Any
 from ..report import describe_changes
 from ..training.config import Config, field_types
 from ..training.loop import train
+from . import converter
 from .tables import text_table
 
 Setting = tuple[str, Any] | None
@@ -26,13 +27,17 @@ def usual_grid(config: Config) -> dict[str, list[Any]]:
         return {"search_space": [0.0, 0.01, 0.02, 0.03, 0.05, 0.1], "implicit_scale": scales}
     if config.method == "bip":
         reciprocal = [1 / config.weight_decay] if config.weight_decay else []
-        return {"implicit_scale": [0.0, 1.0, *reciprocal]}
+        return {"implicit_scale": list(dict.fromkeys([0.0, 1.0, *reciprocal]))}
     raise ValueError(f"method={config.method!r} has no usual ablation; name what to vary with --grid FIELD=V1,V2")
 
 
 def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """``["search_space=0,0.05"]`` to ``{"search_space": [0.0, 0.05]}``."""
-    types, grid = field_types(), {}
+    """``["search_space=0,0.05", "exclude=fc,fc conv1"]`` to ``{"search_space": [0.0, 0.05], "exclude": ...}``.
+
+    Each value is read as its flag reads it, and names of a list are parted by blanks: ``[("fc",), ("fc", "conv1")]``.
+    """
+    types = field_types()
+    grid: dict[str, list[Any]] = {}
     for text in texts:
         name, _, values = text.partition("=")
         name = name.replace("-", "_")
@@ -40,18 +45,15 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
             raise ValueError(
                 f"grid={text!r} is not allowed; expected FIELD=V1,V2,... with a field of the configuration"
             )
-        kind = types[name][0]
+        if name in ("seed", "output_dir"):
+            raise ValueError(f"grid={text!r} is not allowed; every run has its own {name}, and seeds are for --seeds")
+        kind, optional = types[name]
+        convert = converter(name, kind, optional)
         try:
-            grid[name] = [_parse_bool(v) if kind is bool else kind(v) for v in values.split(",")]
+            grid.setdefault(name, []).extend(convert(value) for value in values.split(","))
         except ValueError:
             raise ValueError(f"grid={text!r} is not allowed; {name} takes values of type {kind.__name__}") from None
     return grid
-
-
-def _parse_bool(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise ValueError
-    return text.lower() == "true"
 
 
 def ablate(
@@ -63,20 +65,27 @@ def ablate(
         config: its ``output_dir`` holds a folder for each run; with ``resume`` finished runs are read, not repeated.
         grid: as on the command line; None is the method's usual ablation.
         seeds: every setting runs with each of them; None is the configuration's one seed.
+
+    Raises:
+        ValueError: a value that is not allowed, or one that is given twice; nothing was trained.
     """
     chosen = parse_grid(grid) if grid else usual_grid(config)
     settings: list[Setting] = [None, *((name, value) for name, values in chosen.items() for value in values)]
-    variants = {s: config if s is None else _vary(config, *s) for s in settings}
-    for variant in variants.values():
-        variant.validate()
-    results: dict[Setting, list[dict[str, Any]]] = {}
-    for setting, variant in variants.items():
+    runs: dict[str, tuple[Setting, Config]] = {}
+    for setting in settings:
+        variant = config if setting is None else _vary(config, *setting)
         for seed in seeds or [config.seed]:
-            folder = Path(config.output_dir) / f"{_label(setting)}-seed{seed}"
-            if not config.quiet:
-                print(f"{_label(setting)}, seed {seed}", flush=True)
-            run = dataclasses.replace(variant, seed=seed, output_dir=str(folder))
-            results.setdefault(setting, []).append(train(run))
+            name = f"{_label(setting)}-seed{seed}"
+            if name in runs:
+                raise ValueError(f"{_label(setting)} with seed {seed} is asked for twice; expected different values")
+            run = dataclasses.replace(variant, seed=seed, output_dir=str(Path(config.output_dir) / name))
+            run.validate()
+            runs[name] = setting, run
+    results: dict[Setting, list[dict[str, Any]]] = {}
+    for setting, run in runs.values():
+        if not config.quiet:
+            print(f"{_label(setting)}, seed {run.seed}", flush=True)
+        results.setdefault(setting, []).append(train(run))
     print(ablation_table(results))
     return results
 
@@ -105,10 +114,10 @@ def ablation_table(results: dict[Setting, list[dict[str, Any]]]) -> str:
 
 
 def _label(setting: Setting) -> str:
-    return (
-        "default"
-        if setting is None
-        else f"{setting[0]}={setting[1]:g}"
-        if isinstance(setting[1], float)
-        else "=".join(map(str, setting))
-    )
+    """What tables and folders call a setting: as short as it can be told from all others."""
+    if setting is None:
+        return "default"
+    name, value = setting
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        value = f"{value:g}"
+    return f"{name}={' '.join(value) if isinstance(value, tuple) else value}"
