@@ -608,6 +608,17 @@ def test_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert torch.equal(ckpt.load_checkpoint(path)["model"]["w"], torch.ones(3))
 
 
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+def test_what_a_killed_run_was_writing_is_removed(how, finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    names = {path.name for path in run.iterdir()}
+    for name in (".checkpoint.pth.4711", ".best.pth.4711", ".config.json.new"):
+        (run / name).write_bytes(b"half of it")
+    (run / "log.jsonl").write_text("".join((run / "log.jsonl").read_text().splitlines(keepends=True)[:-1]))
+    train(make_config(run, method="static", **{how: True}))
+    assert {path.name for path in run.iterdir()} == names
+
+
 def test_bare_state_dicts_are_read(tmp_path):
     model = sb.models.create_model("digits_cnn")
     for content in (model.state_dict(), {"state_dict": model.state_dict()}):

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from ..nn import sparse_layers
-from .checkpoint import write_text
+from .checkpoint import remove_temporaries, write_text
 from .config import Config
 
 FILES = ("config.json", "log.jsonl", "checkpoint.pth", "best.pth")
@@ -118,9 +118,10 @@ class RunFolder:
 
     def open(self, resolved: dict[str, Any], log_bytes: int | None = None) -> None:
         """Start writing (None), or continue: what the log holds beyond ``log_bytes`` is done again, and cut off."""
-        if log_bytes is None:
-            for name in FILES:
-                (self.path / name).unlink(missing_ok=True)
+        for path in (self.path / name for name in FILES):
+            remove_temporaries(path)
+            if log_bytes is None:
+                path.unlink(missing_ok=True)
         config = dataclasses.asdict(self.config) | {"versions": _versions(), "resolved": resolved}
         write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
         self.log.touch()
