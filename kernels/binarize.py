@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+import operator
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -62,9 +64,12 @@ def binarize(
     tensors = [s.detach() if s.requires_grad else s for s in ([scores] if isinstance(scores, Tensor) else scores)]
     names = named(scores, names)
     dims = [dim] if isinstance(dim, int) else None if dim is None else list(dim)
-    if isinstance(k, Tensor) and (k.numel() != 1 or k.is_floating_point() or k.is_complex()):
+    if isinstance(k, Tensor) and (k.numel() != 1 or k.dtype == torch.bool or k.is_floating_point() or k.is_complex()):
         raise TypeError(f"k must be an integer or a tensor of one, got {k.dtype} of shape {list(k.shape)}")
     if not isinstance(k, (int, Tensor, torch.SymInt)):
+        with contextlib.suppress(TypeError):  # which is raised below
+            k = operator.index(k)  # type: ignore[arg-type]  # NumPy's integers
+    if isinstance(k, bool) or not isinstance(k, (int, Tensor, torch.SymInt)):
         raise TypeError(f"k must be an integer or a tensor of one, got {k!r}")
     if hint is not None:
         if dim is not None:

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -257,6 +258,13 @@ def test_k_may_be_a_tensor():
         binarize(scores, torch.tensor(21))
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint8])
+def test_k_may_be_an_integer_of_numpy(dtype):
+    scores = torch.randn(4, 5)
+    assert torch.equal(binarize(scores, dtype(3)), binarize(scores, 3))
+    assert torch.equal(sb.binarize(scores, dtype(2), pattern="filter"), sb.binarize(scores, 2, pattern="filter"))
+
+
 def test_other_refusals():
     with pytest.raises(TypeError, match=r"scores must be floating point, got torch\.int64"):
         binarize(torch.arange(3), 1)
@@ -264,7 +272,8 @@ def test_other_refusals():
         binarize([], 1)
     assert binarize([], 0) == []
     assert binarize([], 0, words=True) == []
-    for k in (0.5, torch.tensor(2.0), torch.tensor([1, 2])):
+    numbers = (0.5, True, None, "2", np.float64(2), np.bool_(True), np.array(2.0))
+    for k in (*numbers, torch.tensor(2.0), torch.tensor([1, 2]), torch.tensor(True)):
         with pytest.raises(TypeError, match="k must be an integer or a tensor of one, got"):
             binarize(torch.randn(3), k)
     with pytest.raises(ValueError, match="names must be a list of 1"):
