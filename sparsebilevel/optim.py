@@ -243,7 +243,7 @@ class _ActiveSteps:
                     active[weight] = found.pieces, state
         if active:
             steps = [1.0] * len(active)
-            if "step" in self.state[next(iter(active))]:
+            if "step" in self.state.get(next(iter(active)), {}):
                 counts = [self.state[weight]["step"] for weight in active]
                 torch._foreach_add_(counts, 1)
                 steps = [float(count) for count in counts]

@@ -45,6 +45,7 @@ def assert_same(a: torch.Tensor, b: torch.Tensor) -> None:
 def assert_same_training(model, optimizer, other, other_optimizer) -> None:
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert_same(a.detach(), b.detach())
+        assert (a in optimizer.state) == (b in other_optimizer.state)
         states = optimizer.state.get(a, {}), other_optimizer.state.get(b, {})
         assert states[0].keys() == states[1].keys()
         for name, value in states[0].items():

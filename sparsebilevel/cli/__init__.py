@@ -166,9 +166,8 @@ def converter(name: str, kind: type, optional: bool) -> Callable[[str], Any]:
     """What reads the values of a field: those of its flag, and of ``ablate --grid`` also true, false, and ``a b``."""
     from ..training.config import parse_amount
 
-    read: Callable[[str], Any] = {bool: _parse_bool, tuple: lambda text: tuple(text.split())}.get(kind, kind)
-    if name == "validation":
-        read = parse_amount
+    own: dict[type, Callable[[str], Any]] = {bool: _parse_bool, tuple: lambda text: tuple(text.split())}
+    read = parse_amount if name == "validation" else own.get(kind, kind)
 
     def convert(text: str) -> Any:
         return None if optional and kind is not str and text == "none" else read(text)
