@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -118,6 +120,25 @@ print(binarize(torch.tensor([1.0, 3.0, 2.0]), 2).tolist())
 def test_instruction_set_can_be_limited():
     code = "from sparsebilevel.kernels import native; print(native.lib.isa().name)"
     assert python(code, SPARSEBILEVEL_CPU="scalar")[0].strip() == "scalar"
+
+
+def test_source_distribution_has_what_its_tests_read(tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    folders = ("benchmarks", "csrc", "docs", "kernels", "sparsebilevel", "tests")
+    files = ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md")
+    source = tmp_path / "source"
+    for name in folders:
+        ignored = shutil.ignore_patterns("__pycache__", "*.so")
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
+    for name in (*files, "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, source)
+    code = "import sys, setuptools.build_meta; setuptools.build_meta.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=source, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as content:
+        names = {name.partition("/")[2] for name in content.getnames()}
+    paths = [path for folder in folders for path in (source / folder).rglob("*") if path.is_file()]
+    assert {*files, *(path.relative_to(source).as_posix() for path in paths)} <= names
 
 
 @pytest.mark.slow
