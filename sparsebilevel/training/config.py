@@ -229,7 +229,7 @@ class Config:
         for name, (kind, _) in field_types().items():
             value, most = getattr(self, name), LARGEST.get(name, LARGEST.get(kind))
             if most is not None and isinstance(value, (int, float)) and not abs(value) <= most:  # NaN is not either
-                raise ValueError(f"{name}={value!r} is not allowed; expected a finite number, at most {most}")
+                raise ValueError(f"{name}={value!r} is not allowed; expected a finite number, at most {most} in size")
         at_least = dict.fromkeys(
             ("batch_size", "accumulate", "eval_freq", "checkpoint_freq", "print_freq", "epochs")
             + ("eval_batch_size", "max_steps", "threads", "upper_batch_size", "lower_steps"),
