@@ -94,7 +94,7 @@ def _forward(
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
     """The result, and ``[4, C]`` terms for the backward pass."""
-    out, terms = _empty_like(input), torch.empty(4, input.shape[1])
+    out, terms = _empty_like(input), plans.vectors(4, input.shape[1])
     native.lib.batch_norm_nhwc_forward(
         _rows(input),
         input.data_ptr(),
@@ -183,7 +183,7 @@ def _backward(
     """Gradients of input, weight, bias and residual."""
     changes = ctx.relu or more is not None  # else the gradient of the residual is that of the result
     grad_input, grad_residual = _empty_like(input), _empty_like(input) if needs_residual and changes else None
-    vectors = torch.empty(2, input.shape[1])
+    vectors = plans.vectors(2, input.shape[1])
     native.lib.batch_norm_nhwc_backward(
         _rows(input),
         terms.data_ptr(),

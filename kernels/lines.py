@@ -627,7 +627,7 @@ class Mean(NamedTuple):
     def enter(self, back: _Back, grad: Tensor) -> Tensor:
         channels, height, width = back.shapes[self.source]
         found = back.new(self.source)
-        rows = torch.zeros(found.shape[0] * LANES, channels, dtype=grad.dtype)
+        rows = grad.new_zeros(found.shape[0] * LANES, channels)
         torch.div(grad.reshape(-1, channels), height * width, out=rows[: back.images])
         found.copy_(rows.view(-1, LANES, channels).transpose(1, 2)[:, :, None, None])
         return found
@@ -726,6 +726,9 @@ class Program:
             for x in inputs
         ):
             raise Unfit("an input that is not made of maps")
+        # The kernels would read them as what they are not.
+        if not all(t is None or (t.dtype == torch.float32 and t.is_cpu) for c in operands.convolutions for t in c[:2]):
+            raise Unfit("a weight or a bias that is not float32 in memory")
         shapes = self.shapes(inputs, operands)
         tensors: list[Tensor | None] = [*inputs]
         for c in operands.convolutions:
@@ -768,13 +771,15 @@ class _Execute(Function):
         images = tensors[0].shape[0]  # type: ignore[union-attr]
         values: list[Tensor | None] = [to_lines(x, dtype) for x in tensors[: program.inputs]]  # type: ignore[arg-type]
         values += [None] * (program.registers - program.inputs)
-        terms = torch.empty(4 * program.all_channels)
+        terms = plans.vectors(4 * program.all_channels)
         run = _Run(program, operands, dtype, images, shapes, terms, values, torch.get_num_threads())
         program.forward(run, keep=record)
         out = tuple(end.leave(run) for end in program.ends)
         if record:
-            weights = [c.weight for c in operands.convolutions]
-            ctx.save_for_backward(terms, *weights, *(run.values[register] for register in program.kept))
+            kept = [run.values[register] for register in program.kept]
+            # Autograd notices if what the backward pass reads of them has changed.
+            read = [t for c in operands.convolutions for t in (c.weight, c.mask, c.positions)]
+            ctx.save_for_backward(terms, *kept, *read)
             ctx.program, ctx.operands, ctx.dtype, ctx.shapes, ctx.images = program, operands, dtype, shapes, images
             ctx.set_materialize_grads(False)
         return out
@@ -790,7 +795,7 @@ class _Execute(Function):
         needs = ctx.needs_input_grad[5:]
         terms, *saved = ctx.saved_tensors
         values: list[Tensor | None] = [None] * program.registers
-        for register, value in zip(program.kept, saved[program.convolutions :], strict=True):
+        for register, value in zip(program.kept, saved, strict=False):
             values[register] = value
         back = _Back(
             program,
@@ -805,7 +810,7 @@ class _Execute(Function):
             needs,
             [None] * program.registers,
             [None] * len(needs),
-            torch.empty(2 * program.all_channels),
+            plans.vectors(2 * program.all_channels),
         )
         for end, grad in zip(program.ends, grads, strict=True):
             if grad is not None and back.wanted[end.source]:

@@ -324,9 +324,9 @@ def _overlaps(tensor: Tensor) -> bool:
         return False
     if sum(stride * (size - 1) for stride, size in steps) + 1 < tensor.numel():  # more elements than places
         return True
-    places = torch.zeros(1, dtype=torch.int64)
+    places = torch.zeros(1, dtype=torch.int64, device="cpu")
     for stride, size in steps:
-        places = (places[:, None] + stride * torch.arange(size)).view(-1)
+        places = (places[:, None] + stride * torch.arange(size, device="cpu")).view(-1)
     return places.unique().numel() < tensor.numel()
 
 
@@ -407,10 +407,10 @@ def _write(entry: Entry, tensor: Tensor, bits: np.ndarray, out: np.ndarray, gene
         values = torch.where(
             torch.from_numpy(_mask_of(bits, entry.numel)).view(entry.shape),
             tensor.cpu(),
-            torch.zeros((), dtype=tensor.dtype),
+            torch.zeros((), dtype=tensor.dtype, device="cpu"),
         ).reshape(-1)
     else:
-        values = torch.empty(entry.num_values, dtype=tensor.dtype)
+        values = torch.empty(entry.num_values, dtype=tensor.dtype, device="cpu")
         gather_values(tensor, bits, entry.numel, bytes_of(values))
     if entry.value_dtype == torch.int8:
         values, scales = _quantize(values.float(), entry, generator)
@@ -422,14 +422,14 @@ def _quantize(values: Tensor, entry: Entry, generator: torch.Generator | None) -
     """int8 values and the float32 scales that they are multiples of."""
     if not bool(values.isfinite().all()):
         raise PackError(f"values of {_of(entry)} must be finite for int8; {int((~values.isfinite()).sum())} are not")
-    scales = torch.zeros(entry.scales)
+    scales = torch.zeros(entry.scales, dtype=torch.float32, device="cpu")
     if entry.num_values:
         rows = torch.nn.functional.pad(values, (0, -entry.num_values % entry.block_of_values))
         # Of every maximum (each mantissa was tried) 127 * scale, rounded, which comes out, gives the same scale again.
         scales = (rows.view(entry.scales, -1).abs().amax(1) / 127).clamp(_LEAST_SCALE, _LARGEST_SCALE)
     steps = values / _scale_of_values(scales, entry)
     nearest, below = steps.round(), steps.floor()
-    above = torch.rand(entry.num_values, generator=generator) < steps - below
+    above = torch.rand(entry.num_values, generator=generator, dtype=torch.float32, device="cpu") < steps - below
     is_on_grid = (steps - nearest).abs() <= _ON_GRID * nearest.abs()  # the largest among them, which must not change
     return torch.where(is_on_grid, nearest, below + above).to(torch.int8), scales
 
@@ -569,9 +569,9 @@ def _read_positions(entry: Entry, payload: np.ndarray, mask: Tensor | None) -> n
 
 
 def _read_values(entry: Entry, raw: np.ndarray) -> Tensor:
-    scales = torch.empty(entry.scales)
+    scales = torch.empty(entry.scales, dtype=torch.float32, device="cpu")
     bytes_of(scales)[:] = raw[: 4 * entry.scales]
-    values = torch.empty(entry.num_values, dtype=entry.value_dtype)
+    values = torch.empty(entry.num_values, dtype=entry.value_dtype, device="cpu")
     bytes_of(values)[:] = raw[4 * entry.scales : entry.value_bytes]
     if entry.value_dtype != torch.int8:
         return values
@@ -593,7 +593,7 @@ def _write_values(
             if entry.format == "dense":
                 values = values[torch.from_numpy(_mask_of(bits, n))]
             if mode == "accumulate":
-                before = torch.empty(values.numel(), dtype=flat.dtype)
+                before = torch.empty(values.numel(), dtype=flat.dtype, device="cpu")
                 gather_values(flat, bits, n, bytes_of(before))
                 values = before.add_(values, alpha=alpha)
             source = bytes_of(values.to(flat.dtype))
@@ -683,7 +683,7 @@ def scatter_values(source: np.ndarray, bits: np.ndarray, dense: Tensor, keep: bo
     n, size = dense.numel(), dense.dtype.itemsize
     if cuda.available(dense.device):
         words, counts = _on_device(bits, n, dense.device)
-        values = torch.empty(source.size // size, dtype=dense.dtype)
+        values = torch.empty(source.size // size, dtype=dense.dtype, device="cpu")
         bytes_of(values)[:] = source
         cuda.scatter_values(values.to(dense.device), words, counts, dense, keep=keep)
         return

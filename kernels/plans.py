@@ -188,12 +188,17 @@ def empty_maps(size: Sequence[int], channels_last: bool, dtype: torch.dtype = to
     """Uninitialised maps ``[B, C, H, W]``; large ones from the memory that is kept, which saves touching new pages."""
     if math.prod(size) < _LARGE:
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        return torch.empty(size, dtype=dtype, memory_format=memory_format)
+        return torch.empty(size, dtype=dtype, device="cpu", memory_format=memory_format)
     # ``.data``: a view that leaves an autograd function may not be written to by what follows.
     if not channels_last:
         return empty(*size, dtype=dtype).data
     images, channels, height, width = size
     return empty(images, height, width, channels, dtype=dtype).permute(0, 3, 1, 2).data
+
+
+def vectors(*size: int) -> Tensor:
+    """Uninitialised float32 for the extension to write, whatever the defaults for new tensors are."""
+    return torch.empty(size, dtype=torch.float32, device="cpu")
 
 
 def release_memory() -> None:
@@ -329,11 +334,11 @@ def weight_grad(
         run(support, grad_weight, grad_weight, True)
         return grad_weight, None
     learning = learning_support(mask, positions)
-    grads = torch.zeros(learning.positions.numel() + 1)  # the last one is what padding takes
+    grads = vectors(learning.positions.numel() + 1).zero_()  # the last one is what padding takes
     run(learning, weight, grads, False)
     active = torch.where(learning.active, grads[:-1], 0).to(weight.dtype)
     grad_weight = _zeros_like(weight)
     if torch.are_deterministic_algorithms_enabled():  # these refuse put_, which is the faster, though none comes twice
-        flat = torch.zeros(weight.numel(), dtype=weight.dtype).scatter_(0, learning.positions, active)
+        flat = active.new_zeros(weight.numel()).scatter_(0, learning.positions, active)
         return grad_weight.copy_(flat.view(weight.shape)), grads[learning.wanted]
     return grad_weight.put_(learning.positions, active), grads[learning.wanted]

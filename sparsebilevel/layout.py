@@ -538,7 +538,7 @@ class _Segment:
 
 @functools.lru_cache(maxsize=64)
 def _all_kept(shape: torch.Size) -> Tensor:
-    return torch.ones(shape, dtype=torch.bool)
+    return torch.ones(shape, dtype=torch.bool, device="cpu")
 
 
 def _convolution(module: Any, support: Support | None) -> lines.Convolution:

@@ -366,3 +366,22 @@ def test_results_can_be_written_to(residual):
     out = sb.FusedBatchNorm2d(16, relu=True)(x, other).mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(dtype):
+    x, weight, bias = maps((3, 4, 5, 5)), torch.rand(4), torch.rand(4)
+    results = []
+    for default in (torch.float32, dtype):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        torch.set_default_dtype(default)
+        try:
+            out = batch_norm(leaves[0], None, None, *leaves[1:], training=True, relu=True)
+            assert is_ours(out)
+            out.square().sum().backward()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        results.append([out, *(t.grad for t in leaves)])
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)

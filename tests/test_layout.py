@@ -1,5 +1,6 @@
 """Networks in the layout of the sparse CPU kernels against the same networks as they were written."""
 
+import contextlib
 import copy
 import inspect
 import pickle
@@ -1085,3 +1086,64 @@ def test_vmap_sees_the_model_as_it_was_written():
     plain = sb.sparsify(nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3)), 0.9).eval()
     optimized, x = sb.optimize_for_cpu(copy.deepcopy(plain)), torch.randn(2, 16, 16, 8, 8)
     assert_close(torch.func.vmap(optimized)(x), torch.func.vmap(plain)(x))
+
+
+# -- what others set, and where a model is not what it seems -----------------------------------------------------------
+
+
+@contextlib.contextmanager
+def defaults(dtype, device):
+    """For new tensors."""
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(("dtype", "device"), [("float64", "cpu"), ("bfloat16", "cpu"), ("float32", "meta")])
+def test_defaults_for_new_tensors_change_nothing(dtype, device):
+    nets = [sb.optimize_for_cpu(pair(Net())[0]) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    x = torch.randn(20, 3, 8, 8)
+    for net in nets:
+        for _, layer in sb.sparse_layers(net):
+            layer.collect("search", torch.arange(-1, layer.weight.numel(), 3))
+    nets[0](x).square().sum().backward()
+    with defaults(getattr(torch, dtype), device):
+        nets[1](x).square().sum().backward()
+    for want, got in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(got.grad, want.grad)
+    for (_, want), (_, got) in zip(*map(sb.sparse_layers, nets), strict=True):
+        assert torch.equal(got.effective_grad, want.effective_grad)
+
+
+@pytest.mark.parametrize("names", [("conv1",), ("conv2", "conv3")], ids="-".join)
+def test_weights_that_are_not_float32_run_as_written(names):
+    plain, optimized = pair(Net(bias=True))
+    for net in (plain, optimized):
+        for name in names:
+            net.get_submodule(name).bfloat16()
+    x = torch.randn(16, 3, 8, 8)
+    with pytest.raises(ValueError, match="input has dtype torch.float32") as expected:
+        plain(x)
+    with pytest.raises(ValueError, match="input has dtype torch.float32") as got:
+        optimized(x)
+    assert str(got.value) == str(expected.value)
+    with torch.autocast("cpu", torch.bfloat16):
+        compare(plain, optimized, x)
+
+
+@pytest.mark.parametrize("changed", ["mask", "positions"])
+def test_a_mask_or_positions_changed_before_backward_are_noticed(changed):
+    _, optimized = pair(Uses("block"), 0.3)
+    layer = optimized.conv2
+    layer.collect("search", torch.tensor([0, 1]))
+    out = optimized(torch.randn(18, 4, 6, 6))
+    if changed == "mask":
+        layer.mask.logical_not_()
+    else:
+        layer._sink_arguments()["positions"].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()

@@ -160,6 +160,20 @@ def test_int8_is_within_one_step_and_repeatable(block, dtype, backend):
     assert not result[~mask].any()
 
 
+def test_int8_does_not_depend_on_the_default_dtype(backend):
+    values, mask = drawn((50, 70), 0.2, torch.float32)
+    messages = []
+    for default in (torch.float32, torch.float64):
+        torch.set_default_dtype(default)
+        try:
+            messages.append(pack(values, mask, dtype=torch.int8, generator=torch.Generator().manual_seed(3)))
+            assert unpack(messages[-1]).dtype == torch.float32
+            assert bytes(pack(unpack(messages[-1]), mask, dtype=torch.int8)) == bytes(messages[-1])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert bytes(messages[0]) == bytes(messages[1])
+
+
 def test_int8_rounds_without_bias():
     values = torch.linspace(-1, 1, 101)
     generator = torch.Generator().manual_seed(0)
@@ -176,7 +190,7 @@ def test_int8_values_on_the_grid_stay(block, rounding, monkeypatch):
         values = torch.randn(500, generator=generator) * 2.0 ** (5 * i - 120)
         once = unpack(pack(values, dtype=torch.int8, block=block, generator=generator))
         with monkeypatch.context() as patch:
-            patch.setattr(torch, "rand", lambda n, generator: torch.full((n,), rounding))
+            patch.setattr(torch, "rand", lambda n, **_: torch.full((n,), rounding))
             assert same(unpack(pack(once, dtype=torch.int8, block=block)), once)
 
 
