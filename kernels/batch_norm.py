@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from . import native, plans, reference
+from .gradient import is_left_to_torch
 
 
 def _is_plain(maps: Tensor) -> bool:
@@ -50,6 +51,8 @@ def _takes(
     residual: Tensor | None,
 ) -> bool:
     if not native.available() or native.watched():
+        return False
+    if forward_ad._current_level >= 0:  # tangents would be dropped without a word
         return False
     if not isinstance(input, Tensor) or input.dim() != 4 or not _is_plain(input):
         return False
@@ -148,13 +151,16 @@ class _BatchNorm(Function):
         if grad is None:
             return (None,) * 11
         input, weight, terms, out = ctx.saved_tensors
-        maps = [m if m is None else m.contiguous(memory_format=torch.channels_last) for m in (grad, more, input, out)]
+        maps = None
+        if not native.watched() and not is_left_to_torch(grad) and not (more is not None and is_left_to_torch(more)):
+            maps = [
+                m if m is None else m.contiguous(memory_format=torch.channels_last) for m in (grad, more, input, out)
+            ]
         found: tuple[Tensor | None, ...]
-        if torch.is_grad_enabled() or native.watched() or not all(m is None or _is_plain(m) for m in maps):
-            # Somebody will differentiate the gradients, or looks on.
-            found = _differentiable_backward(ctx, grad if more is None else grad + more, input, weight, terms, out)
-        else:
+        if maps is not None and all(m is None or _is_plain(m) for m in maps):
             found = _backward(ctx, *maps, terms, needs_residual)  # type: ignore[arg-type, call-arg]
+        else:
+            found = _differentiable_backward(ctx, grad if more is None else grad + more, input, weight, terms, out)
         grad_input, grad_weight, grad_bias, grad_residual = found
         return (
             *(None, grad_input if needs_input else None, None, None),

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import native, plans
-from .gradient import Needs, distribute_gradient
+from .gradient import Needs, distribute_gradient, is_left_to_torch
 from .plans import LANES, Geometry, Support, empty, lines_maps, to_lines
 from .reference import effective_weight
 
@@ -789,6 +789,11 @@ class _Execute(Function):
         if torch.is_grad_enabled():  # autograd would leave this path out of some second derivatives, without a word
             raise RuntimeError(
                 "a network whose maps stay in lines has no second derivatives (create_graph=True); use "
+                'optimize_for_cpu(model, layout="channels_last"), or the model without that call'
+            )
+        if any(grad is not None and is_left_to_torch(grad) for grad in grads):
+            raise RuntimeError(
+                "a network whose maps stay in lines takes one gradient at a time (is_grads_batched=True); use "
                 'optimize_for_cpu(model, layout="channels_last"), or the model without that call'
             )
         program: Program = ctx.program

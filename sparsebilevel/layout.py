@@ -20,7 +20,7 @@ import operator
 import random
 import warnings
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -55,8 +55,24 @@ _FEW_CHANNELS = 4  # a dense convolution of so few costs less in lines than the 
 
 
 def _has_hooks(module: nn.Module) -> bool:
+    """Also a forward of the instance alone, by which some libraries hook themselves in."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _has_global_hooks() -> bool:
+    """Whether there are hooks of all modules."""
+    of_all = nn.modules.module
+    return bool(
+        of_all._global_forward_hooks
+        or of_all._global_forward_pre_hooks
+        or of_all._global_backward_hooks
+        or of_all._global_backward_pre_hooks
     )
 
 
@@ -171,6 +187,13 @@ class _Tracer(torch.fx.Tracer):
         if _modes() != self._modes:
             raise ValueError("a part of the forward runs in a grad mode or under an autocast of its own")
         return super().create_node(*args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is OrderedDict:
+            return self.create_node("call_function", OrderedDict, (self.create_arg([*a.items()]),), {})
+        if isinstance(a, (dict, list)) and type(a) not in (dict, list):  # the graph would hold a plain one
+            raise ValueError(f"its forward makes a {type(a).__name__}")
+        return super().create_arg(a)
 
     def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
         proxy = super().proxy(node)
@@ -673,6 +696,19 @@ def _mutates(node: torch.fx.Node, module: nn.Module | None) -> bool:
     )
 
 
+def _filled(result: Any, values: dict[torch.fx.Node, Any]) -> Any:
+    """What a graph returns, in lists and dicts of the caller's own."""
+    if isinstance(result, dict):
+        return {name: _filled(part, values) for name, part in result.items()}
+    if isinstance(result, list):
+        return [_filled(part, values) for part in result]
+    if type(result) is tuple:
+        return tuple([_filled(part, values) for part in result])
+    if isinstance(result, tuple):  # a named one
+        return type(result)(*[_filled(part, values) for part in result])
+    return torch.fx.map_arg(result, values.__getitem__)
+
+
 class _Plan:
     """A traced graph cut into parts, which run one after the other: segments in lines, and what is between them."""
 
@@ -732,7 +768,7 @@ class _Plan:
             values.update(zip(outputs, out, strict=True))
             for node in done:
                 del values[node]
-        return torch.fx.map_arg(self._result, values.__getitem__)
+        return _filled(self._result, values)
 
 
 def _mark(module: nn.Module, marks: list[Any]) -> None:
@@ -898,12 +934,10 @@ class _Graphs:
     def takes(self, *values: Any) -> bool:
         """Whether there may be a plan for these arguments.
 
-        Compilers, tracers and exporters see the model as it was written, and so does what the lines do not take; in
-        channels_last each op decides for itself.
+        Compilers, tracers, exporters, modes and hooks of all modules see the model as it was written, and so does what
+        the lines do not take; in channels_last each op decides for itself.
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.fx._symbolic_trace.is_fx_symbolic_tracing():
-            return False
-        if torch._C._are_functorch_transforms_active():
+        if native.watched() or torch.fx._symbolic_trace.is_fx_symbolic_tracing() or _has_global_hooks():
             return False
         if self.layout != "lines":
             return True

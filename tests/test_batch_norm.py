@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import forward_ad
 from torch.testing import assert_close
 
 import sparsebilevel as sb
@@ -385,3 +386,29 @@ def test_the_default_dtype_changes_nothing(dtype):
         results.append([out, *(t.grad for t in leaves)])
     for got, want in zip(*results, strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@needs_native
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("residual", [True, False])
+def test_batched_gradients(residual, training):
+    module = sb.FusedBatchNorm2d(4, relu=True).train(training)
+    x, other = maps((3, 4, 5, 5)).requires_grad_(), maps((3, 4, 5, 5)).requires_grad_()
+    out = module(x, other) if residual else module(x)
+    assert is_ours(out)
+    leaves = [x, *module.parameters(), *([other] if residual else [])]
+    grads = torch.randn(2, *out.shape)
+    got = torch.autograd.grad(out, leaves, grads, retain_graph=True, is_grads_batched=True)
+    each = [torch.autograd.grad(out, leaves, grad, retain_graph=True) for grad in grads]
+    for found, wanted in zip(got, zip(*each, strict=True), strict=True):
+        assert_close(found, torch.stack(wanted), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("grad_mode", [True, False])
+def test_tangents_are_those_of_torch(grad_mode):
+    module = sb.FusedBatchNorm2d(4, relu=True).eval()
+    x, tangent = maps((3, 4, 5, 5)), maps((3, 4, 5, 5))
+    with forward_ad.dual_level(), torch.set_grad_enabled(grad_mode):
+        out = forward_ad.unpack_dual(module(forward_ad.make_dual(x, tangent)))
+    assert_close(out.tangent, torch.where(out.primal > 0, tangent / (1 + module.eps) ** 0.5, 0))

@@ -1,5 +1,6 @@
 """Networks in the layout of the sparse CPU kernels against the same networks as they were written."""
 
+import collections
 import contextlib
 import copy
 import inspect
@@ -1147,3 +1148,100 @@ def test_a_mask_or_positions_changed_before_backward_are_noticed(changed):
         layer._sink_arguments()["positions"].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("layout", ["lines", "channels_last"])
+def test_a_forward_of_one_layer_alone_is_called(layout):
+    plain = sb.sparsify(Net().eval(), 0.6, seed=0)
+    optimized = sb.optimize_for_cpu(plain, layout)
+    x, called = torch.randn(16, 3, 8, 8), []
+    expected = optimized(x)
+    for name in ("conv3", "bn4", "relu"):
+        layer = optimized.get_submodule(name)
+        layer.forward = lambda x, name=name, forward=layer.forward: called.append(name) or forward(x)
+    assert_close(optimized(x), expected, rtol=1e-4, atol=1e-4)
+    assert sorted(called) == ["bn4", "conv3", "relu", "relu", "relu"]
+    # Of the model itself it may call the one that there was.
+    optimized.forward = lambda x, forward=optimized.forward: called.append("model") or forward(x)
+    optimized(x)
+    assert called[5] == "model"
+    del called[:]
+    for name in ("conv3", "bn4", "relu", ""):
+        del optimized.get_submodule(name).forward
+    assert torch.equal(optimized(x), expected)
+    assert not called
+
+
+def test_hooks_of_all_modules_and_modes_see_the_model_as_written():
+    plain, optimized = pair(Net().eval())
+    x, seen = torch.randn(16, 3, 8, 8), []
+    expected = plain(x)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, _i, _o: seen.append(type(module).__name__))
+    try:
+        assert torch.equal(optimized(x), expected)
+    finally:
+        handle.remove()
+    assert seen.count("SparseMaskedConv2d") == 6
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        assert torch.equal(optimized(x), expected)
+    assert counter.get_total_flops() > 0
+
+
+class Results(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.conv1, self.conv2, self.make = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), make
+
+    def forward(self, x):
+        y = self.conv1(x)
+        return self.make(y, self.conv2(y))
+
+
+class Own(dict):
+    pass
+
+
+Pair = collections.namedtuple("Pair", "first second")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda a, b: {"a": a, "b": [b, (a, {"b": b})]},
+        lambda a, b: collections.OrderedDict(b=b, a=[a]),
+        lambda a, b: [a, Pair(b, {"a": a})],
+        lambda a, b: (a, b, None, 3),
+    ],
+    ids=["dict", "OrderedDict", "named", "tuple"],
+)
+def test_results_are_the_callers(make):
+    plain, optimized = pair(Results(make), 0.3)
+    x = torch.randn(18, 4, 8, 8)
+    expected, got = plain(x), optimized(x)
+    assert None not in plans_of(optimized)
+    (values, structure), (want, structure_of_want) = map(torch.utils._pytree.tree_flatten, (got, expected))
+    assert structure == structure_of_want
+    assert_close(values[:2], want[:2], rtol=1e-4, atol=1e-4)
+    assert type(got) is type(expected)
+    if isinstance(got, dict):
+        assert list(got) == list(expected)
+        got["loss"] = 1
+    elif isinstance(got, list):
+        got.append(1)
+        got[1].second["loss"] = 1
+    assert torch.utils._pytree.tree_structure(optimized(x)) == structure
+
+
+def test_results_of_other_kinds_are_left_as_they_are():
+    model = sb.sparsify(Results(lambda a, b: Own(a=a, b=b)), 0.3)
+    with pytest.warns(UserWarning, match="its forward makes a Own"):
+        sb.optimize_for_cpu(model)
+    assert type(model(torch.randn(18, 4, 8, 8))) is Own
+
+
+def test_batched_gradients_are_refused():
+    _, optimized = pair(Uses("block"), 0.3)
+    x = torch.randn(18, 4, 6, 6, requires_grad=True)
+    out = optimized(x)
+    with pytest.raises(RuntimeError, match="one gradient at a time"):
+        torch.autograd.grad(out, x, torch.randn(2, *out.shape), is_grads_batched=True)
