@@ -341,6 +341,10 @@ def _trace(model: nn.Module, reads: list[_Read], settled: dict[str, Any]) -> tor
         with _recording(modules, reads):
             graph = tracer.trace(model, concrete_args=dict(settled) or None)
         _forget(graph, settled)
+        for node in graph.find_nodes(op="call_method", target="view"):
+            # The maps may have other strides here than in the forward as it was written.
+            if not node.kwargs and not any(isinstance(size, torch.dtype) for size in node.args):
+                node.target = "reshape"
         # The tracer makes attributes of the model of them.
         made = [node for node in graph.find_nodes(op="get_attr") if str(node.target) in model.__dict__.keys() - held]
         for node in made:
@@ -683,17 +687,59 @@ def _on_tensors(
     return _compile(part)
 
 
-def _mutates(node: torch.fx.Node, module: nn.Module | None) -> bool:
-    """Whether it writes to its first argument."""
+_IN_PLACE = {
+    getattr(operator, name) for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")
+}
+_NEW = frozenset(  # functions and methods whose result shares no memory with what they read
+    "add sub rsub mul div truediv floordiv mod pow neg abs exp log sqrt rsqrt square sigmoid tanh softmax log_softmax "
+    "relu relu6 leaky_relu elu gelu silu mish hardtanh hardswish hardsigmoid softplus matmul mm bmm linear conv2d "
+    "batch_norm layer_norm group_norm max_pool2d avg_pool2d adaptive_avg_pool2d mean sum amax amin cat stack clone "
+    "interpolate where lerp addcmul".split()
+)
+
+
+def _name(node: torch.fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _written(node: torch.fx.Node, module: nn.Module | None) -> list[torch.fx.Node]:
+    """Values that it writes to."""
     if module is not None:
-        return bool(getattr(module, "inplace", False))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    return node.op in ("call_function", "call_method") and (
-        in_place
-        or node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)
-        or bool(node.kwargs.get("inplace", False))
-    )
+        return node.all_input_nodes[:1] if getattr(module, "inplace", False) else []
+    if node.op not in ("call_function", "call_method"):
+        return []
+    in_place = _name(node).endswith("_") and not _name(node).endswith("__")
+    if in_place or node.target in _IN_PLACE or node.kwargs.get("inplace", False):
+        return node.all_input_nodes[:1]
+    out: list[torch.fx.Node] = []
+    torch.fx.map_arg(node.kwargs.get("out"), out.append)
+    return out
+
+
+def _sharing_memory(node: torch.fx.Node, of_node: dict[torch.fx.Node, nn.Module | None]) -> list[torch.fx.Node]:
+    """The value, and those that it may be a view of."""
+    found = [node]
+    for value in found:
+        module = of_node[value]
+        if module is not None:
+            is_new = bool(module._parameters) or _KINDS.get(type(module), "same") != "same"
+        else:
+            is_new = _name(value) in _NEW and "out" not in value.kwargs
+        if not is_new or _written(value, module):
+            # Other arguments of a method are sizes and the like; of a function there may be views of each.
+            of_first = value.op == "call_method" or value.target in (operator.getitem, getattr)
+            found += [a for a in value.all_input_nodes[: 1 if of_first else None] if a not in found]
+    return found
+
+
+def _check_writes(node: torch.fx.Node, of_node: dict[torch.fx.Node, nn.Module | None]) -> None:
+    """ValueError if the node writes to what others may read, for they would read something else in another order."""
+    for written in _written(node, of_node[node]):
+        for value in _sharing_memory(written, of_node):
+            if len(value.users) > 1:
+                raise ValueError(f"{node.name} writes to a tensor that others read")
+            if "constant" in value.meta:
+                raise ValueError(f"{node.name} writes to a tensor that each forward makes anew")
 
 
 def _filled(result: Any, values: dict[torch.fx.Node, Any]) -> Any:
@@ -731,11 +777,7 @@ class _Plan:
                 in_lines.add(node)
             left = [a in in_lines and (kinds[a] == "mean" or node not in in_lines) for a in node.all_input_nodes]
             levels[node] = max((levels[a] + out for a, out in zip(node.all_input_nodes, left, strict=True)), default=0)
-            if node.all_input_nodes and _mutates(node, of_node[node]):
-                if len(node.all_input_nodes[0].users) > 1:
-                    raise ValueError(f"{node.name} writes to a tensor that others read")
-                if "constant" in node.all_input_nodes[0].meta:
-                    raise ValueError(f"{node.name} writes to a tensor that each forward makes anew")
+            _check_writes(node, of_node)
         self._inputs = [node for node in graph.nodes if node.op == "placeholder"]
         (output,) = (node for node in graph.nodes if node.op == "output")
         self._constants = {node: node.meta["constant"] for node in graph.nodes if "constant" in node.meta}

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import copy
 import inspect
+import operator
 import pickle
 import random
 import types
@@ -1245,3 +1246,76 @@ def test_batched_gradients_are_refused():
     out = optimized(x)
     with pytest.raises(RuntimeError, match="one gradient at a time"):
         torch.autograd.grad(out, x, torch.randn(2, *out.shape), is_grads_batched=True)
+
+
+class Convs(nn.Module):
+    """Something between two convolutions."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.conv1, self.conv2, self.between = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), between
+
+    def forward(self, x):
+        x = self.conv1(x)
+        self.between(x)
+        return self.conv2(x)
+
+
+def scaled_chunk(x):
+    a, _ = x.chunk(2, 1)
+    a.mul_(3.0)
+
+
+@pytest.mark.parametrize(
+    "writes",
+    [
+        lambda x: x[:, :4].mul_(2.0),
+        scaled_chunk,
+        lambda x: torch.clamp(x, min=0, out=x),
+        lambda x: x.detach().mul_(2.0),
+        lambda x: x.data.mul_(2.0),
+        lambda x: F.relu(x.flatten(2), inplace=True),
+        lambda x: operator.setitem(x, (slice(None), 0), 0.0),
+    ],
+    ids=["slice", "chunk", "out", "detach", "data", "inplace", "setitem"],
+)
+def test_what_writes_through_a_view_is_left_as_it_is(writes):
+    plain = sb.sparsify(Convs(writes).eval(), 0.3)
+    with torch.no_grad():
+        x = torch.randn(18, 8, 6, 6)
+        for name in ("lines", "channels_last"):
+            model = copy.deepcopy(plain)
+            with pytest.warns(UserWarning, match="Convs cannot be traced"):
+                sb.optimize_for_cpu(model, name)
+            assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+def test_what_writes_to_a_result_of_its_own_is_traced():
+    class Writes(Convs):
+        def forward(self, x):
+            y = self.conv1(x)
+            z = (y + x).view(x.size(0), 8, -1).mul_(2.0).relu_().view_as(x)
+            z = torch.cat([z[:, :4], y[:, 4:]], 1)
+            z += y
+            return self.conv2(F.relu(z, inplace=True))
+
+    plain, optimized = pair(Writes(None), 0.3)
+    compare(plain, optimized, torch.randn(18, 8, 6, 6))
+    assert None not in plans_of(optimized)
+
+
+@pytest.mark.parametrize("sizes", [(-1,), (8, -1), (2, 4, 36), (torch.int32,)], ids=str)
+def test_views_of_maps(sizes):
+    class Views(Convs):
+        def forward(self, x):
+            y = self.conv2(self.conv1(x))
+            return y.contiguous().view(*sizes) if torch.int32 in sizes else y.view(x.size(0), *sizes)
+
+    plain, optimized = pair(Views(None), 0.3)
+    x = torch.randn(18, 8, 6, 6)
+    expected, got = plain(x), optimized(x)
+    assert None not in plans_of(optimized)
+    assert got.dtype == expected.dtype
+    assert got.shape == expected.shape
+    if got.is_floating_point():
+        compare(plain, optimized, x)
