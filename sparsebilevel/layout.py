@@ -18,6 +18,7 @@ import inspect
 import math
 import operator
 import random
+import threading
 import warnings
 import weakref
 from collections import OrderedDict, deque
@@ -171,17 +172,30 @@ def _modes() -> tuple[bool, ...]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
+_one_at_a_time = threading.RLock()  # tracers exchange methods of all modules
+
+
 class _Tracer(torch.fx.Tracer):
     proxy_buffer_attributes = True  # what a forward computes from a buffer is computed by the graph
 
     def __init__(self) -> None:
         super().__init__()
-        self._modes = _modes()
+        self._modes, self._thread = _modes(), threading.get_ident()
         self._proxies: list[weakref.ref[torch.fx.Proxy]] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         own = isinstance(m, (SparseMaskedModule, FusedBatchNorm2d))
         return own or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:  # somebody else's module, or this one at work
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_node(self, *args: Any, **kwargs: Any) -> torch.fx.Node:
         if _modes() != self._modes:
@@ -247,13 +261,14 @@ class _Read(NamedTuple):
 @contextlib.contextmanager
 def _recording(modules: Iterable[nn.Module], reads: list[_Read]) -> Iterator[None]:
     """Appends each attribute of the modules the first time it is read, but for modules, methods and properties."""
-    known = {id(module) for module in modules}
+    known, thread = {id(module) for module in modules}, threading.get_ident()
     seen: set[tuple[int, str]] = set()
     before = nn.Module.__dict__.get("__getattribute__")
     read: Any = nn.Module.__getattribute__
 
     def getattribute(self: nn.Module, name: str) -> Any:
-        if name not in _INTERNAL and (id(self), name) not in seen and id(self) in known:
+        new = name not in _INTERNAL and (id(self), name) not in seen and id(self) in known
+        if new and threading.get_ident() == thread:
             seen.add((id(self), name))
             held = read(self, "__dict__")
             if name in held or not (name in held["_modules"] or hasattr(getattr(type(self), name, None), "__get__")):
@@ -303,9 +318,9 @@ class _Watch:
             held = module.__dict__
             names = [n for n in {**before, **held} if not _is_same(held.get(n, _MISSING), before.get(n, _MISSING))]
             changed += [f"{type(module).__name__}.{name}" for name in names]
-            if names:
-                held.clear()
-                held.update(before)
+            for name in names:  # one by one: another thread may read the others
+                held.pop(name, None)
+                held.update({name: before[name]} if name in before else {})
         for name, container, contents in self._containers.values():
             now = self._contents(container)
             if len(now) != len(contents) or not all(map(_is_same, now, contents)):
@@ -338,7 +353,7 @@ def _trace(model: nn.Module, reads: list[_Read], settled: dict[str, Any]) -> tor
     tracer, watch = _Tracer(), _Watch(modules)
     held = set(model.__dict__)
     try:
-        with _recording(modules, reads):
+        with _one_at_a_time, _recording(modules, reads):
             graph = tracer.trace(model, concrete_args=dict(settled) or None)
         _forget(graph, settled)
         for node in graph.find_nodes(op="call_method", target="view"):
@@ -863,6 +878,10 @@ class _Structure:
         self.through = [m for m in self.modules.values() if m is not model and id(m) not in leaves]
         self.traces: list[_Trace] = []
 
+    def trace(self, settled: dict[str, Any]) -> _Trace | None:
+        """Of a forward with these arguments, and of the attributes as they are."""
+        return next((t for t in self.traces if t.holds(settled)), None)
+
 
 class _State:
     """What a forward finds of a model: modules by name, and the supports of its sparse convolutions, None = dense.
@@ -910,14 +929,27 @@ class InLayout(nn.Module):
     _graphs: _Graphs | None = None  # in __dict__
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self._plain_class, _plain_state(self), _layout_of(self))
+        return _Unfinished, (), (_as_written(self), _layout_of(self))
+
+    def __copy__(self) -> Any:
+        return _Unfinished().enter(copy.copy(_as_written(self)), _layout_of(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        new = self._plain_class.__new__(self._plain_class)
-        memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(_plain_state(self), memo))
-        layout = _layout_of(self)
-        return new if layout is None else _enter(new, layout)
+        new = memo[id(self)] = _Unfinished()
+        return new.enter(copy.deepcopy(_as_written(self), memo), _layout_of(self))
+
+
+class _Unfinished(nn.Module):
+    """What a copy is until its state is there: others in a cycle of references may hold it already."""
+
+    def enter(self, model: nn.Module, layout: str | None) -> nn.Module:
+        """Becomes the model, in the layout."""
+        self.__class__ = type(model)  # type: ignore[assignment]
+        self.__dict__ = model.__dict__
+        return self if layout is None else _enter(self, layout)
+
+    def __setstate__(self, state: Any) -> None:
+        self.enter(*state)
 
 
 def _run(model: InLayout, *args: Any, **kwargs: Any) -> Any:
@@ -935,14 +967,11 @@ def _layout_of(model: InLayout) -> str | None:
     return None if model._graphs is None else model._graphs.layout
 
 
-def _plain_state(model: InLayout) -> dict[str, Any]:
-    return {k: v for k, v in model.__dict__.items() if k != "_graphs"}
-
-
-def _rebuild(plain_class: type[nn.Module], state: dict[str, Any], layout: str | None) -> nn.Module:
-    model = plain_class.__new__(plain_class)
-    model.__dict__.update(state)
-    return model if layout is None else _enter(model, layout)
+def _as_written(model: InLayout) -> nn.Module:
+    """One of its own class that holds the same, which copies and saves it as that class does."""
+    plain = nn.Module.__new__(model._plain_class)  # not all make another in their own __new__
+    plain.__dict__.update({k: v for k, v in model.__dict__.items() if k != "_graphs"})
+    return plain
 
 
 class _OwnBatchNorm2d(FusedBatchNorm2d):
@@ -1019,8 +1048,10 @@ class _Graphs:
         """Raises whatever a tracer meets in a forward, but keeps the trace."""
         self._traced += 1
         trace = _Trace([], settled)
-        structure.traces = [*structure.traces[1 - _KEPT :], trace]
-        trace.graph = _trace(model, trace.reads, settled)
+        try:
+            trace.graph = _trace(model, trace.reads, settled)
+        finally:
+            structure.traces = [*structure.traces[1 - _KEPT :], trace]
         return trace
 
     @staticmethod
@@ -1029,17 +1060,23 @@ class _Graphs:
 
     def find(self, model: nn.Module, state: _State, settled: dict[str, Any]) -> _Plan | None:
         """The plan for the modules as they are, and these arguments; None runs the model as it was written."""
-        structure = state.structure
-        if any(map(_has_hooks, structure.through)):
+        if any(map(_has_hooks, state.structure.through)):
             return None
         self._forwards += 1
-        trace = next((t for t in structure.traces if t.holds(settled)), None)
+        trace, key = state.structure.trace(settled), self._key(state)
+        if trace is not None and key in trace.plans:
+            return trace.plans[key]
+        with _one_at_a_time:
+            return self._make(model, state, settled, key)
+
+    def _make(self, model: nn.Module, state: _State, settled: dict[str, Any], key: tuple) -> _Plan | None:
+        """The plan, unless another thread has made it meanwhile."""
+        trace = state.structure.trace(settled)
         try:  # a tracer meets whatever the forward does
             if trace is None:
                 if self._traced >= _KEPT + self._forwards // _RUNS:
                     return None
-                trace = self._trace(model, structure, settled)
-            key = self._key(state)
+                trace = self._trace(model, state.structure, settled)
             if key not in trace.plans:
                 trace.plans[key] = None
                 if trace.graph is not None:

@@ -1,12 +1,14 @@
 """Networks in the layout of the sparse CPU kernels against the same networks as they were written."""
 
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import inspect
 import operator
 import pickle
 import random
+import threading
 import types
 from collections import Counter
 
@@ -1319,3 +1321,85 @@ def test_views_of_maps(sizes):
     assert got.shape == expected.shape
     if got.is_floating_point():
         compare(plain, optimized, x)
+
+
+# -- threads, and classes that copy and save themselves ----------------------------------------------------------------
+
+
+def test_other_threads_go_on_during_a_trace():
+    other, x = nn.Sequential(nn.Linear(8, 4), nn.ReLU()), torch.randn(2, 8)
+    expected, results = other(x), []
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        _, optimized = pair(Convs(lambda _: results.append(executor.submit(other, x).result())), 0.3)
+        assert len(results) == 1
+        assert torch.equal(results[0], expected)
+        # They may use the model itself, and read what its trace does not depend on.
+        optimized.between, optimized.unread = lambda _: None, 1
+        maps = torch.randn(18, 8, 6, 6)
+        expected = optimized(maps)
+        optimized.eval()
+        optimized.between = lambda y: isinstance(y, torch.Tensor) or executor.submit(work).result()
+
+        def work():
+            assert_close(optimized(maps), expected)
+            results.append(optimized.unread)
+
+        assert_close(optimized(maps), expected)
+    assert results[1:] == [1]
+    assert "unread" not in {read.name for trace in traces_of(optimized) for read in trace.reads}
+
+
+def test_threads_wait_for_the_trace_of_a_model_that_they_share(monkeypatch):
+    _, optimized = pair(Convs(lambda _: None).eval(), 0.3)
+    optimized.train()
+    x, trace, others = torch.randn(18, 8, 6, 6), layout._trace, []
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+
+        def slow(*args):
+            others.append(executor.submit(optimized, x))
+            concurrent.futures.wait(others, timeout=0.2)
+            return trace(*args)
+
+        monkeypatch.setattr(layout, "_trace", slow)
+        assert torch.equal(optimized(x), others[0].result(10))
+    assert len(others) == 1
+    assert None not in plans_of(optimized)
+
+
+class Locked(Convs):
+    """Of a lock no copy can be made."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.lock, self.itself = threading.Lock(), [self]
+
+    def forward(self, x):
+        return self.conv2(self.conv1(x))
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.lock = threading.Lock()
+
+
+def graph_module():
+    return torch.fx.symbolic_trace(Between("pair"))
+
+
+@pytest.mark.parametrize("make", [Locked, graph_module], ids=["state", "graph"])
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_classes_copy_and_save_themselves_as_they_do(make, way):
+    plain, x = sb.sparsify(make(), 0.3), torch.randn(18, 8, 6, 6)
+    optimized = sb.optimize_for_cpu(plain)
+    other = way(optimized)
+    assert isinstance(other, InLayout)
+    assert other is not optimized
+    assert_close(flatten(other(x)), flatten(optimized(x)), rtol=1e-4, atol=1e-4)
+    assert (other.conv1.weight is optimized.conv1.weight) == (way is copy.copy)
+    if make is Locked:
+        assert other.lock is not optimized.lock
+        assert other.itself[0] is (optimized if way is copy.copy else other)
+        with pytest.raises(TypeError, match="lock"):
+            copy.deepcopy(optimized.lock)
