@@ -1138,21 +1138,27 @@ def optimize_for_cpu(model: nn.Module, layout: str = "lines") -> nn.Module:
 
     Call it after :func:`sparsebilevel.sparsify`, before DDP wraps the model. Results are those of the model as it was,
     up to rounding; parameters, buffers, hooks, state-dict keys and the class interface stay. Under torch.compile and
-    export, and traced by others with ``torch.fx``, the model runs as it was written.
+    export, traced by others with ``torch.fx``, under hooks of all modules and modes such as ``FlopCounterMode`` the
+    model runs as it was written.
 
     A trace is made anew when modules are added, replaced, removed or switched between training and evaluation, in
     another grad mode, and when an attribute that the forward reads of its modules is another object or value: it takes
     as long as a few forwards. While that happens again and again, most of them run as they were written; what changes
     at each step had better be a buffer. All else that a forward reads is fixed by the trace: globals, what is inside of
     lists, dicts and other objects, and what is computed from tensors that are neither parameters nor buffers.
+    ``isinstance(x, Tensor)`` and ``torch.is_tensor(x)`` are false of all that depends on the input, a limit of
+    ``torch.fx``: a forward that decides by them is traced the wrong way, and must not be given.
+
+    Several threads may use a model. A trace is made by one at a time; others go on meanwhile, but must not draw from
+    the default generators of random numbers, for which the forward would be blamed.
 
     Args:
         model: can be traced by ``torch.fx``, with a forward that does no more than to compute its result. One that sets
             attributes or fills lists of its modules, draws numbers from the default generators of Python, NumPy or
-            torch other than by operations on its input, or enters ``no_grad`` or autocast cannot. Of a model that
-            cannot, what ``nn.Sequential`` holds is taken each for itself where that can be traced, and single
-            ``nn.BatchNorm2d`` take the fused kernel; a warning says so. One that turns out so later, as in another
-            mode, runs as it was written there.
+            torch other than by operations on its input, enters ``no_grad`` or autocast, or writes to a tensor that
+            others read, if only through a view, cannot. Of a model that cannot, what ``nn.Sequential`` holds is taken
+            each for itself where that can be traced, and single ``nn.BatchNorm2d`` take the fused kernel; a warning
+            says so. One that turns out so later, as in another mode, runs as it was written there.
         layout: ``"lines"``, that of the sparse kernels, is the fastest and needs sparse convolutions. What it does not
             know gets ordinary tensors. Under autocast to bfloat16 the maps are bfloat16, and the parameters are read as
             they are. For a batch of a few images, which would leave lines half empty, on other devices and without the

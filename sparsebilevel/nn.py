@@ -465,7 +465,8 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
     """``nn.BatchNorm2d``, then ``+ residual``, then ReLU: one pass over memory where PyTorch takes three.
 
     On channels_last maps on the CPU, float32 or bfloat16 with float32 parameters; elsewhere it runs as PyTorch's own
-    modules would. State-dict keys and settings are those of ``nn.BatchNorm2d``.
+    modules would. State-dict keys and settings are those of ``nn.BatchNorm2d``, and so is what others know of it:
+    ``nn.SyncBatchNorm.convert_sync_batchnorm`` would leave the residual and the ReLU out.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as in ``nn.BatchNorm2d``.
@@ -960,11 +961,14 @@ def densify(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     model = model if inplace else copy.deepcopy(model)
     layers = [layer for _, layer in sparse_layers(model)]
-    keys = [id(layer.weight) for layer in layers]
-    dense_weights: dict[int, nn.Parameter] = {}
-    for key, layer in zip(keys, layers, strict=True):
+    done: list[tuple[Tensor, Tensor, Any]] = []
+    for layer in layers:
+        weight, mask = layer.weight, layer.mask
         _convert_to_dense(layer)
-        layer.weight = dense_weights.setdefault(key, layer.weight)  # tied weights stay tied
+        for tied, of_tied, other in done:  # tied weights stay tied where their masks leave the same of them
+            if tied is weight and (mask.is_meta or torch.equal(mask, of_tied)):
+                layer.weight = other.weight
+        done.append((weight, mask, layer))
     _open_fast_paths(model)
     _leave_layout(model)
     return model

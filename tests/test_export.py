@@ -265,6 +265,22 @@ def test_optional_arguments_take_their_defaults():
     assert sliced(model, torch.randn(2, 1, 8, 8)).conv.out_channels == 2
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_several_results_are_compared(wrong):
+    class Several(Flattening):
+        def forward(self, x):
+            y = self.fc(self.flatten(F.relu(self.conv(x))))
+            return {"shape": x.shape[2:], "more": (y, y * (self.conv.out_channels if wrong else 1))}
+
+    model = sb.sparsify(Several(FLATTENINGS["flatten"]), 0.75, pattern="filter", exclude="fc", seed=0)
+    x = torch.randn(2, 1, 8, 8)
+    if wrong:
+        with pytest.raises(RuntimeError, match="does not compute the same"):
+            slice_model(model, x)
+    else:
+        torch.testing.assert_close(slice_model(model, x)(x), model.eval()(x))
+
+
 def test_a_layer_keeps_one_channel():
     model = sb.sparsify(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), 0.5, init="dense")
     masked(model[2], columns=range(4))

@@ -855,6 +855,21 @@ def test_tied_layers_have_one_mask_and_stay_tied():
     assert_close(first.weight.grad, dense[0].weight.grad * first.mask)
 
 
+def test_tied_layers_of_different_masks_are_tied_no_more_when_dense():
+    layers = [nn.Linear(4, 4) for _ in range(4)]
+    for layer in layers[1:]:
+        layer.weight = layers[0].weight
+    model = sb.sparsify(nn.Sequential(*layers), 0.5)
+    for layer in model[2:]:
+        layer.mask.logical_not_()
+    x = torch.randn(3, 4)
+    dense = sb.densify(model)
+    assert_close(dense(x), model(x))
+    assert dense[0].weight is dense[1].weight
+    assert dense[2].weight is dense[3].weight
+    assert dense[0].weight is not dense[2].weight
+
+
 @pytest.mark.parametrize("exclude", [(), ["0"]])
 def test_a_weight_shared_with_a_dense_module_stays_dense(exclude):
     shared = nn.Linear(4, 6) if exclude else nn.Embedding(6, 4)
