@@ -253,15 +253,15 @@ def _attribute(module: nn.Module, name: str) -> Any:
 class _Read(NamedTuple):
     """An attribute that a forward has read, as it was then."""
 
-    module: nn.Module
+    module: nn.Module | None  # None = the model, which holds its traces
     name: str
     value: Any
 
 
 @contextlib.contextmanager
-def _recording(modules: Iterable[nn.Module], reads: list[_Read]) -> Iterator[None]:
-    """Appends each attribute of the modules the first time it is read, but for modules, methods and properties."""
-    known, thread = {id(module) for module in modules}, threading.get_ident()
+def _recording(model: nn.Module, reads: list[_Read]) -> Iterator[None]:
+    """Appends each attribute of its modules the first time it is read, but for modules, methods and properties."""
+    known, thread = {id(module) for module in model.modules()}, threading.get_ident()
     seen: set[tuple[int, str]] = set()
     before = nn.Module.__dict__.get("__getattribute__")
     read: Any = nn.Module.__getattribute__
@@ -272,7 +272,7 @@ def _recording(modules: Iterable[nn.Module], reads: list[_Read]) -> Iterator[Non
             seen.add((id(self), name))
             held = read(self, "__dict__")
             if name in held or not (name in held["_modules"] or hasattr(getattr(type(self), name, None), "__get__")):
-                reads.append(_Read(self, name, _attribute(self, name)))
+                reads.append(_Read(None if self is model else self, name, _attribute(self, name)))
         return read(self, name)
 
     setattr(nn.Module, "__getattribute__", getattribute)  # noqa: B010
@@ -349,11 +349,10 @@ def _trace(model: nn.Module, reads: list[_Read], settled: dict[str, Any]) -> tor
     depends on; nothing else changes. Raises whatever a tracer meets in a forward,
     and ValueError where to run the graph again would not do what the forward does.
     """
-    modules = list(model.modules())
-    tracer, watch = _Tracer(), _Watch(modules)
+    tracer, watch = _Tracer(), _Watch(model.modules())
     held = set(model.__dict__)
     try:
-        with _one_at_a_time, _recording(modules, reads):
+        with _one_at_a_time, _recording(model, reads):
             graph = tracer.trace(model, concrete_args=dict(settled) or None)
         _forget(graph, settled)
         for node in graph.find_nodes(op="call_method", target="view"):
@@ -856,31 +855,34 @@ class _Trace:
     graph: torch.fx.Graph | None = None
     plans: dict[tuple, _Plan | None] = dataclasses.field(default_factory=dict)
 
-    def holds(self, settled: dict[str, Any]) -> bool:
+    def holds(self, model: nn.Module, settled: dict[str, Any]) -> bool:
         """Whether it is the trace of a forward with these arguments, and of the attributes as they are."""
         if self.settled.keys() != settled.keys() or not all(_is_same(settled[n], v) for n, v in self.settled.items()):
             return False
-        return all(_is_same(_attribute(module, name), value) for module, name, value in self.reads)
+        return all(
+            _is_same(_attribute(model if module is None else module, name), value) for module, name, value in self.reads
+        )
 
 
 class _Structure:
-    """The modules of a model, by name, each in its mode, with the traces made of them; latest last."""
+    """The modules below a model, by name, each in its mode, with the traces made of them; latest last."""
 
     def __init__(self, model: nn.Module, marks: list[Any]) -> None:
         self.marks = marks
         self.modules: dict[str, nn.Module] = {}
         _collect_modules(model, "", self.modules)  # holds them too, so that ids stay theirs
+        del self.modules[""]  # the model holds this, and would live until the garbage collector looks
         self.sparse = [(name, m) for name, m in self.modules.items() if isinstance(m, SparseMaskedConv2d)]
         tracer = _Tracer()
-        self.leaves = [m for m in self.modules.values() if m is not model and tracer.is_leaf_module(m, "")]
+        self.leaves = [m for m in self.modules.values() if tracer.is_leaf_module(m, "")]
         leaves = set(map(id, self.leaves))
         # Hooks of these would not run; those of the model itself run anyway.
-        self.through = [m for m in self.modules.values() if m is not model and id(m) not in leaves]
+        self.through = [m for m in self.modules.values() if id(m) not in leaves]
         self.traces: list[_Trace] = []
 
-    def trace(self, settled: dict[str, Any]) -> _Trace | None:
+    def trace(self, model: nn.Module, settled: dict[str, Any]) -> _Trace | None:
         """Of a forward with these arguments, and of the attributes as they are."""
-        return next((t for t in self.traces if t.holds(settled)), None)
+        return next((t for t in self.traces if t.holds(model, settled)), None)
 
 
 class _State:
@@ -1063,7 +1065,7 @@ class _Graphs:
         if any(map(_has_hooks, state.structure.through)):
             return None
         self._forwards += 1
-        trace, key = state.structure.trace(settled), self._key(state)
+        trace, key = state.structure.trace(model, settled), self._key(state)
         if trace is not None and key in trace.plans:
             return trace.plans[key]
         with _one_at_a_time:
@@ -1071,7 +1073,7 @@ class _Graphs:
 
     def _make(self, model: nn.Module, state: _State, settled: dict[str, Any], key: tuple) -> _Plan | None:
         """The plan, unless another thread has made it meanwhile."""
-        trace = state.structure.trace(settled)
+        trace = state.structure.trace(model, settled)
         try:  # a tracer meets whatever the forward does
             if trace is None:
                 if self._traced >= _KEPT + self._forwards // _RUNS:

@@ -14,7 +14,7 @@ import functools
 import math
 import warnings
 import weakref
-from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -920,12 +920,20 @@ class _LeftToMethods:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.others = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+        self._model: Callable[[], nn.Module | None] = weakref.ref(model)  # which holds this one
+        self._others = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+
+    def __getstate__(self) -> tuple[nn.Module | None, Any]:
+        return self._model(), self._others
+
+    def __setstate__(self, state: tuple[nn.Module | None, Any]) -> None:
+        model, self._others = state
+        self._model = (lambda: None) if model is None else weakref.ref(model)
 
     def __iter__(self) -> Iterator[str]:
-        yield from self.others
-        for name, layer in sparse_layers(self.model):
+        yield from self._others
+        model = self._model()
+        for name, layer in () if model is None else sparse_layers(model):
             for tensor in ("mask", "mask_scores"):
                 if tensor not in layer._parameters:
                     path = f"{name}.{tensor}".lstrip(".")

@@ -4,12 +4,14 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import gc
 import inspect
 import operator
 import pickle
 import random
 import threading
 import types
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -1403,3 +1405,18 @@ def test_classes_copy_and_save_themselves_as_they_do(make, way):
         assert other.itself[0] is (optimized if way is copy.copy else other)
         with pytest.raises(TypeError, match="lock"):
             copy.deepcopy(optimized.lock)
+
+
+@pytest.mark.parametrize("layout", ["lines", "channels_last"])
+def test_a_model_is_gone_with_its_last_reference(layout):
+    optimized = sb.optimize_for_cpu(sb.sparsify(Reads(), 0.3), layout)
+    optimized = copy.deepcopy(optimized)
+    optimized(torch.randn(18, 4, 6, 6)).sum().backward()
+    gc.collect()
+    gc.disable()
+    try:
+        alive = weakref.ref(optimized)
+        del optimized
+        assert alive() is None
+    finally:
+        gc.enable()

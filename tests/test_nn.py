@@ -1,10 +1,12 @@
 """The layers, and sparsify and densify on whole models."""
 
 import copy
+import gc
 import io
 import pickle
 import shutil
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -434,6 +436,21 @@ def test_ddp_broadcasts_no_masks_of_compiled_models_either():
     assert buffers == {"_orig_mod.0.mask", "_orig_mod.0.mask_scores", "_orig_mod.2.mask"}
     assert buffers <= ignored
     assert {name for name, _ in model.named_buffers()} <= ignored
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        copied[2].set_mask_scores(torch.zeros(3, 8))
+        assert {name for name, _ in copied.named_buffers()} <= set(copied._ddp_params_and_buffers_to_ignore)
+
+
+def test_a_model_is_gone_with_its_last_reference():
+    gc.collect()
+    gc.disable()
+    try:
+        model = mlp()
+        alive = weakref.ref(model)
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
