@@ -756,6 +756,12 @@ def _check_writes(node: torch.fx.Node, of_node: dict[torch.fx.Node, nn.Module | 
                 raise ValueError(f"{node.name} writes to a tensor that each forward makes anew")
 
 
+def _writes_outside(node: torch.fx.Node, of_node: dict[torch.fx.Node, nn.Module | None]) -> bool:
+    """Whether it writes to an argument of the forward, a parameter or a buffer, which others see."""
+    values = [v for written in _written(node, of_node[node]) for v in _sharing_memory(written, of_node)]
+    return any(value.op in ("placeholder", "get_attr") for value in values)
+
+
 def _filled(result: Any, values: dict[torch.fx.Node, Any]) -> Any:
     """What a graph returns, in lists and dicts of the caller's own."""
     if isinstance(result, dict):
@@ -775,7 +781,10 @@ class _Plan:
     def __init__(self, graph: torch.fx.Graph, layout: str, modules: dict[str, nn.Module], dense: set[str]) -> None:
         of_node = {n: modules[str(n.target)] if n.op == "call_module" else None for n in graph.nodes}
         kinds = {
-            n: "other" if n.op == "call_module" and n.target in dense else _kind(n, of_node[n]) for n in graph.nodes
+            n: "other"
+            if (n.op == "call_module" and n.target in dense) or _writes_outside(n, of_node)
+            else _kind(n, of_node[n])
+            for n in graph.nodes
         }
         leads_to_lines: set[torch.fx.Node] = set()  # by way of what can be done in lines
         for node in reversed(list(graph.nodes)):
@@ -946,8 +955,8 @@ class _Unfinished(nn.Module):
 
     def enter(self, model: nn.Module, layout: str | None) -> nn.Module:
         """Becomes the model, in the layout."""
-        self.__class__ = type(model)  # type: ignore[assignment]
         self.__dict__ = model.__dict__
+        self.__class__ = type(model)  # type: ignore[assignment]
         return self if layout is None else _enter(self, layout)
 
     def __setstate__(self, state: Any) -> None:
@@ -1149,7 +1158,8 @@ def optimize_for_cpu(model: nn.Module, layout: str = "lines") -> nn.Module:
     at each step had better be a buffer. All else that a forward reads is fixed by the trace: globals, what is inside of
     lists, dicts and other objects, and what is computed from tensors that are neither parameters nor buffers.
     ``isinstance(x, Tensor)`` and ``torch.is_tensor(x)`` are false of all that depends on the input, a limit of
-    ``torch.fx``: a forward that decides by them is traced the wrong way, and must not be given.
+    ``torch.fx``: a forward that decides by them is traced the wrong way, and must not be given. Another is that
+    ``x += y`` is taken for ``x = x + y``: the tensor that ``x`` was, which may have other names, stays as it is.
 
     Several threads may use a model. A trace is made by one at a time; others go on meanwhile, but must not draw from
     the default generators of random numbers, for which the forward would be blamed.

@@ -1308,6 +1308,28 @@ def test_what_writes_to_a_result_of_its_own_is_traced():
     assert None not in plans_of(optimized)
 
 
+@pytest.mark.parametrize("layout", ["lines", "channels_last"])
+def test_writes_to_arguments_and_buffers_are_seen(layout):
+    class Writes(Convs):
+        def __init__(self):
+            super().__init__(None)
+            self.norm = nn.BatchNorm2d(8)
+            self.register_buffer("total", torch.zeros(18, 8, 6, 6))
+
+        def forward(self, x, skip):
+            skip = skip.add_(self.norm(self.conv1(x)))
+            self.total.add_(self.conv2(skip))
+            return F.relu(skip)
+
+    plain = sb.sparsify(Writes(), 0.3)
+    optimized, x = sb.optimize_for_cpu(copy.deepcopy(plain), layout), torch.randn(18, 8, 6, 6)
+    skips = [torch.ones(18, 8, 6, 6) for _ in range(2)]
+    with torch.no_grad():
+        expected, got = plain(x, skips[0]), optimized(x, skips[1])
+    assert None not in plans_of(optimized)
+    assert_close((got, skips[1], optimized.total), (expected, skips[0], plain.total), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("sizes", [(-1,), (8, -1), (2, 4, 36), (torch.int32,)], ids=str)
 def test_views_of_maps(sizes):
     class Views(Convs):
