@@ -6,13 +6,13 @@ import math
 import numbers
 from typing import Any
 
-LARGEST = 2**63 - 1
+LARGEST_WHOLE = 2**63 - 1  # that torch's integers hold
 
 
-def check_whole(name: str, value: Any, least: int, most: int = LARGEST) -> None:
+def check_whole(name: str, value: Any, least: int, most: int = LARGEST_WHOLE) -> None:
     """Raise ValueError unless ``value`` is a whole number in [least, most]."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not least <= int(value) <= most:
-        limits = f"at least {least}" if most == LARGEST else f"from {least} to {most}"
+        limits = f"at least {least}" if most == LARGEST_WHOLE else f"from {least} to {most}"
         raise ValueError(f"{name}={value!r} is not allowed; expected a whole number, {limits}")
 
 

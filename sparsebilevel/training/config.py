@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._checks import LARGEST_WHOLE, check_number, check_whole
+
 if TYPE_CHECKING:
     from ..masks import Pattern  # with torch, which a help text does without
 
@@ -70,7 +72,7 @@ RUN_FIELDS = (
 
 
 # Largest sizes of numbers, by type and by field: what torch's integers, its weights and its threads can hold.
-LARGEST: dict[type | str, int | float] = {int: 2**63 - 1, float: (2 - 2**-23) * 2.0**127, "threads": 2**31 - 1}
+LARGEST: dict[type | str, int | float] = {int: LARGEST_WHOLE, float: (2 - 2**-23) * 2.0**127, "threads": 2**31 - 1}
 
 # Titles under which the help lists the fields of `Config`: each stands over the field named and those after it.
 SECTIONS = {
@@ -238,18 +240,17 @@ class Config:
         at_least |= dict.fromkeys(("pretrain_epochs", "finetune_epochs", "seed", "workers"), 0)
         for name, least in at_least.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise ValueError(f"{name}={value!r} is not allowed; expected a whole number, at least {least}")
+            if value is not None:
+                check_whole(name, value, least)
         for name in (
             *("lr", "pretrain_lr", "finetune_lr", "lr_min", "lr_gamma", "lr_warmup_epochs", "momentum"),
             *("weight_decay", "norm_weight_decay", "pretrain_weight_decay", "finetune_weight_decay"),
         ):
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"{name}={value!r} is not allowed; expected a finite number >= 0")
+            if value is not None:
+                check_number(name, value)
         for name in ("label_smoothing", "model_ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; expected a number in [0, 1)")
+            check_number(name, getattr(self, name), most=1, without_most=True)
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise ValueError(f"clip_grad_norm={self.clip_grad_norm!r} is not allowed; expected a positive number")
         if self.nesterov and self.momentum == 0:
