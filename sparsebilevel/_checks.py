@@ -24,15 +24,12 @@ def check_number(
     *,
     without_least: bool = False,
     without_most: bool = False,
-) -> None:
-    """Raise ValueError unless ``value`` is a finite number in [least, most], without the ends that are left out."""
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    if (
-        is_number
-        and least <= value <= most
-        and not (value == least and without_least or value == most and without_most)
-    ):
-        return
+) -> float:
+    """``value``, or ValueError unless it is a finite number in [least, most], without the ends that are left out."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    is_left_out = (without_least and value == least) or (without_most and value == most)
+    if is_number and least <= value <= most and abs(value) != math.inf and not is_left_out:
+        return value
     if math.isinf(most):
         allowed = f"a finite number {'above' if without_least else '>='} {least:g}"
     else:

@@ -435,6 +435,7 @@ def test_masks_that_differ_are_not_called_agreed():
         ({"implicit_scale": -1.0}, "implicit_scale=-1.0 is not allowed; expected a finite number >= 0"),
         ({"clip": "mask", "clip_at": 1.5}, r"clip_at=1.5 is not allowed; expected a number in \(0, 1\]"),
         ({"lr": "0.1"}, "lr='0.1'"),
+        ({"lr": math.inf}, "lr=inf is not allowed; expected a finite number above 0"),
         ({"lr": 0}, "lr=0"),
         ({"ridge": -1}, "ridge=-1"),
         ({"search": 0}, "search=0"),
@@ -783,7 +784,7 @@ def test_resume_leaves_no_checkpoints_of_another_course(tmp_path, capsys):
         (["--hidden", "0"], "hidden=0 is not allowed"),
         (["--lr", "-1"], "lr=-1.0 is not allowed"),
         (["--rho", "2"], "rho=2.0 is not allowed"),
-        (["--mixings", "0"], "steps=0 is not allowed"),
+        (["--mixings", "0"], "mixings=0 is not allowed; expected at least 1"),
         (["--algorithm", "d-svrgda-clip-mask", "--clip-at", "1.5"], "clip_at=1.5 is not allowed"),
     ],
 )

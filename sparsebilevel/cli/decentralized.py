@@ -56,7 +56,7 @@ def decentralized(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     for flag in ("epochs", "evaluations"):
         if getattr(args, flag) is not None and not 0 < getattr(args, flag) < math.inf:
             raise ValueError(f"{flag}={getattr(args, flag)} is not allowed; expected a finite number above 0")
-    for flag, least in (("reports", 1), ("max_rounds", 1), ("checkpoint_freq", 0)):
+    for flag, least in (("reports", 1), ("max_rounds", 1), ("checkpoint_freq", 0), ("mixings", 1)):
         if getattr(args, flag) is not None and getattr(args, flag) < least:
             raise ValueError(f"{flag}={getattr(args, flag)} is not allowed; expected at least {least}")
     device = _choose_device(args.device)

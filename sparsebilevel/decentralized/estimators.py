@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import check_number, check_whole
+
 Point = tuple[Tensor, ...]
 
 Gradient = Callable[[Point, Tensor, int], Tensor]
@@ -80,12 +82,9 @@ class Estimator:
     ) -> None:
         if name not in ESTIMATORS:
             raise ValueError(f"estimator={name!r} is not known; allowed: {', '.join(ESTIMATORS)}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} is not allowed; expected at least 1")
-        if not 0 <= rho <= 1:
-            raise ValueError(f"rho={rho!r} is not allowed; expected a number in [0, 1]")
-        if period < 0:
-            raise ValueError(f"period={period} is not allowed; expected at least 0")
+        check_whole("batch_size", batch_size, 1)
+        check_number("rho", rho, most=1)
+        check_whole("period", period, 0)
         self.name, self.size, self.gradient, self.seed, self.rho = name, size, gradient, seed, rho
         self.batch_size = min(batch_size, size)
         self.period = period or max(1, size // self.batch_size)

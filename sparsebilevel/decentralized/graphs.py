@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .._checks import check_number
+
 GRAPHS = ("ring", "path", "torus", "complete", "star", "exponential", "one-peer", "erdos-renyi", "file")
 WEIGHTS = ("metropolis", "lazy")
 
@@ -86,8 +88,7 @@ def _matchings(size: int) -> list[list[Edge]]:
 
 
 def _erdos_renyi(size: int, probability: float, seed: int) -> Tensor:
-    if not 0 < probability <= 1:
-        raise ValueError(f"probability={probability!r} is not allowed; expected a number in (0, 1]")
+    check_number("probability", probability, most=1, without_least=True)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(1000):
         upper = (torch.rand(size, size, generator=generator) < probability).triu(1)

@@ -6,13 +6,12 @@ z = x ⊙ y in the place of its parameters.
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import io
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from torch.func import functional_call
 from ..data.datasets import IMAGE_SETS, read_digits
 from ..data.partition import PARTITIONS as PARTITIONS
 from ..data.partition import partition as partition
+from ..training.runtime import seeded
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Prepare = Callable[[Tensor], Tensor]
@@ -114,27 +114,10 @@ class Objective:
     def gradient(self, z: Tensor, inputs: Tensor, targets: Tensor, key: int) -> Tensor:
         """Of the mean loss, ``[P]``."""
         z = z.detach().requires_grad_()
-        with self._randomness(key):
+        with seeded(z.device, key):
             loss = self.loss(self.output(z, inputs), targets)
         (gradient,) = torch.autograd.grad(loss, z)
         return gradient
-
-    @contextlib.contextmanager
-    def _randomness(self, key: int) -> Iterator[None]:
-        """Of whatever draws numbers in a forward, not of dropout modules alone."""
-        device = next(self.module.parameters()).device
-        generators = [torch.default_generator]
-        if device.type == "cuda":
-            torch.cuda.init()
-            generators.append(torch.cuda.default_generators[device.index or 0])
-        states = [generator.get_state() for generator in generators]  # fork_rng takes five times as long
-        try:
-            for generator in generators:
-                generator.manual_seed(key)
-            yield
-        finally:
-            for generator, state in zip(generators, states, strict=True):
-                generator.set_state(state)
 
     @torch.no_grad()
     def evaluate(self, z: Tensor, inputs: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..data import Data, Loader
 from ..nn import sparsify
-from ..training.runtime import Ranks
+from ..training.runtime import Ranks, seeded
 from .flops import GateCosts, budget_penalty
 from .hypernetwork import Hypernetwork, merge_gates, sample_gates
 from .local import FlatModule, adamw, full_gradient, train_weights
@@ -132,23 +132,14 @@ class Clients:
         if isinstance(flat, MaskedModule):
             flat.set_mask(torch.ones_like(flat.values, dtype=torch.bool) if mask is None else mask.to(self.device))
             flat.collect(request.get("learning", flat.prunable if request["kind"] == "scores" else None))
-        with self._randomness(client, request):
+        # What networks draw themselves, as dropout does, is a function of the request, too.
+        words = request.get("round", 0), *request["kind"].encode()
+        with seeded(self.device, make_seed(self.settings.seed, _DROPOUT, client, *words)):
             reply = {n: v.cpu() if isinstance(v, Tensor) else v for n, v in work(client, request).items()}
         if "effective" in reply:
             assert isinstance(flat, MaskedModule)
             reply["effective"] = pack_vector(reply["effective"], request.get("learning", flat.prunable).cpu())
         return reply if mask is None else pack_masked(reply, mask)
-
-    @contextlib.contextmanager
-    def _randomness(self, client: int, request: Message) -> Iterator[None]:
-        """What networks draw themselves, as dropout does, is a function of the request, too."""
-        seed = make_seed(self.settings.seed, _DROPOUT, client, request.get("round", 0), *request["kind"].encode())
-        on_gpu = self.device.type == "cuda"
-        with torch.random.fork_rng([self.device] if on_gpu else []):
-            torch.default_generator.manual_seed(seed)
-            if on_gpu:
-                torch.cuda.manual_seed(seed)
-            yield
 
     def _network(self, request: Message) -> FlatModule:
         """The network of the request, which holds its weights."""

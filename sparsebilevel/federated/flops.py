@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_number
 from ..costs import count_costs
 from .models import GatePoint, forward_positions, gate_sizes, is_depthwise
 
@@ -127,8 +128,7 @@ class GateCosts:
         Raises:
             ValueError: one channel a gate point costs more than the budget; NaN logits.
         """
-        if not 0 < budget <= 1:
-            raise ValueError(f"budget={budget!r} is not allowed; expected a number in (0, 1]")
+        check_number("budget", budget, most=1, without_least=True)
         if logits.isnan().any():
             raise ValueError("logits has NaNs")
         allowed = torch.ones_like(logits, dtype=torch.bool) if within is None else within

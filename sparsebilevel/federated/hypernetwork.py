@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._checks import check_number
+
 NOISES = ("logistic", "gumbel")
 
 
@@ -118,8 +120,7 @@ def sample_gates(
     """
     if noise not in NOISES:
         raise ValueError(f"noise={noise!r} is not known; allowed: {', '.join(NOISES)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature!r} is not allowed; expected a number above 0")
+    check_number("temperature", temperature, without_least=True)
     tiny = torch.finfo(logits.dtype).tiny
     where = logits.device if generator is None else generator.device  # a generator's numbers are the same everywhere
     uniform = torch.rand(logits.shape, generator=generator, dtype=logits.dtype, device=where).to(logits.device)

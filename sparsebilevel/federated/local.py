@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..training.runtime import rng_state, set_rng_state
+
 Batch = tuple[Tensor, Tensor]
 
 
@@ -62,10 +64,9 @@ class FlatModule:
         """Views made through ``.data`` have versions of their own, by which layers know that a masked copy is old."""
         torch.autograd.graph.increment_version(self._parameters)
 
-    def decay(self, values: Tensor, weight_decay: float) -> Tensor:
-        """The part of a gradient that is weight decay, none of what is frozen."""
-        decay = values * weight_decay
-        return decay if self.trained is None else decay * self.trained
+    def add_decay(self, gradient: Tensor, values: Tensor, weight_decay: float) -> Tensor:
+        """The gradient with that of the weight decay, of which frozen parameters have none."""
+        return gradient.add(values if self.trained is None else values * self.trained, alpha=weight_decay)
 
     def gradient_of(self, loss: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         """``loss()`` without its graph, and its gradient [P], which the next call overwrites."""
@@ -141,8 +142,8 @@ def train_weights(
             sums.add_(torch.tensor([len(y) * value.item(), float(hits), float(len(y))], dtype=torch.float64))
             return value
 
-        draws = _random_state(flat.values.device)
-        gradient = flat.gradient_of(loss)[1] + flat.decay(flat.values, weight_decay)
+        draws = rng_state(flat.values.device)
+        gradient = flat.add_decay(flat.gradient_of(loss)[1], flat.values, weight_decay)
         if not mime:
             sgd(flat.values, gradient, momentum, lr, decay)
             continue
@@ -153,24 +154,14 @@ def train_weights(
             buffers = [b for b in flat.module.buffers() if b.dtype != torch.bool]
             before = [b.clone() for b in buffers]
             flat.load(start)
-            _draw_again(flat.values.device, draws)  # both are gradients of one function, the same units dropped
+            set_rng_state(flat.values.device, draws)  # both are gradients of one function, the same units dropped
             there = flat.gradient_of(lambda x=x, y=y: F.cross_entropy(flat.module(x), y))[1]  # type: ignore[misc]
-            gradient += correction - (there + flat.decay(start, weight_decay))
+            gradient += correction - flat.add_decay(there, start, weight_decay)
             flat.load(here)
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
         flat.values.sub_(gradient.add(momentum, alpha=decay), alpha=lr)
     return momentum, dict(zip(("loss", "correct", "count"), sums.tolist(), strict=True))
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, ...]:
-    return (torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else []))
-
-
-def _draw_again(device: torch.device, state: tuple[Tensor, ...]) -> None:
-    torch.set_rng_state(state[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[1], device)
 
 
 def full_gradient(flat: FlatModule, batches: Iterable[Batch], weight_decay: float) -> Tensor:
@@ -179,4 +170,4 @@ def full_gradient(flat: FlatModule, batches: Iterable[Batch], weight_decay: floa
     for x, y in batches:
         total += flat.gradient_of(lambda x=x, y=y: F.cross_entropy(flat.module(x), y, reduction="sum"))[1]  # type: ignore[misc]
         count += len(y)
-    return (total / count).add_(flat.decay(flat.values, weight_decay))
+    return flat.add_decay(total / count, flat.values, weight_decay)

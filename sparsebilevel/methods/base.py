@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -681,12 +680,6 @@ def _estimate(backends: Mapping[str, Backend]) -> str:
     if None in gains or all(backend.name == "dense" for backend in backends.values()):
         return "not measured"
     return f"about {len(gains) / sum(1 / gain for gain in gains if gain):.1f}x"
-
-
-def check_non_negative(argument: str, value: float) -> float:
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-        raise ValueError(f"{argument}={value!r} is not allowed; expected a finite number >= 0")
-    return value
 
 
 def _world_size() -> int:

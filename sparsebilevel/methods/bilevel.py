@@ -30,8 +30,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._checks import check_number
 from ..masks import as_fraction
-from .base import MaskedWeight, Scope, Sparsifier, Storage, check_non_negative, logger
+from .base import MaskedWeight, Scope, Sparsifier, Storage, logger
 from .pruning import rewind, top_masks
 
 _PATIENCE = 100  # steps of the lower level after which BiP asks for the upper one
@@ -87,9 +88,7 @@ class _RunningMean:
     """Exponential means of one quantity, by layer, corrected for their start at zero (as in Adam)."""
 
     def __init__(self, name: str, decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"{name}={decay!r} is not allowed; expected a number in [0, 1)")
-        self.decay = decay
+        self.decay = check_number(name, decay, most=1, without_most=True)
         self.sums: dict[str, Tensor] = {}
         self.steps: dict[str, int] = {}
 
@@ -172,9 +171,9 @@ class _BiLevel(Sparsifier):
             if value is None and optimizer is None:
                 raise ValueError(f"{argument}=None takes the optimizer's learning rate, but no optimizer was given")
         self.formula = _choose("implicit", implicit, self.IMPLICIT)
-        self.implicit_scale = None if implicit_scale is None else check_non_negative("implicit_scale", implicit_scale)
+        self.implicit_scale = None if implicit_scale is None else check_number("implicit_scale", implicit_scale)
         self.lower_gradient = _choose("lower_gradient", lower_gradient, {"mean": "mean", "batch": "batch"})
-        self.score_lr = None if score_lr is None else check_non_negative("score_lr", score_lr)
+        self.score_lr = None if score_lr is None else check_number("score_lr", score_lr)
         self._mean_grad = _RunningMean("gradient_decay", gradient_decay)
         self._curvature = _RunningMean("curvature_decay", curvature_decay)
         self._sizes = _TermSizes()
@@ -325,7 +324,7 @@ class BiP(_BiLevel):
         **kwargs: Any,
     ) -> None:
         self.initial_scores = _choose("initial_scores", initial_scores, {"energy": "energy", "magnitude": "magnitude"})
-        self.score_momentum = check_non_negative("score_momentum", score_momentum)
+        self.score_momentum = check_number("score_momentum", score_momentum)
         if scope not in ("global", "layer", None):
             raise ValueError(f"scope={scope!r} is not known; allowed: global, layer, None")
         self._scope = scope
@@ -544,8 +543,6 @@ class BiDST(_BiLevel):
         curvature_decay: float = 0.99,
         **kwargs: Any,
     ) -> None:
-        if not 0 <= search_space < 1:
-            raise ValueError(f"search_space={search_space!r} is not allowed; expected a number in [0, 1)")
         if not all(0 < value < math.inf for value in (tau, tau if tau_end is None else tau_end)):
             raise ValueError(f"tau={tau!r}, tau_end={tau_end!r} are not allowed; temperatures are positive")
         if not math.isfinite(initial_score):
@@ -553,10 +550,10 @@ class BiDST(_BiLevel):
         if horizon < 1:
             raise ValueError(f"horizon={horizon!r} is not allowed; expected at least one step")
         self.horizon = horizon
-        self.search_space = search_space
+        self.search_space = check_number("search_space", search_space, most=1, without_most=True)
         self.implicit_on = _choose("implicit_on", implicit_on, {"search": "search", "all": "all"})
         self.gumbel, self.tau, self.tau_end = gumbel, tau, tau_end
-        self.initial_score, self.margin = initial_score, check_non_negative("margin", margin)
+        self.initial_score, self.margin = initial_score, check_number("margin", margin)
         super().__init__(
             model,
             optimizer,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import check_number
 from ..kernels import binarize
 from ..masks import NM
 from ..schedules import cosine_drop_fraction
@@ -31,9 +32,7 @@ class SET(Sparsifier):
     """
 
     def __init__(self, model: Any, optimizer: Any = None, *, drop_fraction: float = 0.3, **kwargs: Any) -> None:
-        if not 0 <= drop_fraction <= 1:
-            raise ValueError(f"drop_fraction={drop_fraction!r} is not allowed; expected a number in [0, 1]")
-        self.drop_fraction = drop_fraction
+        self.drop_fraction = check_number("drop_fraction", drop_fraction, most=1)
         kwargs.setdefault("update_freq", 100)
         super().__init__(model, optimizer, **kwargs)
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_number
 from ..masks import NM, as_fraction, global_masks
 from ..nn import sparse_layers
-from .base import MaskedWeight, Scope, Sparsifier, Storage, check_non_negative
+from .base import MaskedWeight, Scope, Sparsifier, Storage
 
 
 def top_masks(sparsifier: Sparsifier, scores: dict[str, Tensor], scope: Scope) -> dict[str, Tensor]:
@@ -219,9 +220,9 @@ class HYDRA(Sparsifier):
         **kwargs: Any,
     ) -> None:
         _check_scope(scope)
-        self.score_lr = check_non_negative("score_lr", score_lr)
-        self.score_momentum = check_non_negative("score_momentum", score_momentum)
-        self.score_weight_decay = check_non_negative("score_weight_decay", score_weight_decay)
+        self.score_lr = check_number("score_lr", score_lr)
+        self.score_momentum = check_number("score_momentum", score_momentum)
+        self.score_weight_decay = check_number("score_weight_decay", score_weight_decay)
         self.scope = scope
         self.finished = False
         self._velocity: dict[str, Tensor] = {}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_number
 from ..methods.base import unwrap
 from ..nn import sparse_layers
 
@@ -32,8 +33,8 @@ class EMA:
     ``torch.optim.swa_utils.AveragedModel`` does not know what a mask is: with ``use_buffers`` it fails on masks, or
     with a ``multi_avg_fn`` mixes them; without, it copies buffers, statistics of normalization layers among them. It
     pairs them by their order, which scores that come and go upset. Here parameters and floating buffers are averaged,
-    masks and counters are copied, and scores are left to the model. A weight that grows starts at
-    zero, and its average does so too.
+    masks and counters are copied, and scores are left to the model. A weight that grows starts at zero, and its average
+    does so too.
 
     The decay starts low, ``(1 + t) / (10 + t)`` at step ``t``, so that the initial weights are soon forgotten.
 
@@ -51,9 +52,7 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay={decay!r} is not allowed; expected a number in [0, 1)")
-        self.decay, self.steps = decay, 0
+        self.decay, self.steps = check_number("decay", decay, most=1, without_most=True), 0
         self.module = copy.deepcopy(unwrap(model)).requires_grad_(False).eval()
         for _, layer in sparse_layers(self.module):
             layer.collect("none")
