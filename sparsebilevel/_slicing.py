@@ -33,11 +33,12 @@ __all__ = ["slice_model"]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _POOLING = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.MaxPool2d)
-# Functions of single numbers, so that a constant stays one. Dropout is the identity in evaluation mode.
+# Functions of single numbers, so that a constant stays one.
 _ELEMENTWISE = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Sigmoid, nn.Tanh),
-    *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Identity, nn.Dropout, nn.Dropout2d),
+    *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh),
 )
+_SAME = (nn.Identity, nn.Dropout, nn.Dropout2d)  # in evaluation mode
 # Called with the further arguments of the node, such as ``approximate="tanh"``.
 _ELEMENTWISE_CALLS: dict[Any, Callable[..., Tensor]] = {
     **{f: f for f in (F.relu, torch.relu, F.relu6, F.gelu, F.silu, F.hardswish, torch.sigmoid, torch.tanh)},
@@ -135,11 +136,14 @@ class _Analysis:
         calls = Counter(id(self.modules[n.target]) for n in graph.graph.nodes if n.op == "call_module")
         owners = [m for m in graph.modules() if m._parameters]
         uses = Counter(id(p) for m in owners for p in m._parameters.values())
-        # A layer that is called twice, or shares a weight, cannot be cut for one of its uses.
+        # A layer that is called twice, or shares a weight, cannot be cut for one of its uses; nor can what is computed
+        # (weight_norm, parametrize, prune), or what is empty.
         self.cuttable = {
             id(m)
             for m in owners
-            if calls[id(m)] == 1 and all(uses[id(p)] == 1 for p in m._parameters.values() if p is not None)
+            if calls[id(m)] == 1
+            and m._parameters.keys() >= {"weight", "bias"}
+            and all(uses[id(p)] == 1 and p.numel() for p in m._parameters.values() if p is not None)
         }
         self.values: dict[fx.Node, _Value] = {}
         self.mixers: list[_Mixer] = []
@@ -185,11 +189,13 @@ class _Analysis:
                     return self._depthwise(module, value)
                 self._protect(node)
                 return None
-            if value is not None and value.dim != dim:
-                self._protect(node)
+            if value is None or value.dim != dim:
+                self._protect(node)  # an input by keyword is not followed either
                 value = None
             self.mixers.append(_Mixer(module, value))
             return _Value(self.mixers[-1].output, self.mixers[-1].constant, dim)
+        if value is not None and isinstance(module, _SAME):
+            return value
         if value is not None and isinstance(module, _ELEMENTWISE):
             return self._elementwise(value, module)
         if value is not None and value.dim == 1 and value.repeat == 1:
@@ -374,7 +380,7 @@ def slice_model(model: nn.Module, example_input: Tensor) -> nn.Module:
     Args:
         model: sparse or dense; is not changed. Must be traceable by ``torch.fx``.
         example_input: a batch that the model takes, as its only argument; its shape alone matters. The result is
-            checked on random data of this shape.
+            checked on random data of this shape, or on itself where it holds no floating-point numbers.
 
     Returns:
         A copy in evaluation mode, on the device of ``example_input``, of the same classes with smaller layers. Where a
@@ -401,7 +407,9 @@ def slice_model(model: nn.Module, example_input: Tensor) -> nn.Module:
             stacklevel=3,  # past torch.no_grad
         )
     small = small.to(example_input.device)
-    x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(example_input)
+    if x.is_floating_point():  # tokens and the like are indices, and any others may not be
+        x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    x = x.to(example_input)
     try:
         for got, expected in zip(*(tree_leaves(net(x)) for net in (small, original)), strict=True):
             if isinstance(expected, Tensor) and expected.numel():

@@ -281,6 +281,37 @@ def test_several_results_are_compared(wrong):
         torch.testing.assert_close(slice_model(model, x)(x), model.eval()(x))
 
 
+class Called(nn.Module):
+    """Calls a layer by keyword, takes tokens, drops whole maps or has a computed weight."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.words = nn.Embedding(10, 8)
+        self.first = nn.Conv2d(8, 16, 1)
+        self.between = nn.Dropout2d()
+        self.inner = nn.Conv2d(16, 16, 1, bias=False)
+        if kind == "computed":
+            nn.utils.parametrizations.weight_norm(self.inner)
+        self.last = nn.Conv2d(16, 4, 1)
+        self.kind = kind
+
+    def forward(self, x):
+        x = self.words(x).permute(0, 3, 1, 2) if self.kind == "tokens" else x
+        x = self.between(self.first(x))
+        return self.last(self.inner(input=x) if self.kind == "keyword" else self.inner(x))
+
+
+@pytest.mark.filterwarnings("error:dropout2d")
+@pytest.mark.filterwarnings("ignore:nothing could be sliced")
+@pytest.mark.parametrize(("kind", "kept"), [("plain", 8), ("tokens", 8), ("keyword", 16), ("computed", 16)])
+def test_layers_are_followed_or_stay_as_they_are(kind, kept):
+    model = sb.sparsify(Called(kind), 0.5, pattern="filter", include=["first", "last"], seed=0)
+    x = torch.randint(0, 10, (3, 5, 5)) if kind == "tokens" else torch.randn(3, 8, 5, 5)
+    small = slice_model(model, x)
+    assert small.first.out_channels == kept
+    torch.testing.assert_close(small(x), model.eval()(x))
+
+
 def test_a_layer_keeps_one_channel():
     model = sb.sparsify(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), 0.5, init="dense")
     masked(model[2], columns=range(4))
