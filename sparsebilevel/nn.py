@@ -270,6 +270,7 @@ class SparseMaskedModule(nn.Module):
 
     def to_dense(self) -> nn.Module:
         """A dense layer of the original class with a new weight ``mask * weight``; other Parameters are shared."""
+        _refuse_computed("", self)
         return _convert_to_dense(_shallow_copy(self))
 
     # -- what nn.Module must not do to masks --------------------------------------------------------------------------
@@ -641,6 +642,15 @@ def _attach_random_mask(layer: Any, sparsity: float, pattern: Pattern) -> Any:
     return layer
 
 
+def _refuse_computed(name: str, layer: SparseMaskedModule) -> None:
+    """What computes a weight has put itself between the layer and its Parameters, and would stay there."""
+    if not layer._parameters.keys() >= {"weight", "bias"}:
+        raise ValueError(
+            f"layer {name!r} cannot be made dense: its weight or bias is computed (parametrize, weight_norm, "
+            "spectral_norm, prune); store the values first, as torch.nn.utils.parametrize.remove_parametrizations does"
+        )
+
+
 @torch.no_grad()
 def _convert_to_dense(layer: Any) -> nn.Module:
     weight = nn.Parameter(layer.effective_weight(), requires_grad=layer.weight.requires_grad)
@@ -966,7 +976,12 @@ def densify(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         model: a model with sparse layers (without any it is returned as it is, or copied).
         inplace: convert ``model`` itself. Its sparse weights become new Parameters, so that optimizers made before no
             longer hold them. By default a deep copy is converted and training can go on.
+
+    Raises:
+        ValueError: the weight or bias of a sparse layer is computed (parametrizations, pruning).
     """
+    for name, layer in sparse_layers(model):
+        _refuse_computed(name, layer)
     model = model if inplace else copy.deepcopy(model)
     layers = [layer for _, layer in sparse_layers(model)]
     done: list[tuple[Tensor, Tensor, Any]] = []

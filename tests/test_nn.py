@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -974,6 +975,17 @@ def test_densify_by_default_leaves_the_sparse_model_alone():
     assert type(model[0]) is sb.SparseMaskedLinear
     assert model[0].weight is weight
     assert torch.equal(weight, hidden)
+
+
+@pytest.mark.parametrize("compute", [nn.utils.parametrizations.weight_norm, lambda m: prune.identity(m, "bias")])
+@pytest.mark.parametrize("convert", [sb.densify, lambda m: sb.densify(m, inplace=True), lambda m: m[2].to_dense()])
+def test_layers_that_compute_their_weight_are_not_made_dense(compute, convert):
+    model = mlp()
+    before = type(model[0])
+    compute(model[2])
+    with pytest.raises(ValueError, match="its weight or bias is computed"):
+        convert(model)
+    assert type(model[0]) is before
 
 
 @pytest.mark.parametrize("init", ["random", "magnitude", "dense"])
