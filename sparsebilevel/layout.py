@@ -1023,11 +1023,11 @@ class _Graphs:
             return False
         if self.layout != "lines":
             return True
-        if not native.available() or not lines_pay(*_batch(values)):
+        if any(isinstance(v, Tensor) and (v.device.type != "cpu" or not v.numel()) for v in values):
             return False
         if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16:
             return False
-        return not any(isinstance(v, Tensor) and (v.device.type != "cpu" or not v.numel()) for v in values)
+        return native.available() and lines_pay(*_batch(values))
 
     def bind(self, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
         """Arguments of the forward by name; None if they do not fit, which the forward will say."""
@@ -1108,12 +1108,19 @@ def _batch(values: Sequence[Any]) -> tuple[int, int]:
     return next(sizes, (LANES, 1))
 
 
+# By the class and its forward: copies of a model are of one class, as others may ask of them.
+_CLASSES: weakref.WeakValueDictionary[Any, type[nn.Module]] = weakref.WeakValueDictionary()
+
+
 def _mix_in(model: nn.Module, layout: str) -> None:
     """Raises whatever a tracer meets in a forward."""
     plain = type(model)
     model.__dict__["_graphs"] = _Graphs(model, layout)
-    own = {"_plain_class": plain, "forward": _Forward(plain.forward), "__module__": plain.__module__}
-    model.__class__ = type(plain.__name__, (InLayout, plain), own)
+    mixed = _CLASSES.get((plain, plain.forward))
+    if mixed is None:
+        own = {"_plain_class": plain, "forward": _Forward(plain.forward), "__module__": plain.__module__}
+        mixed = _CLASSES[plain, plain.forward] = type(plain.__name__, (InLayout, plain), own)
+    model.__class__ = mixed
 
 
 def _enter(model: nn.Module, layout: str) -> nn.Module:

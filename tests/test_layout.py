@@ -1430,6 +1430,23 @@ def test_classes_copy_and_save_themselves_as_they_do(make, way):
 
 
 @pytest.mark.parametrize("layout", ["lines", "channels_last"])
+def test_copies_are_of_one_class(layout):
+    nets = [sb.optimize_for_cpu(sb.sparsify(Reads(), 0.3), layout).eval() for _ in range(2)]
+    nets.append(copy.deepcopy(nets[0]))
+    x = torch.randn(18, 4, 6, 6)
+    state = torch.func.stack_module_state(nets)
+    found = torch.vmap(lambda *own: torch.func.functional_call(nets[0], own, (x,)))(*state)
+    for y, net in zip(found, nets, strict=True):
+        assert_close(y, net(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["lines", "channels_last"])
+def test_an_empty_batch(layout):
+    net = sb.optimize_for_cpu(sb.sparsify(Reads(), 0.3), layout).eval()
+    assert net(torch.zeros(0, 4, 6, 6)).shape == (0, *net(torch.zeros(18, 4, 6, 6)).shape[1:])
+
+
+@pytest.mark.parametrize("layout", ["lines", "channels_last"])
 def test_a_model_is_gone_with_its_last_reference(layout):
     optimized = sb.optimize_for_cpu(sb.sparsify(Reads(), 0.3), layout)
     optimized = copy.deepcopy(optimized)
