@@ -461,6 +461,15 @@ def own_problem(module, masked=None):
     return Problem(objective, Samples(x[:80], y[:80]), parts, Samples(x[80:], y[80:]))
 
 
+def test_parts_are_tensors_or_plain_sequences():
+    problem = own_problem(nn.Linear(6, 3))
+    data, parts = problem.train, problem.parts
+    plain = Problem(problem.objective, data, [part.tolist() for part in parts], problem.test_set)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parts, parts, strict=True))
+    z = problem.initial()
+    assert plain.local_loss(1, z) == problem.local_loss(1, z)
+
+
 def test_frozen_parameters_stay():
     module = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
     module[0].requires_grad_(False)

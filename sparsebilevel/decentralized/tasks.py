@@ -151,7 +151,7 @@ class Problem:
     Args:
         objective: the network and its loss; its module moves to ``device``.
         train: all training samples.
-        parts: for each worker, the positions of its samples in ``train``.
+        parts: for each worker, the positions of its samples in ``train``: a tensor or a sequence of integers.
         test: for the figures.
         eval_samples: at most so many of a worker's samples tell its loss in a report.
         prepare: makes the network's input of a batch of ``inputs``; default: uint8 becomes float32.
@@ -162,7 +162,7 @@ class Problem:
         self,
         objective: Objective,
         train: Samples,
-        parts: Sequence[Tensor],
+        parts: Sequence[Tensor | Sequence[int]],
         test: Samples,
         eval_samples: int = 4096,
         prepare: Prepare | None = None,
@@ -174,7 +174,7 @@ class Problem:
         self.device = torch.device(device)
         objective.module.to(self.device)
         self.objective, self.train, self.test_set = objective, train.to(self.device), test.to(self.device)
-        self.parts = [part.cpu() for part in parts]
+        self.parts = [torch.as_tensor(part).cpu() for part in parts]
         self.sizes = [len(part) for part in parts]
         self.mean_size = sum(self.sizes) / len(self.sizes)
         self.size, self.maskable = objective.size, objective.maskable
