@@ -506,6 +506,19 @@ def test_resume_is_bit_identical(method, tmp_path, stop_after):
     assert (tmp_path / "parts" / "log.jsonl").read_bytes() == log
 
 
+def test_a_signal_after_the_last_step_ends_the_command_too(tmp_path, monkeypatch):
+    """Else `ablate` and `demo` would go on with their next run."""
+    measure = Trainer._measure
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_measure", lambda self: signal.raise_signal(signal.SIGINT) or measure(self))
+        with pytest.raises(Interrupted, match="SIGINT: stopped after step 10") as caught:
+            train(make_config(tmp_path, method="static"))
+    assert caught.value.exit_code == 130
+    result = train(make_config(tmp_path, method="static", resume=True))
+    assert result == read_log(tmp_path)[-1]
+    assert result["step"] == 10
+
+
 def test_resume_after_a_crash_repeats_what_the_checkpoint_lacks(tmp_path, monkeypatch):
     """Killed between two checkpoints, with a last line cut in half."""
     config = make_config(tmp_path / "whole", method="set", update_freq="2", epochs=4, checkpoint_freq=2)
@@ -586,6 +599,26 @@ def test_checkpoint_of_another_architecture(finished, tmp_path):
     state["14.weight"] = torch.zeros(5, 64)
     with pytest.raises(ckpt.CheckpointError, match=r"14.weight \[5, 64\] instead of \[10, 64\]"):
         ckpt.check_architecture(sb.models.create_model("digits_cnn"), state, "x.pth")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{"model": None}, {"model": [torch.zeros(2)]}, {"state_dict": None}, {1: torch.zeros(2)}, {"model": {"w": 1}}],
+)
+def test_something_else_than_a_state_dict(state, tmp_path):
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(ckpt.CheckpointError, match=r"x.pth has no state dict under 'model' or 'state_dict'"):
+        ckpt.load_checkpoint(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("key", ["best", "elapsed", "totals", "scaler"])
+def test_checkpoint_that_lacks_something(key, finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    state = torch.load(run / "checkpoint.pth", weights_only=True)
+    del state[key]
+    torch.save(state, run / "checkpoint.pth")
+    with pytest.raises(ckpt.CheckpointError, match=f"not of a training run .it lacks {key}"):
+        train(make_config(run, method="static", resume=True))
 
 
 def test_missing_checkpoint(tmp_path):
@@ -1081,6 +1114,30 @@ def two_ranks(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     yield Ranks(torch.device("cpu"), rank=0, world=2)
     torch.distributed.destroy_process_group()
+
+
+def test_a_signal_that_only_another_rank_got(two_ranks, tmp_path, monkeypatch):
+    """As where one of several machines is to be given back, or torchrun's signal has reached one rank so far."""
+
+    def answer(values, op=None):
+        if values.ndim == 0:  # the question after each step
+            values.fill_(signal.SIGTERM)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", answer)
+    monkeypatch.setattr(Trainer, "save", lambda self: None)
+    config = make_config(tmp_path / "run", method="dense")
+    with pytest.raises(Interrupted, match="SIGTERM: stopped after step 1;") as caught:
+        Trainer(config, RunFolder(config), two_ranks, StopSignals()).run()
+    assert caught.value.exit_code == 143
+
+
+def test_a_resumed_run_goes_on_counting_bytes(two_ranks, tmp_path, monkeypatch):
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, value])
+    config = make_config(tmp_path / "run", method="bidst", update_freq="2", max_steps=3)
+    sent = Trainer(config, RunFolder(config), two_ranks, StopSignals()).run()["bytes_sent"]
+    config = dataclasses.replace(config, max_steps=6, resume=True)
+    result = Trainer(config, RunFolder(config), two_ranks, StopSignals()).run()
+    assert (result["step"], 3 * result["bytes_sent"]) == (4, 4 * sent)
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])

@@ -86,7 +86,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {path} holds a {type(state).__name__}; expected a dictionary")
     if "model" not in state:
         state = {"model": state.get("state_dict", state)}
-    if not all(isinstance(value, Tensor) for value in state["model"].values()):
+    model = state["model"]
+    if not isinstance(model, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in model.items()
+    ):
         raise CheckpointError(f"checkpoint {path} has no state dict under 'model' or 'state_dict'")
     return state | _split_average(state.get("ema"))
 

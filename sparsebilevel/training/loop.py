@@ -23,7 +23,8 @@ The folder of a run:
 config.json
     All fields of `Config`, "versions" and "resolved" (the method's options as they came out).
 log.jsonl
-    One object a line. Fields that begin with ``time_`` are times; all others repeat exactly in a second run.
+    One object a line. Fields that begin with ``time_`` are times; all others repeat exactly in a second run, but for
+    ``bytes_``, what a rank of several has given to all_reduce.
 
     - type "epoch": epoch, phase, step (optimizer steps so far), lr, train_loss, train_acc, val_loss, val_acc,
       test_loss, test_acc (of the averaged weights with ``model_ema``; test_acc5 from 100 classes on), sparsity and the
@@ -93,16 +94,21 @@ def train(config: Config) -> dict[str, Any]:
     Raises:
         ValueError, OSError, ImportError: what the run needs is wrong or missing; nothing on disk was changed.
         TrainingError: the loss is not finite any more, or what is trained is NaN. The last checkpoint is intact.
-        Interrupted: SIGTERM or SIGINT came; a checkpoint was written, and ``resume`` continues.
+        Interrupted: SIGTERM or SIGINT came; a checkpoint was written, and ``resume`` continues. After the last step
+            the run is completed first, and ``resume`` returns its result.
     """
     config.validate()
     folder = RunFolder(config)
     with process_group(config.device) as ranks, StopSignals() as stop:
         try:
-            return Trainer(config, folder, ranks, stop).run()
+            trainer = Trainer(config, folder, ranks, stop)
+            result = trainer.run()
         except BaseException:
             folder.forget()
             raise
+        if stop.signal:  # after the last step: whoever has more runs to do is to stop too
+            raise Interrupted(stop.signal, folder.path, trainer.step)
+        return result
 
 
 class Trainer:
@@ -256,9 +262,9 @@ class Trainer:
             self.progress.step(self.epoch + 1)
             if self.step % self.config.print_freq == 0:
                 self._check_finite()
-            if self.ranks.any(self.stop.requested):
+            if signum := self.ranks.largest(self.stop.signal):  # which need not have reached this rank
                 self.save()
-                raise Interrupted(self.stop.signal, self.folder.path, self.step)
+                raise Interrupted(signum, self.folder.path, self.step)
         if self._is_cut():
             self.save()
 
@@ -420,6 +426,8 @@ class Trainer:
         state |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         state |= {"sparsifier": None if self.sparsifier is None else self.sparsifier.state_dict()}
         state |= {"totals": totals, "rng": rng, "log_bytes": self.folder.log_bytes()}
+        sent = (0, 0) if self.hook is None else (self.hook.bytes_sent, self.hook.dense_bytes)
+        state |= {"bytes_sent": (*sent, 0 if self.sparsifier is None else self.sparsifier.bytes_sent)}
         state |= {"elapsed": time.perf_counter() - self.started}
         save_checkpoint(self.folder.checkpoint, state)
 
@@ -431,7 +439,16 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint that `save` wrote."""
         path = self.folder.checkpoint
-        lacking = {"optimizer", "sparsifier", "log_bytes", "rng"} - state.keys()
+        lacking = {
+            *self.STATE,
+            "optimizer",
+            "scaler",
+            "sparsifier",
+            "log_bytes",
+            "rng",
+            "totals",
+            "elapsed",
+        } - state.keys()
         if lacking:
             raise CheckpointError(f"checkpoint {path} is not of a training run (it lacks {', '.join(sorted(lacking))})")
         check_architecture(self.model, state["model"], path)
@@ -449,6 +466,11 @@ class Trainer:
         self._equip()
         if self.ema is not None and state["ema"] is not None:
             self.ema.load_state_dict({"module": state["ema"], "steps": state["ema_steps"]})
+        *sent, scores = state.get("bytes_sent", (0, 0, 0))  # which older versions did not keep
+        if self.hook is not None:
+            self.hook.bytes_sent, self.hook.dense_bytes = sent
+        if self.sparsifier is not None:
+            self.sparsifier.bytes_sent = scores
         if self.ranks.is_main:
             self.totals.copy_(state["totals"])
         set_rng_state(self.device, state["rng"][self.ranks.rank])

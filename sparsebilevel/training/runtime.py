@@ -29,15 +29,11 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """Turns SIGTERM and SIGINT into a flag that the loop looks at after each step. A second signal acts at once."""
+    """Notes SIGTERM and SIGINT for the loop, which looks after each step. A second signal acts at once."""
 
     def __init__(self) -> None:
-        self.signal = 0
+        self.signal = 0  # its number, or 0 for none yet
         self._before: dict[int, Any] = {}
-
-    @property
-    def requested(self) -> bool:
-        return self.signal != 0
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
@@ -73,9 +69,13 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def any(self, flag: bool) -> bool:
-        """Whether any rank says so."""
-        return flag if self.world == 1 else bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+    def largest(self, value: int) -> int:
+        """The largest value of all ranks."""
+        if self.world == 1:
+            return value
+        values = torch.tensor(value, device=self.device)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return int(values)
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in order."""
