@@ -146,8 +146,12 @@ def test_a_run_can_be_repeated_from_its_config(tmp_path):
         (["export", "nowhere", "-o", "x.foo"], "output='x.foo' is not allowed; expected a name that ends in .pth, .pt"),
         (["bench", "resnet20000"], "unknown model 'resnet20000'"),
         (["bench", "digits_cnn", "-b", "0"], "batch_size=0 is not allowed"),
-        (["bench", "digits_cnn", "--threads", "0"], "threads=0 is not allowed; expected at least 1"),
-        (["bench", "digits_cnn", "--threads", "-1"], "threads=-1 is not allowed; expected at least 1"),
+        (
+            ["bench", "digits_cnn", "--threads", "0"],
+            "threads=0 is not allowed; expected a whole number, from 1 to 4096",
+        ),
+        (["bench", "digits_cnn", "--threads", "100000"], "threads=100000 is not allowed"),
+        (["bench", "digits_cnn", "--num-classes", "-1"], "num_classes=-1 is not allowed"),
         (["ablate", "--method", "rigl"], "method='rigl' has no usual ablation"),
         (["ablate", "--grid", "colour=red"], "grid='colour=red' is not allowed"),
         (["ablate", "--grid", "method=rigl,magic"], "method='magic' is not known; allowed: dense, static"),
@@ -258,6 +262,22 @@ def test_ablate(tmp_path, capsys):
     cli.main(["ablate", *flags, "--grid", "implicit_scale=0", "--resume"])  # nothing is trained again
     again = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in again[2:]] == ["default", "implicit_scale=0"]
+
+
+@pytest.mark.parametrize("size", [["-b", 10**11], ["-b", 2**62], ["--num-classes", 10**13]])
+def test_what_does_not_fit_into_memory_is_one_line(size, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["bench", "digits_cnn", *map(str, size)])
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.startswith("error: out of memory; smaller batches")
+
+
+def test_the_runs_of_a_grid_over_paths_stay_in_the_folder(tmp_path, monkeypatch):
+    folders = []
+    result = {"test_acc": 0.5, "time_total_s": 1.0, "sparsity": 0.9}
+    monkeypatch.setattr(ablate, "train", lambda run: folders.append(run.output_dir) or result)
+    ablate.ablate(Config(method="static", output_dir=str(tmp_path), quiet=True), ["init_from=../../dense.pth"])
+    assert folders == [str(tmp_path / name) for name in ("default-seed0", "init_from=.._.._dense.pth-seed0")]
 
 
 def test_a_grid_over_methods_leaves_out_what_a_method_does_not_have(tmp_path, capsys):

@@ -42,10 +42,21 @@ def _explain(error: Exception) -> int:
     if isinstance(error, Interrupted):
         print(text, file=sys.stderr)
         return error.exit_code
+    if _is_out_of_memory(error):
+        print(f"error: out of memory; smaller batches, images or networks take less ({text})", file=sys.stderr)
+        return 1
     if not isinstance(error, (ValueError, OSError, ImportError, TrainingError, CommunicationError)):
         raise error
     print(f"error: {text}", file=sys.stderr)
     return 1 if isinstance(error, (TrainingError, CommunicationError)) else 2
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    told = ("can't allocate memory", "Storage size calculation overflowed")  # torch has no class for these on a CPU
+    is_told = isinstance(error, RuntimeError) and any(text in str(error) for text in told)
+    return is_told or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 class _Parser(argparse.ArgumentParser):

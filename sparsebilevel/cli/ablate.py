@@ -75,7 +75,7 @@ def ablate(
     for setting in settings:
         variant = config if setting is None else _vary(config, *setting)
         for seed in seeds or [config.seed]:
-            name = f"{_label(setting)}-seed{seed}"
+            name = f"{_label(setting)}-seed{seed}".replace("/", "_")  # paths too are values
             if name in runs:
                 raise ValueError(f"{_label(setting)} with seed {seed} is asked for twice; expected different values")
             run = dataclasses.replace(variant, seed=seed, output_dir=str(Path(config.output_dir) / name))

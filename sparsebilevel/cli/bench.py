@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from .. import SparseMaskedConv2d, Static, sparse_layers, sparsify
+from .._checks import LARGEST_WHOLE, check_whole
 from ..costs import measure_layers, measure_step, tune_layers
 from ..data import load_data
 from ..kernels import measurements, native
 from ..training.build import create_network
 from ..training.checkpoint import check_architecture, load_checkpoint, load_masks, masked_layers
-from ..training.config import Config, read_config
+from ..training.config import LARGEST, Config, read_config
 from ..training.runtime import choose_device
 
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,9 +49,10 @@ def bench(
         tune: fp32, bf16 or fp16: on a GPU, measure first which kernels suit the layers when they compute in that type,
             and keep the times (:func:`~sparsebilevel.costs.tune_layers`).
     """
-    for name, value in (("batch_size", batch_size), ("image_size", image_size), ("threads", threads)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} is not allowed; expected at least 1")
+    sizes = {"batch_size": batch_size, "image_size": image_size, "num_classes": num_classes, "threads": threads}
+    for name, value in sizes.items():
+        if value is not None:
+            check_whole(name, value, 1, LARGEST.get(name, LARGEST_WHOLE))
     if tune is not None and tune not in _TYPES:
         raise ValueError(f"tune={tune!r} is not known; allowed: {', '.join(_TYPES)}")
     if threads is not None:

@@ -71,8 +71,9 @@ RUN_FIELDS = (
 )
 
 
-# Largest sizes of numbers, by type and by field: what torch's integers, its weights and its threads can hold.
-LARGEST: dict[type | str, int | float] = {int: LARGEST_WHOLE, float: (2 - 2**-23) * 2.0**127, "threads": 2**31 - 1}
+# Largest sizes of numbers, by type and by field: what torch's integers and weights can hold, and more
+# threads than any machine has: where the system refuses one, OpenMP ends the process.
+LARGEST: dict[type | str, int | float] = {int: LARGEST_WHOLE, float: (2 - 2**-23) * 2.0**127, "threads": 4096}
 
 # Titles under which the help lists the fields of `Config`: each stands over the field named and those after it.
 SECTIONS = {
