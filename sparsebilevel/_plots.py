@@ -112,7 +112,9 @@ def _with_sparsity(group: Group, groups: list[Group], style: Style) -> tuple[str
 
 def _percent(values: list[float]) -> tuple[float, float]:
     """Mean and standard deviation (0 of one value) in percent."""
-    return 100 * statistics.fmean(values), 100 * (statistics.stdev(values) if len(values) > 1 else 0.0)
+    from .report import deviation  # which imports this module when it draws
+
+    return 100 * statistics.fmean(values), 100 * (deviation(values) if len(values) > 1 else 0.0)
 
 
 # -- accuracy ----------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from .training.checkpoint import (
     load_checkpoint,
     load_masks,
     masked_layers,
+    naming,
     network_state,
 )
 from .training.config import Config
@@ -101,8 +102,9 @@ def export_model(
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
         temporary = Path(folder) / output.name
-        _WRITERS[format](model, config, torch.zeros(2, *(shape or ())), temporary)
-        os.replace(temporary, output)
+        with naming(output):
+            _WRITERS[format](model, config, torch.zeros(2, *(shape or ())), temporary)
+            os.replace(temporary, output)
     return output
 
 
@@ -181,18 +183,23 @@ def _input_shape(config: Mapping[str, Any]) -> tuple[int, ...]:
 # -- one writer a format -----------------------------------------------------------------------------------------------
 
 
+def _save(state: Mapping[str, Any], path: Path) -> None:
+    with path.open("wb") as file:  # which says why it cannot be written; torch's and safetensors' own writers do not
+        torch.save(state, file)
+
+
 def _write_dense(model: nn.Module, config: Mapping[str, Any], x: Tensor, path: Path) -> None:
-    torch.save(densify(model).state_dict(), path)
+    _save(densify(model).state_dict(), path)
 
 
 def _write_safetensors(model: nn.Module, config: Mapping[str, Any], x: Tensor, path: Path) -> None:
     try:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
     except ImportError as error:
         raise ImportError("format safetensors needs `pip install 'sparsebilevel[export]'`") from error
     # The format knows no shared memory: a tied weight is written under each of its names.
     state = {name: value.clone().contiguous() for name, value in densify(model).state_dict().items()}
-    save_file(state, path, metadata={"format": "pt", "arch": str(config["arch"])})
+    path.write_bytes(save(state, metadata={"format": "pt", "arch": str(config["arch"])}))
 
 
 def _write_onnx(model: nn.Module, config: Mapping[str, Any], x: Tensor, path: Path) -> None:
@@ -217,11 +224,11 @@ def _write_onnx(model: nn.Module, config: Mapping[str, Any], x: Tensor, path: Pa
 
 
 def _write_sliced(model: nn.Module, config: Mapping[str, Any], x: Tensor, path: Path) -> None:
-    torch.save({"config": dict(config), "model": slice_model(model, x).state_dict()}, path)
+    _save({"config": dict(config), "model": slice_model(model, x).state_dict()}, path)
 
 
 def _write_semi_structured(model: nn.Module, config: Mapping[str, Any], x: Tensor, path: Path) -> None:
-    torch.save(to_semi_structured(model).state_dict(), path)
+    _save(to_semi_structured(model).state_dict(), path)
 
 
 _WRITERS: dict[str, Callable[[nn.Module, Mapping[str, Any], Tensor, Path], None]] = {

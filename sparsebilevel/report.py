@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .training.checkpoint import naming, write_text
 from .training.config import METHOD_OPTIONS, RUN_FIELDS, Config
 
 __all__ = ["Group", "Run", "describe_changes", "group_runs", "make_report", "print_table", "read_run", "read_runs"]
@@ -249,7 +250,12 @@ def _figure(values: Sequence[float], form: str = "{:.2f}", scale: float = 1.0) -
     if not values:
         return "-"
     text = form.format(scale * statistics.fmean(values))
-    return f"{text} ± {form.format(scale * statistics.stdev(values))}" if len(values) > 1 else text
+    return f"{text} ± {form.format(scale * deviation(values))}" if len(values) > 1 else text
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Standard deviation (n - 1) of several values; NaN, which `statistics.stdev` cannot take, if one is NaN."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def _mean(values: Sequence[float], form: str) -> str:
@@ -402,18 +408,19 @@ def make_report(
         stem = page.stem if len(sections) == 1 else f"{page.stem}_{number + 1}"
         figures = []
         for name, caption, picture in draw(members):
-            (page.parent / f"{stem}_{name}.png").write_bytes(picture)
+            with naming(path := page.parent / f"{stem}_{name}.png"):
+                path.write_bytes(picture)
             figures.append(_figure_html(name, caption, picture))
         parts.append(f"<h2>{html.escape(title)}</h2>\n{_table_html(rows)}\n" + "\n".join(figures))
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in _notes(groups))
     runs = "".join(f"<li>{html.escape(_describe(run))}</li>" for group in groups for run in group.runs)
-    page.write_text(
+    write_text(
+        page,
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Sparse training report</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>\n'
         f"<h1>Sparse training report</h1>\n" + "\n".join(parts) + f"\n<h2>How to read the figures</h2>\n"
         f"<p>{html.escape(CONVENTIONS)}</p>\n<ul>{notes}</ul>\n"
         f'<h2>Runs</h2>\n<ul class="small">{runs}</ul>\n</body></html>\n',
-        encoding="utf-8",
     )
     return page
 

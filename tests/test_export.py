@@ -1,8 +1,10 @@
 """Export: what is written loads elsewhere and computes the same; slicing is exact."""
 
 import copy
+import os
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -366,6 +368,20 @@ def test_dense_export_loads_into_the_original_model(run, tmp_path):
     x = torch.randn(2, 1, 8, 8)
     torch.testing.assert_close(dense.eval()(x), model(x))
     assert not list(tmp_path.glob(".export*"))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+def test_a_full_disk_is_an_error_of_the_system(name, run, tmp_path, monkeypatch):
+    """The writers of torch and safetensors raise errors of their own, which do not say what went wrong."""
+    if name == "x.safetensors":
+        pytest.importorskip("safetensors")
+    opened = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda path, mode="r", *a: opened(Path("/dev/full") if "w" in mode else path, mode)
+    )
+    with pytest.raises(OSError, match=f"No space left on device: '.*/{name}'"):
+        export_model(run()[0], tmp_path / name)
 
 
 def test_only_federated_runs_have_clients(run, tmp_path):

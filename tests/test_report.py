@@ -184,6 +184,12 @@ def test_damaged_last_line_is_left_out_with_a_warning(fabricate):
         assert len(read_run(folder).epochs) == 3
 
 
+def test_seeds_of_which_one_has_no_finite_accuracy(fabricate):
+    assert "nan ± nan" in print_table([fabricate("a", accuracy=math.nan), fabricate("b", seed=1)])
+    plots = pytest.importorskip("sparsebilevel._plots", exc_type=ImportError)
+    assert all(map(math.isnan, plots._percent([math.nan, 0.5])))
+
+
 def test_damaged_files_are_named(fabricate, tmp_path):
     folder = fabricate("run")
     log = (folder / "log.jsonl").read_text()

@@ -26,7 +26,7 @@ from sparsebilevel.training import checkpoint as ckpt
 from sparsebilevel.training.config import LOOP_OPTIONS, METHOD_NAMES, METHOD_OPTIONS, default_search_space, parse_steps
 from sparsebilevel.training.loop import Config, Trainer, TrainingError, train
 from sparsebilevel.training.plan import Phase, learning_rate, make_plan, score_lr_factor
-from sparsebilevel.training.runlog import Progress, RunFolder, read_log
+from sparsebilevel.training.runlog import Progress, RunFolder, open_folder, read_log
 from sparsebilevel.training.runtime import Interrupted, Ranks, StopSignals, process_group
 
 # Two epochs of five steps on real data: an eighth of a second.
@@ -635,10 +635,33 @@ def test_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", break_off)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*/checkpoint.pth'"):
         ckpt.save_checkpoint(path, {"model": {}})
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pth"]
     assert torch.equal(ckpt.load_checkpoint(path)["model"]["w"], torch.ones(3))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    folder = RunFolder(make_config(tmp_path))
+    folder.log.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/log.jsonl'"):
+        folder.write("epoch", {})
+    monkeypatch.setattr(os, "fsync", lambda _: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+    with pytest.raises(OSError, match=r"No space left on device: '.*/config.json'"):
+        ckpt.write_text(tmp_path / "config.json", "{}")
+    assert [file.name for file in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_what_a_killed_command_was_writing_is_removed(resume, tmp_path):
+    """Of the commands whose runs have a folder for each method."""
+    (tmp_path / "bip").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    for name in (".config.json.4711", "bip/.checkpoint.pth.4711", "bip/.worker1-20.pth.4711"):
+        (tmp_path / name).write_bytes(b"half of it")
+    open_folder(tmp_path, {}, (), resume, not resume, ("*/checkpoint.pth", "*/worker*.pth"))
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["config.json"]
 
 
 @pytest.mark.parametrize("how", ["resume", "overwrite"])

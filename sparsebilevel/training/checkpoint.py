@@ -7,11 +7,12 @@ A checkpoint is a dictionary; "model" holds the state dict (masks included), "em
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,36 +24,48 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file."""
 
 
-def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write ``state`` so that ``path`` holds, at every moment, either the old content or the new one."""
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the system inside name ``path``; a disk that is full does not say which file it had no place for."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, so that ``path`` holds, at every moment, either the old content or the new one."""
     # Two runs that are started in one folder must not write into one file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    with naming(path):
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write ``state`` so that ``path`` holds, at every moment, either the old content or the new one."""
+    with _replacing(path) as file:
+        torch.save(dict(state), file)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file as atomically as a checkpoint."""
-    temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
+    """Write a text file (UTF-8) as atomically as a checkpoint."""
+    with _replacing(path) as file:
+        file.write(text.encode())
 
 
-def remove_temporaries(path: Path) -> None:
-    """Remove what processes that were killed while they wrote ``path`` have left beside it."""
-    for temporary in path.parent.glob(f".{path.name}.*"):
+def remove_temporaries(folder: Path, pattern: str) -> None:
+    """Remove what processes that were killed while they wrote a file NAME have left: ``.NAME.*`` beside it."""
+    for temporary in folder.glob(pattern):
         temporary.unlink(missing_ok=True)
 
 

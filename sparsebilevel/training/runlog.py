@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from ..nn import sparse_layers
-from .checkpoint import remove_temporaries, write_text
+from .checkpoint import naming, remove_temporaries, write_text
 from .config import Config
 
 FILES = ("config.json", "log.jsonl", "checkpoint.pth", "best.pth")
@@ -55,6 +55,9 @@ def open_folder(
         for pattern in written:
             for old in folder.glob(pattern):
                 old.unlink()
+    for pattern in (path.name, *written):
+        place, slash, name = pattern.rpartition("/")
+        remove_temporaries(folder, f"{place}{slash}.{name}.*")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(config, indent=2) + "\n")
 
@@ -119,7 +122,7 @@ class RunFolder:
     def open(self, resolved: dict[str, Any], log_bytes: int | None = None) -> None:
         """Start writing (None), or continue: what the log holds beyond ``log_bytes`` is done again, and cut off."""
         for path in (self.path / name for name in FILES):
-            remove_temporaries(path)
+            remove_temporaries(self.path, f".{path.name}.*")
             if log_bytes is None:
                 path.unlink(missing_ok=True)
         config = dataclasses.asdict(self.config) | {"versions": _versions(), "resolved": resolved}
@@ -137,7 +140,7 @@ class RunFolder:
     def write(self, kind: str, row: dict[str, Any]) -> dict[str, Any]:
         """Append a line of type ``kind``."""
         row = {"type": kind, **row}
-        with self.log.open("a") as file:
+        with naming(self.log), self.log.open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self._board is not None and kind == "epoch":
             for name, value in row.items():
