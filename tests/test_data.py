@@ -46,6 +46,23 @@ def test_fake_is_deterministic_and_can_be_learned() -> None:
     assert correct >= 24  # of 25, by the nearest class mean
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_named_without_a_traceback(workers: int, tmp_path: Path) -> None:
+    try:
+        import_torchvision()
+    except ImportError:
+        pytest.skip("torchvision is not installed")
+    from PIL import Image
+
+    for part in ("train", "val"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+        Image.new("RGB", (64, 64), "red").save(path := tmp_path / part / "cat" / "1.png")
+    path.write_bytes(path.read_bytes()[:-40])  # PIL names the file of what is no image, but not of half of one
+    data = load_data("imagefolder", tmp_path, batch_size=1, image_size=16, num_workers=workers)
+    with pytest.raises(ValueError, match=r"^\S*/val/cat/1.png cannot be read as an image \(.*\)$"):
+        list(data.test)
+
+
 def test_imagefolder(tmp_path: Path) -> None:
     try:
         import_torchvision()

@@ -301,6 +301,14 @@ def _shift_and_flip(x: Tensor, draws: Tensor, pad: int, flip: bool) -> Tensor:
     return x
 
 
+class DamagedImage(ValueError):
+    """An image that cannot be read; the message names its file."""
+
+    def __init__(self, text: str) -> None:
+        # A loader raises a worker's error again with the traceback for its message, and the message last in it.
+        super().__init__(text.rpartition("DamagedImage: ")[2].strip())
+
+
 class FolderSource:
     """torchvision's ImageFolder with the usual ImageNet transforms, read by worker processes."""
 
@@ -323,7 +331,11 @@ class FolderSource:
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         """Sample `key[0]`, augmented by the random number `key[1]` unless that is negative."""
         index, draw = key
-        image, label = self._folder[index]
+        try:
+            image, label = self._folder[index]
+        except Exception as error:  # as with other damaged files
+            path = self._folder.samples[index][0]
+            raise DamagedImage(f"{path} cannot be read as an image ({type(error).__name__}: {error})") from error
         if draw < 0:
             return self._plain(image), label
         # torchvision's transforms draw from the global generator, which gets its state back. torch.manual_seed would
