@@ -14,7 +14,7 @@ from ..data import load_data
 from ..kernels import measurements, native
 from ..training.build import create_network
 from ..training.checkpoint import check_architecture, load_checkpoint, load_masks, masked_layers
-from ..training.config import LARGEST, Config, read_config
+from ..training.config import MOST_THREADS, Config, read_config
 from ..training.runtime import choose_device
 
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,7 +52,7 @@ def bench(
     sizes = {"batch_size": batch_size, "image_size": image_size, "num_classes": num_classes, "threads": threads}
     for name, value in sizes.items():
         if value is not None:
-            check_whole(name, value, 1, LARGEST.get(name, LARGEST_WHOLE))
+            check_whole(name, value, 1, MOST_THREADS if name == "threads" else LARGEST_WHOLE)
     if tune is not None and tune not in _TYPES:
         raise ValueError(f"tune={tune!r} is not known; allowed: {', '.join(_TYPES)}")
     if threads is not None:

@@ -71,9 +71,10 @@ RUN_FIELDS = (
 )
 
 
-# Largest sizes of numbers, by type and by field: what torch's integers and weights can hold, and more
-# threads than any machine has: where the system refuses one, OpenMP ends the process.
-LARGEST: dict[type | str, int | float] = {int: LARGEST_WHOLE, float: (2 - 2**-23) * 2.0**127, "threads": 4096}
+# More than any machine has: where the system refuses a thread, OpenMP ends the process.
+MOST_THREADS = 4096
+# Largest sizes of numbers, by type and by field: what torch's integers and weights can hold.
+LARGEST: dict[type | str, int | float] = {int: LARGEST_WHOLE, float: (2 - 2**-23) * 2.0**127, "threads": MOST_THREADS}
 
 # Titles under which the help lists the fields of `Config`: each stands over the field named and those after it.
 SECTIONS = {
