@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import native, plans
-from .gradient import Needs, distribute_gradient, is_left_to_torch
+from .gradient import Needs, distribute_gradient, is_left_to_torch, no_view
 from .plans import LANES, Geometry, Support, empty, lines_maps, to_lines
 from .reference import effective_weight
 
@@ -774,7 +774,7 @@ class _Execute(Function):
         terms = plans.vectors(4 * program.all_channels)
         run = _Run(program, operands, dtype, images, shapes, terms, values, torch.get_num_threads())
         program.forward(run, keep=record)
-        out = tuple(end.leave(run) for end in program.ends)
+        out = tuple(no_view(end.leave(run)) for end in program.ends)
         if record:
             kept = [run.values[register] for register in program.kept]
             # Autograd notices if what the backward pass reads of them has changed.

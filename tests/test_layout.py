@@ -1440,6 +1440,16 @@ def test_copies_are_of_one_class(layout):
         assert_close(y, net(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("end", [nn.AdaptiveAvgPool2d(1), nn.MaxPool2d(2), nn.BatchNorm2d(8)])
+def test_results_can_be_written_to(end):
+    net = sb.optimize_for_cpu(sb.sparsify(nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3), end), 0.3))
+    y = net(torch.randn(18, 8, 8, 8))
+    expected = y.detach().relu()
+    y.relu_().sum().backward()
+    assert torch.equal(y, expected)
+    assert net[0].weight.grad is not None
+
+
 @pytest.mark.parametrize("layout", ["lines", "channels_last"])
 def test_an_empty_batch(layout):
     net = sb.optimize_for_cpu(sb.sparsify(Reads(), 0.3), layout).eval()

@@ -855,6 +855,18 @@ def test_lazy_subclassed_and_computed_weights_stay_dense():
     model(torch.randn(2, 6)).sum().backward()
 
 
+@pytest.mark.parametrize("rows", [(2,), (2, 3)])
+@pytest.mark.parametrize("backend", ["dense", "sparse"])
+def test_results_can_be_written_to(rows, backend, monkeypatch):
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", backend)
+    model = sb.sparsify(nn.Sequential(nn.Linear(512, 512), nn.ReLU(inplace=True)), 0.9)  # large enough for oneDNN
+    x = torch.randn(*rows, 512)
+    model(x).sum().backward()
+    expected = F.linear(x, model[0].effective_weight(), model[0].bias).relu()
+    assert_close(model(x), expected)
+    assert_close(model[0].bias.grad, (expected > 0).float().flatten(0, -2).sum(0))
+
+
 # -- sharing -----------------------------------------------------------------------------------------------------------
 
 
