@@ -205,6 +205,16 @@ def test_rewinding_to_an_initialization_that_was_not_trained_from_is_named(tmp_p
     assert "was trained from seed 3, and this run, of seed 4, rewinds to an initialization of its own" in caplog.text
 
 
+def test_pruning_an_untrained_network_is_named(tmp_path, caplog):
+    train(make_config(tmp_path / "trained", method="omp", pretrain_epochs=1, epochs=1))
+    train(
+        make_config(tmp_path / "next", method="omp", epochs=1, init_from=str(tmp_path / "trained" / "checkpoint.pth"))
+    )
+    assert "prunes a trained network" not in caplog.text
+    train(make_config(tmp_path / "untrained", method="omp", max_steps=1))
+    assert "method omp prunes a trained network, and this one is at its initialization" in caplog.text
+
+
 def test_pattern_by_layer(tmp_path):
     by_layer = {"layer_pattern": ("14=nm:2:4", "[36]=filter:4"), "sparsity": 0.75}
     train(make_config(tmp_path, method="bidst", update_freq="2", search_space=0.1, **by_layer, max_steps=4))

@@ -199,6 +199,7 @@ class Trainer:
                 load_dense(self.model, self.initial_state, self.config.init_from)
                 self._warn_of_another_initialization()
             elif action == "start":
+                self._warn_of_untrained_weights()
                 if self.config.rewind == "pretrained":
                     self.rewind_point = self._copy_state()
                 self.sparsifier = self.start_method(self.model, self.optimizer)
@@ -222,6 +223,16 @@ class Trainer:
         sparsifier = METHODS[c.method](model, optimizer, seed=c.seed, **self._method_arguments())
         self.score_lr: float | None = getattr(sparsifier, "score_lr", None)
         return sparsifier
+
+    def _warn_of_untrained_weights(self) -> None:
+        """OMP, HYDRA and BiP prune what is trained; at initialization they have nothing to choose by."""
+        c = self.config
+        if c.method in ("omp", *TWO_PHASE_METHODS) and not c.pretrain_epochs and not c.init_from:
+            logger.warning(
+                "method %s prunes a trained network, and this one is at its initialization; give init_from, or "
+                "pretrain_epochs to train it first",
+                c.method,
+            )
 
     def _warn_of_another_initialization(self) -> None:
         """To rewind to weights that ``init_from`` was not trained from is the control of lottery tickets."""
