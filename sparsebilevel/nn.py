@@ -792,14 +792,15 @@ def sparsify(
     exclude: Selector | Collection[Selector] = (),
     dense_first: bool = False,
     init: Literal["random", "magnitude", "dense"] = "random",
+    rescale: bool = False,
     seed: int | None = None,
 ) -> nn.Module:
     """Give every ``nn.Linear`` and ``nn.Conv2d`` of ``model`` a mask, in place.
 
-    Weights are not changed: what the mask hides is still stored, until a method says otherwise. Subclasses of the two
-    layer types are left alone (their forward is their own), and so are, with a warning, the projections of
-    ``nn.MultiheadAttention``, a layer whose weight another module shares or weight_norm and the like compute, and lazy
-    layers that have no weight yet.
+    Weights are not changed, unless ``rescale`` asks for it: what the mask hides is still stored, until a method says
+    otherwise. Subclasses of the two layer types are left alone (their forward is their own), and so are, with a
+    warning, the projections of ``nn.MultiheadAttention``, a layer whose weight another module shares or weight_norm and
+    the like compute, and lazy layers that have no weight yet.
 
     Args:
         model: any module; Parameters, hooks and module identities are kept. A bare ``nn.Linear`` works too, but not one
@@ -816,6 +817,9 @@ def sparsify(
         dense_first: convert the first layer but keep all its weights, as the literature does with ``uniform``.
         init: initial masks: ``random``, ``magnitude`` (largest weights; over the whole model if ``distribution`` is
             ``global``, layers of different patterns apart) or ``dense`` (all ones; a method prunes later).
+        rescale: scale the weights of each output so that those kept have the norm that all had, and signals keep their
+            size (sparsity-aware initialization; Evci et al., AAAI 2022). For training from scratch: without it a deep
+            network that has no normalization layers learns slowly, or nothing.
         seed: of the random masks; None takes torch's global generator. Masks do not depend on the device. Under
             torch.distributed all ranks must draw the same ones, unless a method, which takes those of rank 0, follows.
             On the meta device masks are drawn, the same, when ``to_empty`` gives them memory.
@@ -826,7 +830,7 @@ def sparsify(
     Raises:
         TypeError: ``model`` is no module.
         ValueError: nothing to convert; sparsity outside [0, 1); unknown distribution, pattern, init or module names; a
-            weight that the pattern does not fit; a model that is sparse already.
+            weight that the pattern does not fit; a model that is sparse already; ``rescale`` on the meta device.
     """
     parsed: Pattern | dict[str, Pattern]
     if isinstance(pattern, Mapping):
@@ -862,6 +866,9 @@ def sparsify(
     for name, module in layers.items():
         owners.setdefault(id(module.weight), name)
     weights: dict[str, Tensor] = {name: layers[name].weight for name in owners.values()}
+    meta = next((name for name, w in weights.items() if w.is_meta), None)
+    if rescale and meta is not None:
+        raise ValueError(f"rescale=True is not allowed: the weight of {meta!r} is on the meta device")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise ValueError(f"seed={seed!r} is not allowed; expected a whole number or None")
     dense = next(iter(weights)) if dense_first else None
@@ -871,6 +878,9 @@ def sparsify(
     counts = layer_counts(shapes, sparsity, distribution, patterns, dense_layers)
     _warn_of_single_groups(shapes, sparsity, patterns, dense_layers)
     masks, first = _initial_masks(weights, counts, patterns, init, distribution == "global", dense, seed)
+    if rescale:
+        for name, weight in weights.items():
+            _rescale(weight, masks[name])
     for module in layers.values():
         owner = owners[id(module.weight)]
         module.__class__ = _SPARSE_CLASSES[type(module)]
@@ -920,6 +930,14 @@ def _initial_masks(
     for name, mask in drawn.items():
         masks[name].copy_(mask)
     return masks, first
+
+
+@torch.no_grad()
+def _rescale(weight: Tensor, mask: Tensor) -> None:
+    """Give the kept weights of each output the norm that all of them had; where none is kept, nothing changes."""
+    before, after = weight.flatten(1).norm(dim=1), effective_weight(weight, mask).flatten(1).norm(dim=1)
+    factors = torch.where(after > 0, before / after, 1.0)
+    weight.mul_(factors.view(-1, *[1] * (weight.dim() - 1)))
 
 
 class _LeftToMethods:

@@ -44,7 +44,7 @@ _METHOD_FIELDS = set().union(*METHOD_OPTIONS.values())
 _OWN_FIELDS = {*_REPETITION_FIELDS, "method", "sparsity", *_METHOD_FIELDS}
 # As config.json has them; also for what runs of an older version lack.
 _DEFAULTS = json.loads(json.dumps(dataclasses.asdict(Config())))
-_SPARSE_FIELDS = ("layer_sparsity", "distribution", "pattern", "layer_pattern", "dense_first", "exclude")
+_SPARSE_FIELDS = ("layer_sparsity", "distribution", "pattern", "layer_pattern", "dense_first", "exclude", "rescale")
 
 
 @dataclasses.dataclass

@@ -638,6 +638,49 @@ def test_init_chooses_the_masks():
     assert size[mask].min() > size[~mask].max()
 
 
+@pytest.mark.parametrize(
+    ("pattern", "init"), [("unstructured", "random"), ("block:2x2", "magnitude"), ("filter", "random")]
+)
+def test_rescale_gives_kept_weights_the_norm_that_all_had(pattern, init):
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Flatten(), nn.Linear(8, 6))
+    plain = sb.sparsify(copy.deepcopy(model), 0.5, pattern=pattern, init=init, seed=1)
+    rescaled = sb.sparsify(model, 0.5, pattern=pattern, init=init, rescale=True, seed=1)
+    for (_, before), (_, after) in zip(sb.sparse_layers(plain), sb.sparse_layers(rescaled), strict=True):
+        assert torch.equal(before.mask, after.mask)
+        full, kept = before.weight.flatten(1).norm(dim=1), after.effective_weight().flatten(1).norm(dim=1)
+        alive = before.mask.flatten(1).any(1)
+        assert alive.any()
+        torch.testing.assert_close(kept[alive], full[alive])
+        assert torch.equal(after.weight[~alive], before.weight[~alive])
+
+
+def test_rescale_keeps_the_size_of_signals_without_normalization():
+    torch.manual_seed(0)
+    dense = nn.Sequential(*(m for _ in range(5) for m in (nn.Linear(256, 256, bias=False), nn.ReLU())))
+    x = torch.randn(64, 256)
+    sizes = {
+        rescale: (sb.sparsify(copy.deepcopy(dense), 0.9, rescale=rescale, seed=0)(x).norm() / dense(x).norm()).item()
+        for rescale in (False, True)
+    }
+    assert sizes[False] < 0.01  # of five layers: about 0.1 ** 2.5
+    assert 0.5 < sizes[True] < 2
+
+
+def test_rescale_changes_a_shared_weight_once_and_a_dense_mask_not_at_all():
+    model = mlp(0)
+    model.add_module("again", nn.Linear(*reversed(model[0].weight.shape)))
+    model.again.weight = model[0].weight
+    before = model[0].weight.detach().clone()
+    sb.sparsify(model, 0.5, rescale=True, seed=0)
+    assert model.again.weight is model[0].weight
+    torch.testing.assert_close(model[0].effective_weight().norm(dim=1), before.norm(dim=1))
+    before = mlp(0)
+    model = sb.sparsify(copy.deepcopy(before), 0.5, init="dense", rescale=True)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+    with pytest.raises(ValueError, match="rescale=True is not allowed: the weight of '0' is on the meta device"):
+        sb.sparsify(mlp(0).to("meta"), 0.5, rescale=True)
+
+
 @pytest.mark.parametrize(("distribution", "init"), [("uniform", "random"), ("global", "magnitude"), ("erk", "dense")])
 def test_every_layer_has_its_own_pattern(distribution, init):
     make = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 12), nn.Linear(12, 16))

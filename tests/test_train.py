@@ -215,6 +215,18 @@ def test_pruning_an_untrained_network_is_named(tmp_path, caplog):
     assert "method omp prunes a trained network, and this one is at its initialization" in caplog.text
 
 
+def test_networks_without_normalization_need_rescale(tmp_path, caplog):
+    deep = {"method": "static", "arch": "mlp", "sparsity": 0.98, "epochs": 4, "batch_size": 64, "validation": 0}
+    plain = train(make_config(tmp_path / "plain", **deep))
+    assert "mlp has no normalization layers and may hardly learn under a sparse mask; try rescale" in caplog.text
+    caplog.clear()
+    rescaled = train(make_config(tmp_path / "rescaled", **deep, rescale=True))
+    assert rescaled["test_acc"] > plain["test_acc"] + 0.2
+    train(make_config(tmp_path / "cnn", method="static", max_steps=1))
+    train(make_config(tmp_path / "dense", method="dense", arch="mlp", max_steps=1))
+    assert "no normalization" not in caplog.text
+
+
 def test_pattern_by_layer(tmp_path):
     by_layer = {"layer_pattern": ("14=nm:2:4", "[36]=filter:4"), "sparsity": 0.75}
     train(make_config(tmp_path, method="bidst", update_freq="2", search_space=0.1, **by_layer, max_steps=4))
@@ -784,6 +796,11 @@ def test_unwritable_folder(tmp_path):
         ({"method": "dense", "update_freq": "3"}, r"update_freq='3': method dense has no such option"),
         ({"method": "static", "finetune_epochs": 1}, r"finetune_epochs=1: only hydra and bip"),
         ({"method": "dense", "pretrain_epochs": 1}, r"pretrain_epochs=1"),
+        (
+            {"method": "bip", "rescale": True},
+            r"rescale=True scales random initial weights; expected one of static, set",
+        ),
+        ({"rescale": True, "init_from": "x"}, r"rescale=True scales random initial weights"),
         ({"method": "omp", "pretrain_epochs": 1, "init_from": "x"}, r"init_from='x' replaces pretraining"),
         ({"method": "bip", "rewind": "init"}, r"rewind='init' needs finetune_epochs"),
         ({"method": "hydra", "amp": "fp16"}, r"amp='fp16' is not allowed with hydra"),

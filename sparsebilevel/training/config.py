@@ -62,6 +62,8 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "hydra": {"score_lr_scheduler": "cosine"},
     "bip": {"score_lr_scheduler": "step", "lower_steps": 1, "upper_split": "same", "rewind": "none"},
 }
+# Methods whose first mask is random, and that may train from scratch.
+SCRATCH_METHODS = ("static", "set", "rigl", "bidst")
 # Methods that work in a phase "prune" of their own, with a fixed mask to fine-tune under afterwards.
 TWO_PHASE_METHODS = ("hydra", "bip")
 # Fields that say where and how to run, not what to compute: they may differ when a run is resumed.
@@ -118,6 +120,9 @@ class Config:
     )
     layer_pattern: tuple[str, ...] = option((), "NAME=PATTERN pairs for layers with another one, as layer_sparsity")
     dense_first: bool = option(False, "keep the first layer dense")
+    rescale: bool = option(
+        False, "scale the initial weights so that masks keep their norms; for networks without normalization layers"
+    )
     exclude: tuple[str, ...] = option((), "layers to leave dense: names or glob patterns")
     # -- training
     epochs: int = option(30, "epochs with the method (of each cycle with imp)")
@@ -272,6 +277,11 @@ class Config:
             raise ValueError(f"{name}={value!r}: method {self.method} has no such option ({takers})")
         if self.pretrain_epochs and self.init_from:
             raise ValueError(f"init_from={self.init_from!r} replaces pretraining; drop pretrain_epochs")
+        if self.rescale and (self.method not in SCRATCH_METHODS or self.pretrain_epochs or self.init_from):
+            raise ValueError(
+                f"rescale=True scales random initial weights; expected one of {', '.join(SCRATCH_METHODS)} as method, "
+                "without pretrain_epochs and init_from"
+            )
         if self.rewind not in (None, "none") and not self.finetune_epochs:
             raise ValueError(f"rewind={self.rewind!r} needs finetune_epochs: rewound weights must be trained again")
         if self.method == "hydra" and self.amp == "fp16":

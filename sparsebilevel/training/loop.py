@@ -73,7 +73,7 @@ from .checkpoint import (
     load_masks,
     save_checkpoint,
 )
-from .config import TWO_PHASE_METHODS, Config, parse_amount
+from .config import SCRATCH_METHODS, TWO_PHASE_METHODS, Config, parse_amount
 from .ema import EMA
 from .plan import Phase, learning_rate, make_plan, score_lr_factor
 from .runlog import Progress, RunFolder, check_tensorboard, describe_epoch, layer_rows, rename_times
@@ -215,8 +215,8 @@ class Trainer:
     def start_method(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Sparsifier:
         """Make the model sparse and the method that learns its masks."""
         c = self.config
-        init: Any = "dense" if c.method in ("omp", "imp", *TWO_PHASE_METHODS) else "random"
-        layers: dict[str, Any] = {"exclude": c.exclude, "dense_first": c.dense_first}
+        init: Any = "random" if c.method in SCRATCH_METHODS else "dense"
+        layers: dict[str, Any] = {"exclude": c.exclude, "dense_first": c.dense_first, "rescale": c.rescale}
         sparsify(model, c.target(), c.distribution, c.patterns(), init=init, seed=c.seed, **layers)
         if init == "random" and hides_weights(self.initial_state):  # the others choose masks by the weights
             self._take_over_masks(model)
@@ -225,8 +225,16 @@ class Trainer:
         return sparsifier
 
     def _warn_of_untrained_weights(self) -> None:
-        """OMP, HYDRA and BiP prune what is trained; at initialization they have nothing to choose by."""
+        """OMP, HYDRA and BiP prune what is trained; at initialization they have nothing to choose by.
+
+        And where nothing normalizes, signals fade from layer to layer under a random mask.
+        """
         c = self.config
+        normalizes = any("Norm" in type(module).__name__ for module in self.model.modules())
+        if c.method in SCRATCH_METHODS and not (normalizes or c.rescale or c.pretrain_epochs or c.init_from):
+            logger.warning(
+                "%s has no normalization layers and may hardly learn under a sparse mask; try rescale", c.arch
+            )
         if c.method in ("omp", *TWO_PHASE_METHODS) and not c.pretrain_epochs and not c.init_from:
             logger.warning(
                 "method %s prunes a trained network, and this one is at its initialization; give init_from, or "
