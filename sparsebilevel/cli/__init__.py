@@ -256,7 +256,8 @@ def run_report(args: argparse.Namespace) -> None:
 def run_export(args: argparse.Namespace) -> None:
     from ..export import export_model
 
-    print(f"written: {export_model(args.run, args.output, args.format, client=args.client) or args.output}")
+    path = export_model(args.run, args.output, args.format, client=args.client)
+    print(f"written: {path}, {path.stat().st_size / 1e6:.3g} MB")
 
 
 def run_bench(args: argparse.Namespace) -> None:
