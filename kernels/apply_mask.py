@@ -129,14 +129,14 @@ class _Copy:
     def is_fresh(self, weight: Tensor, mask: Tensor) -> bool:
         return self.seen == _state(weight, mask)
 
-    def wrote(self, weight: Tensor, mask: Tensor) -> None:
-        """Say that the current stream has written ``mask * weight`` as it is now."""
+    def wrote(self, state: tuple) -> None:
+        """Say that the current stream has written ``mask * weight`` of this state."""
         stream = gpu.stream_id(self.tensor.device)
         if self.streams[:1] != [stream]:
             self.writer = gpu.stream(self.tensor.device)
             if self.streams and stream not in self.streams:
                 self.tensor.record_stream(self.writer)
-        self.seen, self.streams = _state(weight, mask), [stream]
+        self.seen, self.streams = state, [stream]
 
     def note_step(self, stream: int) -> None:
         """Say that an optimizer whose step ran on a stream may have changed the weight."""
@@ -277,7 +277,8 @@ def _refresh(asked: _Copy) -> None:
     """Make a copy again, and every other that the same step of an optimizer has put out of date."""
     device = asked.layout[0]
     stream = gpu.stream_id(device)
-    stale: dict[tuple, list[tuple[Tensor, Tensor, _Copy]]] = {}  # by what one launch takes
+    # By what one launch takes; the state of before, since another thread may change a weight meanwhile.
+    stale: dict[tuple, list[tuple[Tensor, Tensor, _Copy, tuple]]] = {}
     for copies in list(_copies.values()):
         for dtype, copy in copies.items():
             weight, mask = copy.weight(), copy.mask()
@@ -285,9 +286,10 @@ def _refresh(asked: _Copy) -> None:
                 continue
             if copy is not asked and not (copy.was_stepped(stream, weight, mask) and copy.is_of(weight, mask)):
                 continue
-            stale.setdefault((copy.is_plain, weight.dtype, dtype), []).append((weight, mask, copy))
+            found = weight, mask, copy, _state(weight, mask)
+            stale.setdefault((copy.is_plain, weight.dtype, dtype), []).append(found)
     for (is_plain, *_), group in stale.items():
-        weights, masks, copies_ = zip(*group, strict=True)
+        weights, masks, copies_, states = zip(*group, strict=True)
         outs = [copy.tensor for copy in copies_]
         if is_plain:
             elementwise().apply_mask(weights, masks, outs)
@@ -295,8 +297,8 @@ def _refresh(asked: _Copy) -> None:
             with torch.no_grad():
                 alike = [torch.empty_like(w, dtype=torch.bool).copy_(m) for w, m in zip(weights, masks, strict=True)]
             apply_mask(weights, alike, outs)
-        for weight, mask, copy in group:
-            copy.wrote(weight, mask)
+        for copy, state in zip(copies_, states, strict=True):
+            copy.wrote(state)
 
 
 def give_back(weight: Tensor, mask: Tensor) -> None:
@@ -319,5 +321,5 @@ def note_written(weight: Tensor, mask: Tensor, tensor: Tensor) -> None:
     with _lock:
         for copy in _copies.get(id(weight), _NO_COPIES).values():
             if copy.tensor is tensor:
-                copy.wrote(weight, mask)
+                copy.wrote(_state(weight, mask))
                 copy.written = True

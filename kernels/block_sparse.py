@@ -8,6 +8,7 @@ the device, have the same length whatever the mask is, and are kept until the ma
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -388,6 +389,7 @@ class _Seen(NamedTuple):
 # Of masks: what was seen, by the stream that looked. Each has its own: it makes lists when they are asked for, and has
 # their memory back when the mask has changed.
 _seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_lock = threading.Lock()  # of who goes through it, or adds to it
 
 
 def look(mask: Tensor, positions: Tensor | None = None) -> Occupancy | _Unkept | None:
@@ -481,15 +483,17 @@ def _look_again(asked: Tensor, stream: int) -> None:
 
     Those that others have seen, too, another may be changing just now.
     """
-    seen = [(mask, by_stream[stream]) for mask, by_stream in list(_seen.items()) if [*by_stream] == [stream]]
-    stale = [mask for mask, found in seen if found.state != _state(mask)]
-    masks = [asked, *(m for m in stale if m is not asked and m.device == asked.device and m.numel())]
-    surveys = [_survey(mask) for mask in masks]
-    counts = torch.stack([_tally(*survey, len(mask)) for mask, survey in zip(masks, surveys, strict=True)]).tolist()
-    for mask, survey, numbers in zip(masks, surveys, counts, strict=True):
-        by_stream = _seen.setdefault(mask, {})
-        by_stream.pop(stream, None)  # the latest is the last
-        by_stream[stream] = _Seen(_state(mask), Occupancy(*survey, len(mask), numbers), WeakTensorKeyDictionary())
+    with _lock:
+        seen = [(mask, by_stream[stream]) for mask, by_stream in _seen.items() if [*by_stream] == [stream]]
+        stale = [mask for mask, before in seen if before.state != _state(mask)]
+        masks = [asked, *(m for m in stale if m is not asked and m.device == asked.device and m.numel())]
+        states = [_state(mask) for mask in masks]  # of before, since another thread may change a mask meanwhile
+        surveys = [_survey(mask) for mask in masks]
+        counts = torch.stack([_tally(*survey, len(mask)) for mask, survey in zip(masks, surveys, strict=True)]).tolist()
+        for mask, state, survey, numbers in zip(masks, states, surveys, counts, strict=True):
+            found = _Seen(state, Occupancy(*survey, len(mask), numbers), WeakTensorKeyDictionary())
+            others = {number: kept for number, kept in _seen.get(mask, _NOTHING).items() if number != stream}
+            _seen[mask] = others | {stream: found}  # the latest is the last; at once, since others read without a lock
 
 
 def _look_beside(mask: Tensor, positions: Tensor, without: Occupancy) -> Occupancy:

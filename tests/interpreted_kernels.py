@@ -9,6 +9,7 @@ import functools
 import itertools
 import os
 import sys
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -519,6 +520,31 @@ def test_weights_that_another_stream_steps_are_left_to_it(launches, monkeypatch)
     use_stream(monkeypatch, second)
     assert torch.equal(compute_copy(weights[0], m, torch.float32), torch.where(m, weights[0], 0))
     assert launches == [1, 1]
+
+
+def test_what_another_thread_changes_meanwhile_is_not_taken_for_fresh(monkeypatch):
+    """The change comes between the launch and the note of what it was made from."""
+    w, m = torch.nn.Parameter(torch.randn(64, 64)), torch.rand(64, 64) < 0.5
+    changes = [lambda: w.detach().add_(1), lambda: m.zero_()]
+
+    def then_change(function):
+        def run(*given):
+            found = function(*given)
+            if changes:
+                changes.pop(0)()
+            return found
+
+        return run
+
+    with monkeypatch.context() as other:
+        other.setattr(triton_elementwise, "apply_mask", then_change(triton_elementwise.apply_mask))
+        compute_copy(w, m, torch.float32)
+    assert torch.equal(compute_copy(w, m, torch.float32), torch.where(m, w, 0))
+    with monkeypatch.context() as other:
+        other.setattr(block_sparse, "_survey", then_change(block_sparse._survey))
+        assert look(m).densities[32] == 1.0
+    assert look(m).densities[32] == 0.0
+    assert not changes
 
 
 def test_without_copies_kept(launches, monkeypatch):
@@ -1480,6 +1506,33 @@ def test_masks_that_changed_together_are_looked_at_together(monkeypatch):
     assert look(masks[0]).densities[32] == 1.0
     assert look(masks[1]).densities[32] == 1.0
     assert len(waits) == 3
+
+
+def test_threads_look_at_masks_side_by_side(monkeypatch):
+    monkeypatch.setattr(block_sparse, "occupied_tiles", reference.tiles_of)
+    shared, failed = [torch.rand(64, 64) < 0.5 for _ in range(3)], []
+
+    def work():
+        try:
+            for _ in range(60):
+                own = torch.ones(64, 64, dtype=torch.bool, device=DEVICE)
+                for mask in (own, *shared):
+                    torch.autograd.graph.increment_version(mask)
+                    assert look(mask).densities[32] == 1.0
+        except Exception as error:
+            failed.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert failed == []
 
 
 def test_each_stream_has_its_own_lists(monkeypatch):
