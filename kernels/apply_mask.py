@@ -309,6 +309,13 @@ def give_back(weight: Tensor, mask: Tensor) -> None:
             _copies[id(weight)] = {dtype: copy for dtype, copy in copies.items() if copy.is_of(weight, mask)}
 
 
+def forget_copies(weight: Tensor) -> None:
+    """Keep nothing of a weight, and hold no weak reference to it or to its mask."""
+    with _lock:
+        _copies.pop(id(weight), None)
+        _in_graphs.pop(weight, None)
+
+
 def kept_copy(weight: Tensor, mask: Tensor) -> Tensor | None:
     """A copy that is kept of a weight, for an optimizer that writes it in the same pass, and then says so."""
     with _lock:

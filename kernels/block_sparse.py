@@ -429,6 +429,12 @@ def look(mask: Tensor, positions: Tensor | None = None) -> Occupancy | _Unkept |
 _NOTHING: dict[Any, _Seen] = {}
 
 
+def forget_tiles(mask: Tensor) -> None:
+    """Forget what was seen of a mask, and hold no weak reference to it."""
+    with _lock:
+        _seen.pop(mask, None)
+
+
 def _look_unkept(mask: Tensor, positions: Tensor | None) -> _Unkept | None:
     """What forward and backward of a layer share in a graph; None if the mask dropped nothing, or was never seen."""
     by_stream, made = _seen.get(mask, _NOTHING), gpu.shared()

@@ -25,9 +25,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .kernels import PASSES, Backend, choose_backend, describe, gpu, make_grad_sink, masked_conv2d, masked_linear
-from .kernels.apply_mask import give_back
+from .kernels.apply_mask import forget_copies, give_back
 from .kernels.batch_norm import batch_norm_for_uses
-from .kernels.block_sparse import look
+from .kernels.block_sparse import forget_tiles, look
 from .kernels.dense import layer_weight
 from .kernels.dispatch import Structure, library_is_best, waits_for_host
 from .kernels.gpu_products import structure_of, window_of
@@ -277,7 +277,7 @@ class SparseMaskedModule(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         scores, was_meta = self._buffers.get("mask_scores"), self.mask.is_meta
-        self._let_go_of_weight()
+        self._let_go()
         super()._apply(fn, recurse)
         if was_meta and not self.mask.is_meta:  # to_empty: what is there now is whatever the memory held
             self._draw_first_mask()
@@ -299,10 +299,12 @@ class SparseMaskedModule(nn.Module):
         else:
             self.reset_mask()
 
-    def _let_go_of_weight(self) -> None:
+    def _let_go(self) -> None:
         """Torch swaps tensors, where it is told to, only if nobody holds a weak reference to them."""
         if torch.__future__.get_swap_module_params_on_conversion():
             _LAYERS.pop(self.weight, None)
+            forget_copies(self.weight)
+            forget_tiles(self.mask)
 
     def _refit_collection(self) -> None:
         """Follow the weight to another device or dtype, with what has been collected."""
@@ -332,7 +334,7 @@ class SparseMaskedModule(nn.Module):
             self.set_mask_scores(torch.zeros_like(self.weight, dtype=torch.float32))
         elif prefix + "mask_scores" not in state_dict and self.mask_scores is not None:
             state_dict[prefix + "mask_scores"] = self.mask_scores
-        self._let_go_of_weight()
+        self._let_go()
         super()._load_from_state_dict(state_dict, prefix, *args)
         _note_weight(self)
         self._refit_collection()  # assign=True may have put a weight of another device or dtype in place

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -111,7 +110,8 @@ class _Found:
 
     def __init__(self, pieces: Any | None, tensors: Sequence[Tensor]) -> None:
         self.pieces = pieces
-        self._tensors = [(weakref.ref(t), t.data_ptr()) for t in tensors]
+        # Held, not by weak references, with which torch swaps no tensors: but for masks the optimizer has them anyway.
+        self._tensors = [(t, t.data_ptr()) for t in tensors]
         self.remember(tensors)
 
     def remember(self, tensors: Iterable[Tensor]) -> None:
@@ -121,7 +121,7 @@ class _Found:
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the tensors, unchanged."""
         return [t._version for t in tensors] == self._versions and all(
-            ref() is t and address == t.data_ptr() for t, (ref, address) in zip(tensors, self._tensors, strict=True)
+            known is t and address == t.data_ptr() for t, (known, address) in zip(tensors, self._tensors, strict=True)
         )
 
 

@@ -882,6 +882,22 @@ def test_copies_follow_a_change_of_type():
     assert_close(other(x), sb.densify(other)(x))
 
 
+@pytest.mark.parametrize("pattern", ["unstructured", "block:4x4"])
+def test_conversions_that_swap_tensors(pattern):
+    """Torch refuses them while anybody holds a weak reference to weight or mask."""
+    model, other, x = small_model(pattern=pattern), small_model(pattern=pattern), torch.randn(2, 3, 4, 4)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model(x).sum().backward()
+        model.zero_grad()
+        model.load_state_dict(other.state_dict())
+        assert_close(model(x), sb.densify(other)(x))
+        model.double()
+        assert_close(model(x.double()), sb.densify(other).double()(x.double()), rtol=1e-4, atol=1e-5)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
 def test_copies_follow_a_mask_whose_order_changes():
     w, m = torch.nn.Parameter(torch.randn(6, 5, 3, 3)), torch.rand(6, 5, 3, 3) < 0.5
     compute_copy(w, m, torch.float32)

@@ -234,6 +234,23 @@ def test_copies_go_on_alike(duplicate, calls):
 
 
 @needs_extension
+def test_weights_are_swapped_between_steps(calls):
+    """As torch does where it is told to, unless somebody holds a weak reference to weight or mask."""
+    (model, optimizer, _), _ = pair("momentum")
+    train(model, optimizer, steps=3)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.zero_grad()
+        model.load_state_dict(before)
+        model.to(memory_format=torch.channels_last).float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    train(model, optimizer, steps=1, start=3)
+    assert len(calls) == 3
+
+
+@needs_extension
 def test_a_parameter_put_in_place_of_another(calls):
     (model, _, _), _ = pair("momentum")
     model[0].weight = nn.Parameter(model[0].weight.detach().clone())
