@@ -142,8 +142,11 @@ _steppers: WeakKeyDictionary[nn.Module, torch.optim.Optimizer | None] = WeakKeyD
 
 
 def step(module: nn.Module, x: Tensor, grad: Tensor) -> None:
-    """Forward and backward under autocast, with weights that count as new: as after a step of an optimizer."""
+    """Forward and backward under autocast; then weights count as new, as after a step of an optimizer."""
     parameters = list(module.parameters())
+    with torch.autocast(x.device.type, torch.bfloat16):
+        y = module(x)
+    y.backward(grad)
     torch.autograd.graph.increment_version(parameters)
     if module not in _steppers:
         is_sparse = any(True for _ in sb.sparse_layers(module))
@@ -151,9 +154,6 @@ def step(module: nn.Module, x: Tensor, grad: Tensor) -> None:
     if (optimizer := _steppers[module]) is not None:
         for hook in _global_optimizer_post_hooks.values():  # ours, which its step would run into
             hook(optimizer, (), {})
-    with torch.autocast(x.device.type, torch.bfloat16):
-        y = module(x)
-    y.backward(grad)
     x.grad = None
     for parameter in parameters:
         parameter.grad = None

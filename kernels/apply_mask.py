@@ -236,6 +236,8 @@ def _watch_optimizers() -> None:
         streams: dict[torch.device, int | None] = {}  # None while a graph is captured
         with _lock:
             for group in optimizer.param_groups:
+                # What torch steps otherwise than by fused kernels counts up, and without a gradient nothing is stepped.
+                counts = not group.get("fused") and type(optimizer).__module__.startswith("torch.optim.")
                 for weight in group["params"]:
                     device = weight.device
                     if device not in streams:
@@ -246,7 +248,7 @@ def _watch_optimizers() -> None:
                         _in_graphs[weight] = True
                         continue
                     copies = _copies.get(id(weight))
-                    if copies is None:
+                    if copies is None or (counts and weight.grad is None):
                         continue
                     for copy in copies.values():
                         copy.note_step(stream)

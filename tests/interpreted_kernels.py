@@ -522,6 +522,24 @@ def test_weights_that_another_stream_steps_are_left_to_it(launches, monkeypatch)
     assert launches == [1, 1]
 
 
+def test_weights_that_a_step_leaves_alone_keep_their_copies(launches):
+    """Autograd would refuse a backward pass of theirs that is still to come, since the copy was written to."""
+    one, other = (sb.SparseMaskedLinear(8, 4, sparsity=0.5) for _ in range(2))
+    optimizer = torch.optim.SGD([*one.parameters(), *other.parameters()], lr=0.1)
+    x = torch.randn(3, 8)
+    for layer in (one, other):
+        layer(x)
+    launches.clear()
+    y = one(x)
+    for _ in range(2):
+        optimizer.zero_grad()
+        other(x).sum().backward()
+        optimizer.step()
+    assert launches == [1]
+    y.sum().backward()
+    assert_close(one.weight.grad, x.sum(0).expand(4, 8) * one.mask)
+
+
 def test_what_another_thread_changes_meanwhile_is_not_taken_for_fresh(monkeypatch):
     """The change comes between the launch and the note of what it was made from."""
     w, m = torch.nn.Parameter(torch.randn(64, 64)), torch.rand(64, 64) < 0.5
