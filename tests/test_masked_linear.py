@@ -196,6 +196,17 @@ def test_mask_or_positions_changed_before_backward_are_noticed():
             y.sum().backward()
 
 
+def test_scores_may_change_before_backward():
+    """No value of theirs is read, as in ``w * (m + s - s.detach())``."""
+    x, w = torch.randn(3, 5, requires_grad=True), torch.randn(4, 5)
+    m, s = torch.rand(4, 5) < 0.5, torch.zeros(4, 5, requires_grad=True)
+    y = masked_linear(x, w, m, mask_scores=s)
+    with torch.no_grad():
+        s.add_(1)
+    y.sum().backward()
+    assert_close(s.grad, w * x.detach().sum(0))
+
+
 def test_forward_mode_is_refused_rather_than_dropped():
     x, w, m, b, _ = (t.detach() for t in operands())
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
