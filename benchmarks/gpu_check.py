@@ -29,9 +29,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 SHARDS = 12
-CHECK_S = (
-    240  # limit of each check: they run side by side, most of the time compiling, the longest took 153 on 16 cores
-)
+CHECK_S = 240  # limit of each check: they run side by side, and the longest took 153 on 16 cores
 STARTED = time.monotonic()
 
 
