@@ -579,9 +579,35 @@ def test_libsvm_files_are_read(tmp_path):
     assert problem.train.inputs.sum().item() == 120
     assert problem.train.targets.tolist() == [0, 1] * 30
     assert problem.maskable == 123 * 20
-    (tmp_path / "a9a").write_text("+1 three:1")
-    with pytest.raises(ValueError, match="damaged"):
-        make_problem("svm", "a9a", str(tmp_path), workers=1)
+    for text, reason in (("+1 three:1", "line 1"), ("+1 1:1\n-1 0:1", "line 2: feature 0"), ("", "it is empty")):
+        (tmp_path / "a9a").write_text(text)
+        with pytest.raises(ValueError, match=rf"a9a is damaged \({reason}"):
+            make_problem("svm", "a9a", str(tmp_path), workers=1)
+
+
+def test_damaged_files_are_named(tmp_path):
+    for name in ("covtype", "imdb", "glove"):
+        (tmp_path / name).mkdir()
+    columns = {name: np.arange(20) for name in ("wilderness", "soil", "label")} | {"num": np.ones((20, 10))}
+    words, vectors = np.array(["good", "sun"]), np.ones((3, 3), np.float32)
+    for file, arrays, reason in (
+        ("covtype/covtype.npz", {"num": columns["num"]}, "KeyError"),
+        ("covtype/covtype.npz", columns | {"label": np.arange(19)}, r"have \[20, 20, 20, 19\] rows"),
+        ("glove/glove.npz", {"vectors": vectors}, "StopIteration"),
+        ("glove/glove.npz", {"words": words, "vectors": vectors}, "2 words and 3 vectors"),
+    ):
+        np.savez(tmp_path / file, **arrays)
+        task, data = ("rnn", "sent140") if file.startswith("glove") else ("svm", "covtype")
+        with pytest.raises(ValueError, match=rf"{file} is damaged \(.*{reason}"):
+            make_problem(task, data, str(tmp_path))
+    whole = (tmp_path / "covtype" / "covtype.npz").read_bytes()
+    (tmp_path / "covtype" / "covtype.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"covtype.npz is damaged \(BadZipFile"):
+        make_problem("svm", "covtype", str(tmp_path))
+    for text, reason in (("1\tx", "IndexError"), ("7\t0\t0\tgood", "labels"), ("1\t0\t0\t!", "words"), ("", "words")):
+        (tmp_path / "imdb" / "imdb_train.tsv").write_text(text)
+        with pytest.raises(ValueError, match=rf"imdb_train.tsv is damaged \(.*{reason}"):
+            make_problem("svm", "imdb", str(tmp_path))
 
 
 def test_frequent_words_of_tweets_without_a_vector_get_one(tmp_path):

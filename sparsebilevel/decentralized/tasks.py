@@ -6,12 +6,13 @@ z = x ⊙ y in the place of its parameters.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import io
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -392,6 +393,17 @@ def _find(path: Path, name: str, source: str) -> Path:
     return path / name
 
 
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Whatever goes wrong inside names the file: one that is damaged can raise nearly anything."""
+    try:
+        yield
+    except OSError:  # names it
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+
+
 def _a9a(path: Path) -> Read:
     source = "https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/binary.html"
     train, test = (_read_libsvm(_find(path, name, source), 123) for name in ("a9a", "a9a.t"))
@@ -399,18 +411,24 @@ def _a9a(path: Path) -> Read:
 
 
 def _read_libsvm(path: Path, features: int) -> Samples:
-    lines = path.read_text().splitlines()
+    with _reading(path):
+        lines = path.read_text().splitlines()
+    if not lines:
+        raise ValueError(f"{path} is damaged (it is empty)")
     inputs, targets = torch.zeros(len(lines), features, dtype=torch.uint8), torch.zeros(len(lines), dtype=torch.int64)
     rows, columns = [], []
-    try:
-        for i, line in enumerate(lines):
+    for i, line in enumerate(lines):
+        try:
             label, *entries = line.split()
+            numbers = [int(entry.partition(":")[0]) for entry in entries]
             targets[i] = int(label) > 0
-            rows += [i] * len(entries)
-            columns += [int(entry.partition(":")[0]) - 1 for entry in entries]
-        inputs[rows, columns] = 1
-    except (ValueError, IndexError) as error:
-        raise ValueError(f"{path} is damaged (line {i + 1}: {error})") from None
+            if odd := [number for number in numbers if not 1 <= number <= features]:
+                raise ValueError(f"feature {odd[0]}, must be in 1..{features}")
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged (line {i + 1}: {error})") from None
+        rows += [i] * len(numbers)
+        columns += [number - 1 for number in numbers]
+    inputs[rows, columns] = 1
     return Samples(inputs, targets)
 
 
@@ -423,9 +441,12 @@ def _covtype(path: Path) -> Read:
             f"{folder}/covtype*.npz does not exist: arrays num [n, 10], wilderness [n], soil [n], label [n] of "
             "https://archive.ics.uci.edu/dataset/31/covertype"
         )
-    with np.load(files[0]) as arrays:
+    with _reading(files[0]), np.load(files[0]) as arrays:
         numbers, wilderness, soil, label = (torch.from_numpy(arrays[n].astype(np.int64))
                                             for n in ("num", "wilderness", "soil", "label"))  # fmt: skip
+        sizes = [len(column) for column in (numbers, wilderness, soil, label)]
+        if len(set(sizes)) > 1 or not sizes[0]:
+            raise ValueError(f"num, wilderness, soil and label have {sizes} rows")
     numbers = numbers.float()
     numbers = (numbers - numbers.mean(0)) / numbers.std(0)
     one_hot = [F.one_hot(column - column.min()).float() for column in (wilderness, soil)]
@@ -444,10 +465,14 @@ def _imdb(path: Path, words: int = 2000) -> Read:
     texts: list[list[set[str]]] = []
     labels: list[Tensor] = []
     for part in ("train", "test"):
-        rows = _find(path, f"imdb/imdb_{part}.tsv", source).read_text(encoding="utf-8").split("\n")
-        fields = [row.split("\t", 3) for row in rows if row]
-        labels.append(torch.tensor([int(f[0]) for f in fields]).clamp_min(0))
-        texts.append([set(_WORD.findall(f[3].lower())) for f in fields])
+        file = _find(path, f"imdb/imdb_{part}.tsv", source)
+        with _reading(file):
+            fields = [row.split("\t", 3) for row in file.read_text(encoding="utf-8").split("\n") if row]
+            targets = torch.tensor([int(f[0]) for f in fields])
+            texts.append([set(_WORD.findall(f[3].lower())) for f in fields])
+            if not any(texts[-1]) or targets.abs().max() > 1:
+                raise ValueError("it must have words, and labels -1, 0 and 1")
+            labels.append(targets.clamp_min(0))
     counts = Counter(word for text in texts[0] for word in sorted(text))
     number = {word: i for i, (word, _) in enumerate(counts.most_common(words))}
     out = []
@@ -477,10 +502,12 @@ def _read_sent140(path: Path, length: int = 24, frequent: int = 2000) -> tuple[T
     files = sorted((path / "glove").glob("*.npz"))
     if not files:
         raise FileNotFoundError(f"{path}/glove/*.npz does not exist: word vectors (arrays of words and of vectors)")
-    with np.load(files[0]) as arrays:
+    with _reading(files[0]), np.load(files[0]) as arrays:
         named = {name: arrays[name] for name in arrays.files}
-    vectors = torch.from_numpy(next(a for a in named.values() if a.ndim == 2 and a.dtype.kind == "f")).float()
-    words = [str(w) for w in next(a for a in named.values() if a.ndim == 1 and a.dtype.kind in "US")]
+        vectors = torch.from_numpy(next(a for a in named.values() if a.ndim == 2 and a.dtype.kind == "f")).float()
+        words = [str(w) for w in next(a for a in named.values() if a.ndim == 1 and a.dtype.kind in "US")]
+        if len(words) != len(vectors):
+            raise ValueError(f"it has {len(words)} words and {len(vectors)} vectors")
     tweets, targets = [], []
     for label, name in enumerate(("negative", "positive")):
         file = _find(path, f"sent140/{name}.txt", "http://help.sentiment140.com/for-students")
