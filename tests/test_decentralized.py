@@ -72,9 +72,13 @@ def test_graph_from_file(tmp_path):
         make_graph("file", 4, path=str(path))
     with pytest.raises(ValueError, match="outside 0..1"):
         make_graph("file", 2, path=str(path))
-    path.write_text("{}3")
-    with pytest.raises(ValueError, match="no list of edges"):
-        make_graph("file", 2, path=str(path))
+    for text in ("{}3", "[[0, 0.9]]"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="no list of edges"):
+            make_graph("file", 2, path=str(path))
+    for name in ("ring", "one-peer"):
+        with pytest.raises(ValueError, match=f"graph='{name}' reads no edges from .*expected graph='file'"):
+            make_topology(name, 2, path=str(path))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,12 +37,15 @@ def make_graph(name: str, size: int, *, probability: float = 0.5, seed: int = 0,
         path: of ``file``: JSON, a list of edges ``[[0, 1], ...]``.
 
     Raises:
-        ValueError: an unknown name, a size that the graph cannot have, or a graph that is not connected.
+        ValueError: an unknown name, a size that the graph cannot have, a path for another graph than ``file``, or a
+            graph that is not connected.
     """
     if size < 1:
         raise ValueError(f"size={size} is not allowed; expected at least 1 worker")
     if name not in GRAPHS:
         raise ValueError(f"graph={name!r} is not known; allowed: {', '.join(GRAPHS)}")
+    if name != "file" and path is not None:
+        raise ValueError(f"graph={name!r} reads no edges from {path!r}; expected graph='file'")
     if name == "file":
         if path is None:
             raise ValueError("graph='file' needs the path of a file with edges")
@@ -99,7 +103,7 @@ def _erdos_renyi(size: int, probability: float, seed: int) -> Tensor:
 
 def _read_edges(path: str, size: int) -> list[Edge]:
     try:
-        edges = [(int(i), int(j)) for i, j in json.loads(Path(path).read_text())]
+        edges = [(operator.index(i), operator.index(j)) for i, j in json.loads(Path(path).read_text())]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is no list of edges such as [[0, 1], [1, 2]]: {error}") from None
     for edge in edges:
@@ -218,8 +222,8 @@ def make_topology(
     matrix: Tensor | None = None,
 ) -> Topology:
     """The graph `make_graph` with the weights `mixing_matrix`, or with ``matrix``, which must fit it."""
-    if name == "one-peer" and matrix is None:
-        steps = [_adjacency(matching, size) for matching in _matchings(size)] or [make_graph("complete", size)]
-        return Topology([mixing_matrix(step, weights) for step in steps])
     adjacency = make_graph(name, size, probability=probability, seed=seed, path=path)
+    if name == "one-peer" and matrix is None:
+        steps = [_adjacency(matching, size) for matching in _matchings(size)] or [adjacency]
+        return Topology([mixing_matrix(step, weights) for step in steps])
     return Topology(mixing_matrix(adjacency, weights) if matrix is None else check_mixing_matrix(matrix, adjacency))
