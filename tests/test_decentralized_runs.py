@@ -421,6 +421,7 @@ def test_masks_that_differ_are_not_called_agreed():
     ("options", "match"),
     [
         ({"sparsity": 1.0}, "sparsity=1.0"),
+        ({"sparsity": 0.96}, "sparsity=0.96 is too high: it leaves none of 10 weights"),
         ({"mask": "soft"}, "mask='soft'"),
         ({"schedule": "step"}, "schedule='step'"),
         ({"initial_mask": "random"}, "initial_mask='random'"),
@@ -468,6 +469,38 @@ def test_parts_are_tensors_or_plain_sequences():
     assert all(torch.equal(a, b) for a, b in zip(plain.parts, parts, strict=True))
     z = problem.initial()
     assert plain.local_loss(1, z) == problem.local_loss(1, z)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"parts": [[0, 1], [-1]]}, r"parts\[1\] has -1..-1; expected positions in 0..7"),
+        ({"parts": [[0, 8], [1]]}, r"parts\[0\] has 0..8"),
+        ({"parts": [torch.ones(8, dtype=torch.bool)]}, r"parts\[0\] has True..True"),
+        ({"parts": [[0.5]]}, r"parts\[0\] has 0.5..0.5"),
+        ({"train": Samples(torch.zeros(8, 6), torch.zeros(3))}, "train has 8 inputs and 3 targets"),
+        ({"eval_samples": 0}, "eval_samples=0 is not allowed"),
+    ],
+)
+def test_bad_problems_are_refused(changes, match):
+    samples = Samples(torch.zeros(8, 6), torch.zeros(8, dtype=torch.int64))
+    given = {"train": samples, "parts": [[0, 1], [2]], "test": samples} | changes
+    with pytest.raises(ValueError, match=match):
+        Problem(Objective(nn.Linear(6, 3), nn.functional.cross_entropy), **given)
+
+
+@pytest.mark.parametrize("workers", [3, 5])
+def test_a_problem_has_a_part_for_each_worker(workers):
+    with pytest.raises(ValueError, match=f"problem has parts for 4 workers, gossip {workers}"):
+        make_run(workers=workers, problem=own_problem(nn.Linear(6, 3)))
+
+
+def test_no_round_comes_after_the_last():
+    run = make_run("d-sgd", problem=own_problem(nn.Linear(6, 3)), budget=1)
+    for _ in range(run.rounds):
+        run.round()
+    with pytest.raises(ValueError, match="the run is at its end"):
+        run.round()
 
 
 def test_frozen_parameters_stay():

@@ -137,6 +137,8 @@ class Settings:
         check_number("clip_at", self.clip_at, most=1 if self.clip == "mask" else math.inf, without_least=True)
         if self.mask != "dense" and not maskable:
             raise ValueError(f"mask={self.mask!r} is not allowed where no parameter has a mask; expected 'dense'")
+        if self.mask != "dense" and round(self.sparsity * maskable) == maskable:
+            raise ValueError(f"sparsity={self.sparsity!r} is too high: it leaves none of {maskable} weights")
         if self.hypergradient == "implicit" and self.implicit_scale is None and self.ridge == 0:
             raise ValueError("hypergradient='implicit' needs ridge > 0, or an implicit_scale")
 
@@ -203,8 +205,8 @@ class Decentralized:
         budget: sample gradients that a worker may compute on average; it fixes `rounds`.
 
     Raises:
-        ValueError: a setting or a budget that is not allowed, or no parameter has a mask and ``settings.mask`` is not
-            ``dense``.
+        ValueError: a setting or a budget that is not allowed, another number of workers in ``problem`` than in
+            ``gossip``, or no parameter has a mask and ``settings.mask`` is not ``dense``.
 
     Attributes:
         rounds: number of rounds of the run.
@@ -218,6 +220,8 @@ class Decentralized:
     def __init__(self, problem: Problem, gossip: Gossip, settings: Settings, budget: float) -> None:
         settings.validate(problem.maskable)
         check_number("budget", budget, without_least=True)
+        if len(problem.sizes) != gossip.comm.world_size:
+            raise ValueError(f"problem has parts for {len(problem.sizes)} workers, gossip {gossip.comm.world_size}")
         self.problem, self.gossip, self.settings = problem, gossip, settings
         s, self.size, self.maskable = settings, problem.size, problem.maskable
         self.kept = self.maskable - round(check_sparsity(s.sparsity) * self.maskable)
@@ -332,8 +336,10 @@ class Decentralized:
 
         Raises:
             CommunicationError: a neighbour does not answer, or those who are left are not connected any more.
-            ValueError: weights are no longer finite when a mask is made of them.
+            ValueError: weights are no longer finite when a mask is made of them, or the run is at its end.
         """
+        if self.done == self.rounds:
+            raise ValueError("the run is at its end")
         self._notice_losses()
         s = self.settings
         lr = s.lr * self._cosine(self.done, self.rounds)

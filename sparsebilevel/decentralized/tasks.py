@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .._checks import check_whole
 from ..data.datasets import IMAGE_SETS, read_digits
 from ..data.partition import PARTITIONS as PARTITIONS
 from ..data.partition import partition as partition
@@ -157,6 +158,10 @@ class Problem:
         eval_samples: at most so many of a worker's samples tell its loss in a report.
         prepare: makes the network's input of a batch of ``inputs``; default: uint8 becomes float32.
         device: where networks compute. Samples are drawn on the CPU, so that they do not depend on it.
+
+    Raises:
+        ValueError: inputs and targets that do not fit each other, positions that are not in ``train``, or a worker
+            without any.
     """
 
     def __init__(
@@ -169,13 +174,20 @@ class Problem:
         prepare: Prepare | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        for k, part in enumerate(parts):
+        check_whole("eval_samples", eval_samples, 1)
+        for name, samples in (("train", train), ("test", test)):
+            if len(samples.inputs) != len(samples.targets):
+                raise ValueError(f"{name} has {len(samples.inputs)} inputs and {len(samples.targets)} targets")
+        self.parts = [torch.as_tensor(part).cpu() for part in parts]
+        for k, part in enumerate(self.parts):
             if len(part) == 0:
                 raise ValueError(f"worker {k} has no samples; use fewer workers or another partition")
+            low, high = part.min().item(), part.max().item()
+            if part.dtype == torch.bool or part.is_floating_point() or low < 0 or high >= len(train):
+                raise ValueError(f"parts[{k}] has {low}..{high}; expected positions in 0..{len(train) - 1}")
         self.device = torch.device(device)
         objective.module.to(self.device)
         self.objective, self.train, self.test_set = objective, train.to(self.device), test.to(self.device)
-        self.parts = [torch.as_tensor(part).cpu() for part in parts]
         self.sizes = [len(part) for part in parts]
         self.mean_size = sum(self.sizes) / len(self.sizes)
         self.size, self.maskable = objective.size, objective.maskable
