@@ -271,6 +271,8 @@ def test_bad_names_and_options() -> None:
         (lambda data: data.train.iterate(-1), "epoch=-1: must be at least 0"),
         (lambda data: data.train.set_epoch(-1), "epoch=-1: must be at least 0"),
         (lambda data: data.train.subset([0, 100]), r"positions=0\.\.100: must be in 0\.\.99"),
+        (lambda data: data.train.subset(torch.ones(100, dtype=torch.bool)), "positions are torch.bool: must be whole"),
+        (lambda data: data.train.subset([0.5]), "positions are torch.float32: must be whole numbers"),
         (lambda data: data.train.subset([]), "no batch from 0 samples"),
         (lambda data: data.split("half"), "upper='half': must be 'same'"),
         (lambda data: data.split(0), "upper=0: must be a fraction between 0 and 1 or a count below the 100"),

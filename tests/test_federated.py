@@ -550,6 +550,16 @@ def test_a_gate_point_that_changes_the_function_is_refused():
         check_gate_points(Twice(), [GatePoint("a", "first", (), "second")], (1, 3, 3))
 
 
+def test_parts_are_tensors_or_plain_sequences():
+    data, parts, tests = make_data(train=80)
+    rows = [make_run(data=(data, *ways)).round() for ways in ((parts, tests), ([p.tolist() for p in parts], tests))]
+    assert rows[0] == rows[1]
+    with pytest.raises(ValueError, match=r"parts\[1\] is empty"):
+        make_run(data=(data, [parts[0], [], *parts[2:]], tests))
+    with pytest.raises(ValueError, match="positions are torch.bool: must be whole numbers"):
+        make_run(data=(data, [torch.ones(80, dtype=torch.bool), *parts[1:]], tests))
+
+
 def test_there_is_no_device_network_before_pruning():
     run = make_run()
     with pytest.raises(ValueError, match="not pruned yet: round 0 of phase train"):

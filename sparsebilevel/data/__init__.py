@@ -163,11 +163,16 @@ class Loader:
             drop_last: whether an incomplete last batch is left out.
 
         Raises:
-            ValueError: a position is outside 0..n-1, or not even one batch is left.
+            ValueError: a position is no whole number or outside 0..n-1, or not even one batch is left.
         """
         indices = self.indices
         if positions is not None:
-            chosen = torch.as_tensor(positions, dtype=torch.int64)
+            chosen = torch.as_tensor(positions)
+            if chosen.dtype == torch.bool or (chosen.is_floating_point() and chosen.numel()):
+                raise ValueError(
+                    f"positions are {chosen.dtype}: must be whole numbers (of a mask, mask.nonzero()[:, 0])"
+                )
+            chosen = chosen.long()
             if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < len(indices):
                 raise ValueError(
                     f"positions={int(chosen.min())}..{int(chosen.max())}: must be in 0..{len(indices) - 1}"

@@ -50,8 +50,8 @@ class Clients:
         model: the dense network; only its structure matters.
         points: its gate points.
         data: `load_data`'s; its training loader's augmentation is the clients'.
-        parts, test_parts: positions of each client's training and test samples. A process that answers for some
-            clients only can give the others anything, such as one sample.
+        parts, test_parts: positions of each client's training and test samples, tensors or plain sequences. A process
+            that answers for some clients only can give the others anything, such as one sample.
         budgets: kept fraction of T for each device, see `Federation`.
         settings: the server's.
         hypernetwork: the server's, for its structure; None where the method has none.
@@ -86,8 +86,8 @@ class Clients:
         model: nn.Module,
         points: Sequence[GatePoint],
         data: Data,
-        parts: Sequence[Tensor],
-        test_parts: Sequence[Tensor],
+        parts: Sequence[Tensor | Sequence[int]],
+        test_parts: Sequence[Tensor | Sequence[int]],
         budgets: Sequence[float],
         settings: Settings,
         hypernetwork: Hypernetwork | None = None,
@@ -96,12 +96,16 @@ class Clients:
         self.device = torch.device(device)
         self.settings, self.points, self.budgets = settings, list(points), list(budgets)
         self.costs = GateCosts(model, points, data.input_shape) if points else None
-        self.loaders = [self._loader(data.train, part, _ORDER, k) for k, part in enumerate(parts)]
+        own = [torch.as_tensor(part) for part in parts]
+        for k, part in enumerate(own):
+            if not len(part):
+                raise ValueError(f"parts[{k}] is empty; expected a training sample at least")
+        self.loaders = [self._loader(data.train, part, _ORDER, k) for k, part in enumerate(own)]
         self.hyper_loaders = [
-            self._loader(data.train, self._choose(part, k), _HYPER_ORDER, k) for k, part in enumerate(parts)
+            self._loader(data.train, self._choose(part, k), _HYPER_ORDER, k) for k, part in enumerate(own)
         ]
         self.tests = [data.test.subset(part) if len(part) else None for part in test_parts]
-        self.upper_loaders = [self._loader(data.train, part, _UPPER_ORDER, k) for k, part in enumerate(parts)]
+        self.upper_loaders = [self._loader(data.train, part, _UPPER_ORDER, k) for k, part in enumerate(own)]
         self.hyper = None if hypernetwork is None else FlatModule(copy.deepcopy(hypernetwork).to(self.device))
         network = copy.deepcopy(model).to(self.device)
         dense = MaskedModule(sparsify(network, init="dense")) if settings.unstructured else FlatModule(network)
