@@ -887,3 +887,14 @@ def test_a_folder_is_not_overwritten(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*COMMAND, "--output-dir", str(tmp_path)])
     assert "is not empty" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*COMMAND, "--output-dir", str(tmp_path / "notes" / "run")])
+    assert "notes/run' is not writable: Not a directory" in capsys.readouterr().err
+
+
+def test_a_damaged_config_is_named(tmp_path, capsys):
+    for content, reason in (("", "is not JSON"), ("[]", "holds a list; expected an object")):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(SystemExit):
+            main([*COMMAND, "--output-dir", str(tmp_path), "--resume"])
+        assert f"config.json {reason}" in capsys.readouterr().err

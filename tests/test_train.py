@@ -735,6 +735,18 @@ def test_an_empty_folder_of_the_user_stays_when_a_start_fails(tmp_path):
     assert tmp_path.exists()
 
 
+def test_a_damaged_config_is_named(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    for content, reason in (
+        (b"", "is not JSON"),
+        (b"\xff{}", "is not JSON"),
+        (b"[]", "holds a list; expected an object"),
+    ):
+        (run / "config.json").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"run/config\.json {reason}"):
+            train(make_config(run, resume=True))
+
+
 def test_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"output_dir=.*is not writable: Not a directory"):

@@ -20,6 +20,7 @@ from ..decentralized.gossip import Gossip
 from ..decentralized.graphs import Topology, make_topology
 from ..decentralized.tasks import TASK_SETTINGS, Problem, make_problem
 from ..training.checkpoint import load_checkpoint, save_checkpoint, write_text
+from ..training.config import read_json
 from ..training.runlog import open_folder, read_log
 from ..training.runtime import choose_device
 from .tables import text_table
@@ -138,7 +139,7 @@ def _open_folder(folder: Path, args: argparse.Namespace, workers: int) -> None:
 def _run_id(folder: Path) -> str | None:
     """Of the run in this folder; None on a machine that does not share it with worker 0."""
     written = folder / "config.json"
-    return json.loads(written.read_text()).get("run_id") if written.exists() else None
+    return read_json(written).get("run_id") if written.exists() else None
 
 
 def make_settings(name: str, args: argparse.Namespace) -> Settings:

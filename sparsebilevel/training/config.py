@@ -408,14 +408,19 @@ def read_config(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: no JSON object, or unknown fields.
     """
+    content = {k: v for k, v in read_json(path).items() if k not in ("versions", "resolved")}
+    return check_fields(content, str(path))
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file; raises ValueError, naming the file, if there is none."""
     try:
         content = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no text is one too
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected an object with the fields of a run")
-    content = {k: v for k, v in content.items() if k not in ("versions", "resolved")}
-    return check_fields(content, str(path))
+    return content
 
 
 def check_fields(values: dict[str, Any], where: str) -> dict[str, Any]:

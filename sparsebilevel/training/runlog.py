@@ -18,7 +18,7 @@ from torch import nn
 
 from ..nn import sparse_layers
 from .checkpoint import naming, remove_temporaries, write_text
-from .config import Config
+from .config import Config, read_json
 
 FILES = ("config.json", "log.jsonl", "checkpoint.pth", "best.pth")
 
@@ -38,11 +38,13 @@ def open_folder(
             take it for this run's.
 
     Raises:
-        ValueError: the folder is not empty, or ``resume`` finds a run of another configuration.
+        OSError: the folder is not writable.
+        ValueError: it is not empty, or ``resume`` finds a run of another configuration or a damaged one.
     """
+    check_writable(folder)
     path = folder / "config.json"
     if resume and path.exists():
-        before = json.loads(path.read_text())
+        before = read_json(path)
         odd = [name for name, value in config.items() if name not in free and before.get(name) != value]
         if odd:
             raise ValueError(
@@ -58,8 +60,16 @@ def open_folder(
     for pattern in (path.name, *written):
         place, slash, name = pattern.rpartition("/")
         remove_temporaries(folder, f"{place}{slash}.{name}.*")
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(config, indent=2) + "\n")
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder of a run; raise OSError, which names it as ``output_dir``, if nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"output_dir={str(folder)!r} is not writable: {error.strerror or error}") from None
 
 
 class RunFolder:
@@ -79,11 +89,7 @@ class RunFolder:
             OSError: the folder is not writable.
             ValueError: it is not empty, or holds a run of another configuration.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.path).close()
-        except OSError as error:
-            raise OSError(f"output_dir={str(self.path)!r} is not writable: {error.strerror or error}") from None
+        check_writable(self.path)
         if self.config.resume:
             self._check_same_config()
         elif not self.config.overwrite and any(self.path.iterdir()):
@@ -104,7 +110,7 @@ class RunFolder:
             if self.checkpoint.exists():
                 raise ValueError(f"{written} is missing, so that the run in {self.path} cannot be resumed")
             return
-        odd = self.config.differences(json.loads(written.read_text()))
+        odd = self.config.differences(read_json(written))
         if odd:
             listed = "; ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in odd.items())
             raise ValueError(f"resume: the run in {self.path} has another configuration ({listed})")
