@@ -178,6 +178,8 @@ def test_bad_input_is_one_line(arguments, message, capsys, tmp_path, monkeypatch
         ('{"epochs": "three"}', "epochs='three' is not allowed; expected int"),
         ('{"epochs": null}', "epochs=None is not allowed"),
         ('{"epochs": true}', "epochs=True is not allowed"),
+        ('{"exclude": "fc"}', "exclude='fc' is not allowed; expected a list of texts"),
+        ('{"layer_sparsity": [3]}', "layer_sparsity=(3,) is not allowed; expected a list of texts"),
     ],
 )
 def test_bad_config_file(content, message, capsys, tmp_path):
@@ -378,6 +380,9 @@ def test_bench_measures_the_masks_of_a_run(tmp_path, capsys):
     flags = ["--method", "omp", "--distribution", "global", *TINY]
     cli.main(["train", *flags, "--output-dir", str(tmp_path)])
     rows = next(row for row in read_log(tmp_path) if row["type"] == "layers")["layers"]
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["image_size"]  # as of a version that did not have the field yet
+    (tmp_path / "config.json").write_text(json.dumps(config))
     cli.main(["bench", str(tmp_path), "-b", "4"])
     table = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
     for row in rows:

@@ -107,13 +107,12 @@ def _from_name(name: str, num_classes: int, image_size: int | None) -> tuple[tor
 
 def _from_run(run: Path) -> tuple[torch.nn.Module, tuple[int, int, int], int]:
     state = load_checkpoint(run / "checkpoint.pth")
-    values: dict[str, Any] = read_config(run / "config.json")
+    c = Config(**read_config(run / "config.json"))  # with defaults for what runs of an older version lack
     if not masked_layers(state["model"]):
-        raise ValueError(f"the run in {run} has no masks; give the name of its model, {values['arch']}, and --sparsity")
-    options = {name: values[name] for name in ("image_size", "num_classes", "num_samples")}
-    data = load_data(values["data"], values["data_path"], batch_size=1, **options)
-    network = create_network(values["arch"], data.num_classes, data.input_shape)
-    c = Config(**values)
+        raise ValueError(f"the run in {run} has no masks; give the name of its model, {c.arch}, and --sparsity")
+    options: dict[str, Any] = {name: getattr(c, name) for name in ("image_size", "num_classes", "num_samples")}
+    data = load_data(c.data, c.data_path, batch_size=1, **options)
+    network = create_network(c.arch, data.num_classes, data.input_shape)
     sparsify(network, c.target(), c.distribution, c.patterns(), exclude=c.exclude, dense_first=c.dense_first)
     check_architecture(network, state["model"], run / "checkpoint.pth")
     load_masks(network, state["model"], run / "checkpoint.pth")  # with their counts, which the target need not have

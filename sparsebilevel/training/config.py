@@ -435,7 +435,9 @@ def check_fields(values: dict[str, Any], where: str) -> dict[str, Any]:
         value = tuple(value) if kind is tuple and isinstance(value, list) else value
         accepted: tuple[type, ...] = (int, float) if kind is float else (kind,)
         fits = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+        fits = fits and (kind is not tuple or all(isinstance(text, str) for text in value))
         if not fits and not (value is None and optional):
-            raise ValueError(f"{where}: {name}={value!r} is not allowed; expected {kind.__name__}")
+            expected = "a list of texts" if kind is tuple else kind.__name__
+            raise ValueError(f"{where}: {name}={value!r} is not allowed; expected {expected}")
         out[name] = value
     return out
