@@ -577,6 +577,14 @@ def test_resume_refuses_another_configuration(tmp_path):
     assert content == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
+def test_resume_refuses_an_edited_configuration(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"lr": 0.2}))
+    with pytest.raises(ckpt.CheckpointError, match=r"checkpoint.pth is of another configuration \(lr was 0.1, now 0.2"):
+        train(make_config(run, method="static", lr=0.2, resume=True))
+
+
 def test_resume_refuses_to_lose_a_log(tmp_path):
     train(make_config(tmp_path, method="static"))
     (tmp_path / "checkpoint.pth").unlink()

@@ -354,11 +354,14 @@ class Config:
             arguments["paper" if name == "rigl_paper" else name] = value
         return arguments
 
-    def differences(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Fields that change what is computed and differ from ``other``, a config as it was written to a file."""
-        mine, defaults = (json.loads(json.dumps(dataclasses.asdict(c))) for c in (self, Config()))
-        theirs = {k: other.get(k, defaults[k]) for k in mine}  # of a version that did not have the field yet
-        return {k: (theirs[k], v) for k, v in mine.items() if k not in RUN_FIELDS and theirs[k] != v}
+    def differences(self, other: Mapping[str, Any]) -> str:
+        """Fields that change what is computed and differ from ``other``, a config as files and checkpoints have it."""
+        mine, defaults, theirs = (
+            json.loads(json.dumps(fields)) for fields in (dataclasses.asdict(self), dataclasses.asdict(Config()), other)
+        )
+        theirs = defaults | theirs  # which may be of a version that did not have a field yet
+        odd = (name for name, value in mine.items() if name not in RUN_FIELDS and theirs[name] != value)
+        return "; ".join(f"{name} was {theirs[name]!r}, now {mine[name]!r}" for name in odd)
 
 
 def default_search_space(arch: str, sparsity: float) -> float:

@@ -460,6 +460,7 @@ class Trainer:
         path = self.folder.checkpoint
         lacking = {
             *self.STATE,
+            "config",
             "optimizer",
             "scaler",
             "sparsifier",
@@ -470,6 +471,9 @@ class Trainer:
         } - state.keys()
         if lacking:
             raise CheckpointError(f"checkpoint {path} is not of a training run (it lacks {', '.join(sorted(lacking))})")
+        # config.json alone does not tell: it may have been edited, and flags that are not given come from it.
+        if odd := self.config.differences(state["config"]):
+            raise CheckpointError(f"checkpoint {path} is of another configuration ({odd})")
         check_architecture(self.model, state["model"], path)
         if len(state["rng"]) != self.ranks.world:
             raise CheckpointError(f"checkpoint {path} is of {len(state['rng'])} processes, not of {self.ranks.world}")

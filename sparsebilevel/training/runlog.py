@@ -110,10 +110,8 @@ class RunFolder:
             if self.checkpoint.exists():
                 raise ValueError(f"{written} is missing, so that the run in {self.path} cannot be resumed")
             return
-        odd = self.config.differences(read_json(written))
-        if odd:
-            listed = "; ".join(f"{name} was {old!r}, now {new!r}" for name, (old, new) in odd.items())
-            raise ValueError(f"resume: the run in {self.path} has another configuration ({listed})")
+        if odd := self.config.differences(read_json(written)):
+            raise ValueError(f"resume: the run in {self.path} has another configuration ({odd})")
 
     def check_nothing_lost(self) -> None:
         """Before a resumed run without a checkpoint starts afresh: refuse if its log says that there was one."""
