@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 import struct
 import threading
@@ -23,6 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from ._checks import check_number, check_whole
 
 Outgoing = Mapping[int, Mapping[int, bytes]]
 Incoming = dict[int, dict[int, bytes]]
@@ -111,8 +112,7 @@ class LocalCommunicator(Communicator):
 
     def __init__(self, world_size: int) -> None:
         super().__init__()
-        if world_size < 1:
-            raise ValueError(f"world_size={world_size} is not allowed; expected at least 1")
+        check_whole("world_size", world_size, 1)
         self.world_size = world_size
         self.ranks = tuple(range(world_size))
 
@@ -200,8 +200,7 @@ class TorchCommunicator(Communicator):
         super().__init__()
         if on_failure not in ("error", "drop"):
             raise ValueError(f"on_failure={on_failure!r} is not known; allowed: error, drop")
-        if not 0 < timeout < math.inf:
-            raise ValueError(f"timeout={timeout!r} is not allowed; expected a finite number of seconds above 0")
+        check_number("timeout", timeout, without_least=True)
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r} is not known; allowed: {', '.join(BACKENDS)}")
         self.timeout, self.on_failure = timeout, on_failure

@@ -312,8 +312,9 @@ def test_bad_arguments_are_refused():
         TorchCommunicator([], on_failure="retry")
     with pytest.raises(ValueError, match="backend='mpi'"):
         TorchCommunicator([], backend="mpi")
-    for timeout in (0, math.inf, math.nan):
-        with pytest.raises(ValueError, match=f"timeout={timeout}"):
+    for timeout in (0, math.inf, math.nan, "60"):
+        with pytest.raises(ValueError, match=f"timeout={timeout!r}"):
             TorchCommunicator([], timeout=timeout)
-    with pytest.raises(ValueError, match="world_size=0"):
-        LocalCommunicator(0)
+    for size in (0, 1.5, None):
+        with pytest.raises(ValueError, match=f"world_size={size} is not allowed; expected a whole number, at least 1"):
+            LocalCommunicator(size)

@@ -86,6 +86,8 @@ def test_graph_from_file(tmp_path):
     [
         (lambda: make_graph("rings", 3), "graph='rings' is not known"),
         (lambda: make_graph("ring", 0), "size=0"),
+        (lambda: make_graph("ring", 2.5), "size=2.5 is not allowed; expected a whole number, at least 1"),
+        (lambda: Gossip(LocalCommunicator(3), make_topology("ring", 3), steps=1.5), "steps=1.5 is not allowed"),
         (lambda: make_graph("one-peer", 6), "power of two"),
         (lambda: make_graph("erdos-renyi", 4, probability=0), "probability=0"),
         (lambda: mixing_matrix(make_graph("ring", 3), "max"), "weights='max'"),

@@ -590,6 +590,7 @@ def test_partitions_give_every_sample_once(how):
         (lambda: make_problem("cnn"), "task='cnn'"),
         (lambda: make_problem("svm", "cifar10"), "data='cifar10' does not go with task='svm'"),
         (lambda: make_problem(hidden=0), "hidden=0 is not allowed"),
+        (lambda: make_problem(limit=9.5), "limit=9.5 is not allowed"),
         (lambda: Objective(nn.Linear(2, 2), hinge, ["fc.*"]), r"masked='fc.\*' fits no parameter"),
     ],
 )
@@ -848,7 +849,7 @@ def test_resume_leaves_no_checkpoints_of_another_course(tmp_path, capsys):
         (["--epochs", "inf"], "epochs=inf is not allowed; expected a finite number"),
         (["--evaluations", "inf"], "evaluations=inf is not allowed"),
         (["--evaluations", "nan"], "evaluations=nan is not allowed"),
-        (["--hidden", "-1"], "hidden=-1 is not allowed; expected at least 1"),
+        (["--hidden", "-1"], "hidden=-1 is not allowed; expected a whole number, at least 1"),
         (["--hidden", "0"], "hidden=0 is not allowed"),
         (["--lr", "-1"], "lr=-1.0 is not allowed"),
         (["--rho", "2"], "rho=2.0 is not allowed"),

@@ -564,8 +564,11 @@ def test_there_is_no_device_network_before_pruning():
     run = make_run()
     with pytest.raises(ValueError, match="not pruned yet: round 0 of phase train"):
         run.device_model(0)
-    with pytest.raises(ValueError, match=r"client=4 is not allowed; expected 0 to 3"):
-        run.device_model(4)
+    for client in (4, 1.0, "0"):
+        with pytest.raises(
+            ValueError, match=rf"client={client!r} is not allowed; expected a whole number, from 0 to 3"
+        ):
+            run.device_model(client)
 
 
 def test_clients_that_fail_are_left_out_and_counted():
@@ -683,6 +686,7 @@ def test_other_settings_are_refused():
         ({"hyper_start": 1.0}, "hyper_start=1.0"),
         ({"server_budget": 0.0}, "server_budget=0.0"),
         ({"sample": 5}, "sample=5 is not allowed; expected 1 to 4, the clients"),
+        ({"sample": 1.5}, "sample=1.5 is not allowed; expected a whole number"),
         ({"sample": 2, "min_clients": 3}, "min_clients=3 is not allowed; expected 1 to 2, the clients of a round"),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"temperature": float("inf")}, "temperature=inf is not allowed; expected a finite number above 0"),
@@ -778,7 +782,7 @@ def test_networks_of_a_run_are_loaded(method, tmp_path):
             assert float(accuracy) == pytest.approx(expected, abs=1.5 / len(part))
     server = load_network(tmp_path / method / "model.pth")
     assert count_costs(server, (1, 8, 8)).params_nonzero == result["params"]["server"]
-    with pytest.raises(ValueError, match=r"client=3 is not allowed; expected 0 to 2"):
+    with pytest.raises(ValueError, match=r"client=3 is not allowed; expected a whole number, from 0 to 2"):
         load_network(tmp_path / method, client=3)
     main(["export", str(tmp_path / method), "-o", str(tmp_path / "small.pth"), "--client", "2"])
     expected, found = densify(model).state_dict(), torch.load(tmp_path / "small.pth", weights_only=True)
@@ -795,7 +799,7 @@ def test_what_cannot_be_exported_of_a_run_is_said(tmp_path):
         export_model(tmp_path, output)
     with pytest.raises(ValueError, match="format='sliced' is not allowed for a federated run"):
         export_model(tmp_path / "dwnp", output, "sliced")
-    with pytest.raises(ValueError, match=r"client=9 is not allowed; expected 0 to 2"):
+    with pytest.raises(ValueError, match=r"client=9 is not allowed; expected a whole number, from 0 to 2"):
         export_model(tmp_path / "dwnp", output, client=9)
     saved = torch.load(tmp_path / "dwnp" / "model.pth", weights_only=True)
     del saved["input_shape"]  # as older versions wrote it

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .._checks import check_whole
 from ..comm import Communicator
 from ..kernels import pack, unpack
 from ..kernels.pack import Message
@@ -54,8 +55,7 @@ class Gossip:
     ) -> None:
         if topology.size != comm.world_size:
             raise ValueError(f"topology has {topology.size} workers, the communicator {comm.world_size}")
-        if steps < 1:
-            raise ValueError(f"steps={steps} is not allowed; expected at least 1")
+        check_whole("steps", steps, 1)
         if chebyshev and len(topology.matrices) > 1:
             raise ValueError("chebyshev=True needs a graph that does not change")
         if dtype not in (torch.float32, torch.bfloat16, torch.int8):

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .._checks import check_number
+from .._checks import check_number, check_whole
 
 GRAPHS = ("ring", "path", "torus", "complete", "star", "exponential", "one-peer", "erdos-renyi", "file")
 WEIGHTS = ("metropolis", "lazy")
@@ -40,8 +40,7 @@ def make_graph(name: str, size: int, *, probability: float = 0.5, seed: int = 0,
         ValueError: an unknown name, a size that the graph cannot have, a path for another graph than ``file``, or a
             graph that is not connected.
     """
-    if size < 1:
-        raise ValueError(f"size={size} is not allowed; expected at least 1 worker")
+    check_whole("size", size, 1)
     if name not in GRAPHS:
         raise ValueError(f"graph={name!r} is not known; allowed: {', '.join(GRAPHS)}")
     if name != "file" and path is not None:

@@ -341,8 +341,8 @@ def make_problem(
     if data not in TASK_DATA[task]:
         raise ValueError(f"data={data!r} does not go with task={task!r}; allowed: {', '.join(TASK_DATA[task])}")
     for name, value in (("limit", limit), ("hidden", hidden)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} is not allowed; expected at least 1")
+        if value is not None:
+            check_whole(name, value, 1)
     if init_from is not None and task != "resnet":
         raise ValueError(f"init_from={init_from!r} is for task='resnet', not {task!r}")
     path = Path(data_path)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_whole
 from .._slicing import cut_channels
 from ..models import create_model
 from ..nn import sparsify
@@ -316,8 +317,8 @@ def load_network(source: str | os.PathLike[str], client: int | None = None) -> n
     set_norm(model, saved["norm"], saved["standardize"])
     gates = saved.get("device_gates")
     clients = saved["clients"]
-    if client is not None and not 0 <= client < clients:
-        raise ValueError(f"client={client} is not allowed; expected 0 to {clients - 1}")
+    if client is not None:
+        check_whole("client", client, 0, clients - 1)
     points = [] if gates is None else find_gate_points(model)
     if gates is not None:
         model = slice_gates(model, points, saved["server_gates"])

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_whole
 from ..costs import count_costs
 from ..data import Data
 from ..kernels import PackError
@@ -560,8 +561,7 @@ class Federation:
         Raises:
             ValueError: no such client, or nothing is pruned yet.
         """
-        if not 0 <= client < self.clients:
-            raise ValueError(f"client={client} is not allowed; expected 0 to {self.clients - 1}")
+        check_whole("client", client, 0, self.clients - 1)
         cuts = self.pruner is None and "prune" in METHODS[self.settings.method]
         if cuts and self.gates is None:
             raise ValueError(

@@ -151,6 +151,9 @@ class Settings:
         check_number("temperature", self.temperature, without_least=True)
         for name, most in (("sample", clients), ("min_clients", self.sample or clients)):
             value = getattr(self, name)
-            if value is not None and not 1 <= value <= most:
+            if value is None:
+                continue
+            check_whole(name, value, 1)
+            if value > most:
                 whose = "the clients of a round" if name == "min_clients" else "the clients"
                 raise ValueError(f"{name}={value} is not allowed; expected 1 to {most}, {whose}")
