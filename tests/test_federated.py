@@ -508,6 +508,8 @@ def test_devices_train_by_themselves_in_the_end(method):
     ("changes", "budget", "message"),
     [
         ({}, 0.01, r"device_flops\[2\]=0.01 cannot be met; expected at least 0.0"),
+        ({}, 1.5, r"device_flops\[2\]=1.5 is not allowed; expected a number in \(0, 1\]"),
+        ({}, "0.5", r"device_flops\[2\]='0.5' is not allowed"),
         ({"server_budget": 0.02}, 0.5, r"server_flops=0.02 cannot be met; expected at least 0.0"),
     ],
 )

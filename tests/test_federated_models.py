@@ -277,6 +277,9 @@ def test_penalties():
     for near in (0.4951, 0.5, 0.5049):
         inside = torch.tensor(near, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.grad(budget_penalty(inside, 0.5, two_sided=True), inside)[0].item() == 0
+    for budget in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=rf"budget={budget} is not allowed; expected a number in \(0, 1\]"):
+            budget_penalty(ratio, budget)
 
 
 @settings(max_examples=40, deadline=None)
@@ -383,6 +386,8 @@ def test_gates_open_as_often_as_their_logits_say(noise, probability):
         assert set(drawn.unique().tolist()) == {0.0, 1.0}
         assert abs(drawn.mean().item() - probability(logit)) < 0.005
     assert_close(probability(open_threshold(noise)), 0.5)
+    with pytest.raises(ValueError, match="noise='normal' is not known; allowed: logistic, gumbel"):
+        open_threshold("normal")
 
 
 def test_hard_gates_have_the_gradient_of_soft_ones():

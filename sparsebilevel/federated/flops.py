@@ -169,10 +169,11 @@ def budget_penalty(ratio: Tensor, budget: float, two_sided: bool = False) -> Ten
 
     Args:
         ratio: T / total, scalar.
-        budget: fraction of the total.
+        budget: fraction of the total, in (0, 1].
         two_sided: the code's: a cost below the budget is penalized too, log(budget / ratio), and within 0.005 of it
             there is no gradient.
     """
+    check_number("budget", budget, most=1, without_least=True)
     if not two_sided:
         return torch.log(ratio.clamp(min=budget) / budget)
     if ratio > budget:

@@ -118,8 +118,7 @@ def sample_gates(
         hard: give 0 or 1, with the soft gate's gradient (straight through); False: the soft gate itself.
         generator: of the noise.
     """
-    if noise not in NOISES:
-        raise ValueError(f"noise={noise!r} is not known; allowed: {', '.join(NOISES)}")
+    _check_noise(noise)
     check_number("temperature", temperature, without_least=True)
     tiny = torch.finfo(logits.dtype).tiny
     where = logits.device if generator is None else generator.device  # a generator's numbers are the same everywhere
@@ -130,8 +129,14 @@ def sample_gates(
     return soft if not hard else (soft >= 0.5).to(soft.dtype) + (soft - soft.detach())
 
 
+def _check_noise(noise: str) -> None:
+    if noise not in NOISES:
+        raise ValueError(f"noise={noise!r} is not known; allowed: {', '.join(NOISES)}")
+
+
 def open_threshold(noise: str = "logistic") -> float:
     """The logit above which a drawn gate is more often open than closed: 0, or ln ln 2 for ``gumbel``."""
+    _check_noise(noise)
     return 0.0 if noise == "logistic" else math.log(math.log(2))
 
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_whole
+from .._checks import check_number, check_whole
 from ..costs import count_costs
 from ..data import Data
 from ..kernels import PackError
@@ -127,6 +127,7 @@ class Federation:
             wanted = {f"device_flops[{k}]": budget for k, budget in enumerate(budgets)}
             wanted |= {"server_flops": settings.server_budget} if settings.personal else {}
             for name, budget in wanted.items():
+                check_number(name, budget, most=1, without_least=True)
                 if budget < self.costs.least:
                     raise ValueError(
                         f"{name}={budget} cannot be met; expected at least {self.costs.least:.4f}, what one channel at "
