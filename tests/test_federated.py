@@ -810,6 +810,10 @@ def test_what_cannot_be_exported_of_a_run_is_said(tmp_path):
         export_model(tmp_path / "old.pth", tmp_path / "out.onnx", "onnx")
     assert not output.exists()
     export_model(tmp_path / "old.pth", output)
+    for change in ({"num_classes": 7}, {"device_gates": None}):
+        torch.save(saved | change, tmp_path / "odd.pth")
+        with pytest.raises(ValueError, match=r"odd.pth is of another architecture: .* of another shape: "):
+            export_model(tmp_path / "odd.pth", output, client=0)
 
 
 def test_the_command_goes_on_from_its_checkpoint(tmp_path):

@@ -22,7 +22,7 @@ from .._checks import check_whole
 from .._slicing import cut_channels
 from ..models import create_model
 from ..nn import sparsify
-from ..training.checkpoint import CheckpointError, load_checkpoint
+from ..training.checkpoint import CheckpointError, check_architecture, load_checkpoint
 
 NORMS = ("batch", "group")
 
@@ -323,6 +323,7 @@ def load_network(source: str | os.PathLike[str], client: int | None = None) -> n
     if gates is not None:
         model = slice_gates(model, points, saved["server_gates"])
     state: dict[str, Tensor] = saved["model"]
+    check_architecture(model, state, path)
     sparse = [key.removesuffix(".mask") for key in state if key.endswith(".mask")]
     if sparse:
         sparsify(model, 0.0, include=sparse, init="dense")
