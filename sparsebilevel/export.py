@@ -100,11 +100,10 @@ def export_model(
         shape = input_shape or _input_shape(config)
     _check_suffix(output, format)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
+    with naming(output), tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
         temporary = Path(folder) / output.name
-        with naming(output):
-            _WRITERS[format](model, config, torch.zeros(2, *(shape or ())), temporary)
-            os.replace(temporary, output)
+        _WRITERS[format](model, config, torch.zeros(2, *(shape or ())), temporary)
+        os.replace(temporary, output)
     return output
 
 
@@ -255,6 +254,8 @@ def load_sliced(path: str | os.PathLike[str]) -> nn.Module:
     if "config" not in checkpoint:
         raise CheckpointError(f"{path} has no 'config'; expected a file that `sparsebilevel export` wrote as 'sliced'")
     state = checkpoint["model"]
+    if masked_layers(state):
+        raise CheckpointError(f"{path} has masks; expected a file that `sparsebilevel export` wrote as 'sliced'")
     model = _create(checkpoint["config"], state)
     for name, module in model.named_modules():
         _resize(module, name, state)

@@ -384,6 +384,12 @@ def test_a_full_disk_is_an_error_of_the_system(name, run, tmp_path, monkeypatch)
         export_model(run()[0], tmp_path / name)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder in which nobody can write")
+def test_a_folder_that_cannot_be_written_to_names_the_output(run):
+    with pytest.raises(OSError, match=r": '/proc/x\.pth'"):
+        export_model(run()[0], "/proc/x.pth")
+
+
 def test_only_federated_runs_have_clients(run, tmp_path):
     folder, _ = run()
     with pytest.raises(ValueError, match=r"client=0 is not allowed: .* is not of a federated run"):
@@ -508,6 +514,8 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_lost(run, tmp_path):
     target.write_text("old")
     with pytest.raises(ValueError, match="format='tflite' is not known; allowed: dense"):
         export_model(folder, target, "tflite")
+    with pytest.raises(ValueError, match="has masks; expected a file that .* wrote as 'sliced'"):
+        load_sliced(folder / "checkpoint.pth")
     with pytest.raises(FileNotFoundError, match=r"nowhere"):
         export_model(tmp_path / "nowhere", target)
     with pytest.raises(ValueError, match="expected a file, and this is a folder"):
