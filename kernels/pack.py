@@ -7,6 +7,7 @@ where both sides have the mask. It is checked, checksum and sizes first, before 
 from __future__ import annotations
 
 import math
+import numbers
 import struct
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -155,8 +156,10 @@ def pack(
         raise PackError(f"format is {format!r}; allowed: auto, {', '.join(FORMATS)}")
     if dtype is not None and dtype not in _CODES:
         raise PackError(f"dtype is {dtype}; allowed: {_list(_CODES)}")
-    if not 0 <= block < 1 << 32:
-        raise PackError(f"block must be in [0, {(1 << 32) - 1}], got {block}")
+    if not isinstance(block, numbers.Integral) or not 0 <= block < 1 << 32:
+        raise PackError(f"block={block!r} is not allowed; expected a whole number, from 0 to {(1 << 32) - 1}")
+    if values is None:
+        raise TypeError("values is None; expected a tensor, a mapping of tensors or a model")
     named = not isinstance(values, Tensor)
     if isinstance(values, nn.Module) and mask is None:
         mask = values

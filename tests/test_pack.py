@@ -500,10 +500,14 @@ def test_refusals():
             pack(*arguments)
     with pytest.raises(PackError, match=r"dtype is torch.int32; allowed: float32, float16, bfloat16, int8"):
         pack(values, mask, dtype=torch.int32)
-    with pytest.raises(PackError, match=r"block must be in \[0, 4294967295\], got -1"):
-        pack(values, mask, block=-1)
-    with pytest.raises(TypeError, match=r"values is a list; expected a tensor, a mapping of tensors or a model"):
-        pack([1.0])
+    for block in (-1, 1.5, None):
+        with pytest.raises(
+            PackError, match=rf"block={block} is not allowed; expected a whole number, from 0 to 4294967"
+        ):
+            pack(values, mask, block=block)
+    for nothing in ([1.0], None):
+        with pytest.raises(TypeError, match=r"values is .*; expected a tensor, a mapping of tensors or a model"):
+            pack(nothing)
     with pytest.raises(TypeError, match=r"message is a str; expected bytes"):
         unpack("SBPK")
     message = pack(values, mask, "bitmap")
