@@ -821,7 +821,8 @@ def sparsify(
             ``global``, layers of different patterns apart) or ``dense`` (all ones; a method prunes later).
         rescale: scale the weights of each output so that those kept have the norm that all had, and signals keep their
             size (sparsity-aware initialization; Evci et al., AAAI 2022). For training from scratch: without it a deep
-            network that has no normalization layers learns slowly, or nothing.
+            network that has no normalization layers learns slowly, or nothing. It changes nothing with ``filter``,
+            which keeps all weights of an output or none.
         seed: of the random masks; None takes torch's global generator. Masks do not depend on the device. Under
             torch.distributed all ranks must draw the same ones, unless a method, which takes those of rank 0, follows.
             On the meta device masks are drawn, the same, when ``to_empty`` gives them memory.

@@ -222,6 +222,9 @@ def test_networks_without_normalization_need_rescale(tmp_path, caplog):
     caplog.clear()
     rescaled = train(make_config(tmp_path / "rescaled", **deep, rescale=True))
     assert rescaled["test_acc"] > plain["test_acc"] + 0.2
+    train(make_config(tmp_path / "filter", method="static", arch="mlp", pattern="filter", max_steps=1))
+    assert caplog.text.rstrip().endswith("may hardly learn under a sparse mask")
+    caplog.clear()
     train(make_config(tmp_path / "cnn", method="static", max_steps=1))
     train(make_config(tmp_path / "dense", method="dense", arch="mlp", max_steps=1))
     assert "no normalization" not in caplog.text

@@ -232,9 +232,8 @@ class Trainer:
         c = self.config
         normalizes = any("Norm" in type(module).__name__ for module in self.model.modules())
         if c.method in SCRATCH_METHODS and not (normalizes or c.rescale or c.pretrain_epochs or c.init_from):
-            logger.warning(
-                "%s has no normalization layers and may hardly learn under a sparse mask; try rescale", c.arch
-            )
+            advice = "" if c.pattern.startswith("filter") else "; try rescale"  # which scales no filter
+            logger.warning("%s has no normalization layers and may hardly learn under a sparse mask%s", c.arch, advice)
         if c.method in ("omp", *TWO_PHASE_METHODS) and not c.pretrain_epochs and not c.init_from:
             logger.warning(
                 "method %s prunes a trained network, and this one is at its initialization; give init_from, or "
