@@ -825,6 +825,7 @@ def sparsify(
             which keeps all weights of an output or none.
         seed: of the random masks; None takes torch's global generator. Masks do not depend on the device. Under
             torch.distributed all ranks must draw the same ones, unless a method, which takes those of rank 0, follows.
+            With ``rescale`` they must in any case where DDP has wrapped the model before, since weights differ then.
             On the meta device masks are drawn, the same, when ``to_empty`` gives them memory.
 
     Returns:
