@@ -793,6 +793,28 @@ def test_resume_leaves_out_a_line_that_was_cut_short(tmp_path):
     assert (tmp_path / "bilevel" / "model.pth").exists()
 
 
+def test_resume_of_a_complete_run_without_its_log_reports_the_end(tmp_path, capsys):
+    flags = ["--workers", "2", "--baselines", "--epochs", "3"]
+    main(command(tmp_path, *flags))
+    before = rows(tmp_path)
+    (tmp_path / "bilevel" / "log.jsonl").unlink()
+    main([flag for flag in command(tmp_path, *flags, "--resume") if flag != "--quiet"])
+    assert rows(tmp_path) == before[-1:]
+    assert f"{100 * before[-1]['test_acc']:.2f}" in capsys.readouterr().out
+
+
+def test_resume_keeps_a_log_that_is_damaged_before_its_end(tmp_path, capsys):
+    flags = ["--workers", "2", "--baselines", "--epochs", "3", "--reports", "9"]
+    main(command(tmp_path, *flags, "--max-rounds", "6"))
+    log = tmp_path / "bilevel" / "log.jsonl"
+    damaged = log.read_text().replace("{", "", 1)
+    log.write_text(damaged)
+    with pytest.raises(SystemExit):
+        main(command(tmp_path, *flags, "--resume"))
+    assert f"line 1 of {log} is damaged" in capsys.readouterr().err
+    assert log.read_text() == damaged
+
+
 def test_a_run_that_replaces_another_does_not_go_on_from_its_checkpoints(tmp_path):
     flags = ["--workers", "2", "--baselines", "--checkpoint-freq", "4"]
     main(command(tmp_path / "run", *flags, "--epochs", "3"))

@@ -199,17 +199,16 @@ def run_algorithm(
 
     def report() -> None:
         row = run.evaluate()
-        if row is not None:
+        if row is not None and not (rows and rows[-1]["round"] == row["round"]):
             rows.append(row)
             with log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             if not args.quiet:
                 print(_line(name, run.rounds, row), flush=True)
 
-    if run.done == 0:
+    # At the end nothing is left to do, but the network is asked for, and the figures if the log was lost.
+    if run.done == 0 or (run.done == run.rounds and not args.rejoin):
         report()
-    elif not args.rejoin and run.done == run.rounds:  # nothing is left to do, but the network is asked for
-        run.evaluate()
     while run.done < last:
         run.round()
         if run.done % every == 0 or run.done == run.rounds:

@@ -164,13 +164,24 @@ class RunFolder:
 
 
 def read_log(run: str | Path) -> list[dict[str, Any]]:
-    """All rows of a run's log; a last line cut short by a crash is left out."""
+    """All rows of a run's log; a last line cut short by a crash is left out.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged before its end. Whoever writes it anew would lose what follows.
+    """
+    path = Path(run) / "log.jsonl"
     rows = []
-    for line in (Path(run) / "log.jsonl").read_text().splitlines():
+    lines = path.read_text(errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
-            break
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        elif number < len(lines):
+            raise ValueError(f"line {number} of {path} is damaged: {line[:80]!r}")
     return rows
 
 
