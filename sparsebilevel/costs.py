@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
+from ._checks import check_number, check_whole
 from .kernels import describe, gpu, measurements
 from .layout import optimize_for_cpu
 from .methods.base import unwrap
@@ -290,6 +291,7 @@ def measure_step(
     batch_shape = tuple(batch_shape)
     if not batch_shape or min(batch_shape) < 1:
         raise ValueError(f"batch_shape={batch_shape}: must have a batch and only sizes of at least 1")
+    check_whole("num_classes", num_classes, 1)
     model = unwrap(model)
     weight = next(p for p in model.parameters() if p.is_floating_point())
     x = torch.linspace(-1, 1, math.prod(batch_shape), device=weight.device, dtype=weight.dtype).view(batch_shape)
@@ -500,8 +502,8 @@ def _interleave(
     runs: Mapping[str, Callable[[], None]], repeats: int, budget_s: float, device: torch.device
 ) -> tuple[dict[str, float], int]:
     """Medians in milliseconds of functions that take turns, with cold caches, and how often each ran."""
-    if repeats < 1:
-        raise ValueError(f"repeats={repeats}: must be at least 1")
+    check_whole("repeats", repeats, 1)
+    check_number("budget_s", budget_s)
 
     def timed(function: Callable[[], None]) -> float:
         if device.type == "cuda":

@@ -173,8 +173,9 @@ def test_measured_step():
     assert costs.measure_step(model, (8, 64), 10, repeats=10_000, budget_s=0.0)["repeats"] == 1
     with pytest.raises(ValueError, match="batch_shape"):
         costs.measure_step(model, (0, 64), 10)
-    with pytest.raises(ValueError, match="repeats=0"):
-        costs.measure_step(model, (8, 64), 10, repeats=0)
+    for name, value in (("repeats", 0), ("repeats", 1.5), ("num_classes", 0), ("num_classes", "10"), ("budget_s", -1)):
+        with pytest.raises(ValueError, match=f"{name}={value!r} is not allowed"):
+            costs.measure_step(model, (8, 64), **{"num_classes": 10, name: value})
 
 
 def test_measured_layers():
