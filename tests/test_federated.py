@@ -892,7 +892,7 @@ def test_a_run_goes_on_after_a_crash_at_any_place(tmp_path):
     assert without_times(read_rows(folder)) == without_times(rows)
 
 
-def test_a_folder_is_not_overwritten(tmp_path, capsys):
+def test_a_folder_is_not_overwritten(tmp_path, capsys, monkeypatch):
     (tmp_path / "notes").write_text("mine")
     with pytest.raises(SystemExit):
         main([*COMMAND, "--output-dir", str(tmp_path)])
@@ -900,6 +900,12 @@ def test_a_folder_is_not_overwritten(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*COMMAND, "--output-dir", str(tmp_path / "notes" / "run")])
     assert "notes/run' is not writable: Not a directory" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results.csv").write_text("mine")
+    with pytest.raises(SystemExit):
+        main([*COMMAND, "--output-dir", "", "--overwrite"])
+    assert "output_dir='' is not allowed" in capsys.readouterr().err
+    assert (tmp_path / "results.csv").read_text() == "mine"
 
 
 def test_a_damaged_config_is_named(tmp_path, capsys):

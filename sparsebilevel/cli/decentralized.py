@@ -133,7 +133,7 @@ def _open_folder(folder: Path, args: argparse.Namespace, workers: int) -> None:
     # Checkpoints bear it too: a worker that a run before this one has lost may still write.
     is_old = args.resume and (folder / "config.json").exists()
     config["run_id"] = _run_id(folder) if is_old else secrets.token_hex(8)
-    open_folder(folder, config, _RUN_FLAGS, args.resume, args.overwrite, _WRITTEN)
+    open_folder(args.output_dir, config, _RUN_FLAGS, args.resume, args.overwrite, _WRITTEN)
 
 
 def _run_id(folder: Path) -> str | None:

@@ -91,7 +91,7 @@ def _federated(args: argparse.Namespace, ranks: Ranks) -> dict[str, dict[str, An
         build(name)  # what is wrong with networks and budgets shows before the folder is touched
     folder = Path(args.output_dir)
     if ranks.is_main:
-        _open_folder(folder, args)
+        _open_folder(args)
         _write_facts(folder / "facts.json", settings, budgets, parts, tests)
     ranks.barrier()
     if settings.personal and max(budgets) > settings.server_budget:
@@ -159,9 +159,9 @@ def make_settings(args: argparse.Namespace) -> Settings:
     return Settings(**given, server_budget=args.server_flops)
 
 
-def _open_folder(folder: Path, args: argparse.Namespace) -> None:
+def _open_folder(args: argparse.Namespace) -> None:
     config = {k: v for k, v in vars(args).items() if k not in ("command", "traceback")}
-    open_folder(folder, config, _RUN_FLAGS, args.resume, args.overwrite, _WRITTEN)
+    open_folder(args.output_dir, config, _RUN_FLAGS, args.resume, args.overwrite, _WRITTEN)
 
 
 def _write_facts(

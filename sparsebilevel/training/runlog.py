@@ -24,12 +24,17 @@ FILES = ("config.json", "log.jsonl", "checkpoint.pth", "best.pth")
 
 
 def open_folder(
-    folder: Path, config: Mapping[str, Any], free: Container[str], resume: bool, overwrite: bool, written: Sequence[str]
+    output_dir: str,
+    config: Mapping[str, Any],
+    free: Container[str],
+    resume: bool,
+    overwrite: bool,
+    written: Sequence[str],
 ) -> None:
     """Make the folder of a command's run and write its ``config.json``; `RunFolder` is that of ``train``.
 
     Args:
-        folder: where to.
+        output_dir: where to.
         config: what the run is, in values that JSON has.
         free: names in it that may differ when a run is resumed.
         resume: continue the run that is there, if there is one.
@@ -41,6 +46,9 @@ def open_folder(
         OSError: the folder is not writable.
         ValueError: it is not empty, or ``resume`` finds a run of another configuration or a damaged one.
     """
+    if not output_dir:  # which would be the current folder, and `overwrite` removes a run from it
+        raise ValueError("output_dir='' is not allowed; expected a text that is not empty")
+    folder = Path(output_dir)
     check_writable(folder)
     path = folder / "config.json"
     if resume and path.exists():
