@@ -146,10 +146,11 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, mask, positions = ctx.saved_tensors
+    scores, sink = ctx.asking
     need_input, need_weight, _, need_bias, need_scores, need_sink, _ = ctx.needs_input_grad
     needs = Needs(need_input, need_weight and not ctx.sink_is_weight, need_scores, need_sink, need_bias)
     if is_left_to_torch(grad_output):
-        z = dense.differentiable_weight(weight, mask, *ctx.asking, positions, input.dtype, ctx.sink_is_weight)
+        z = dense.differentiable_weight(weight, mask, scores, sink, positions, input.dtype, ctx.sink_is_weight)
         grads = _dense_backward(grad_output, input, weight, mask, positions, needs, z=z)
     else:
         operands = grad_output, input, weight, mask
