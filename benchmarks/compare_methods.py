@@ -5,9 +5,11 @@ OMP, IMP, HYDRA and BiP start from that dense network and get as many epochs aga
 Topology changes are scaled to the short run so that each method makes as many as its paper does in a full one.
 
     python benchmarks/compare_methods.py --data-path .data --output-dir runs/compare
+    python benchmarks/compare_methods.py --data-path .data --output-dir runs/compare98 --sparsity 0.98 --epochs 10 \
+        --methods static set rigl rigl-19 bidst bidst-batch --name cifar10_methods_98
     python benchmarks/compare_methods.py --arch resnet32x2 --epochs 158 --batch-size 64 --device cuda ...
 
-The first writes results/cifar10_methods.json.
+The first writes results/cifar10_methods.json, the second results/cifar10_methods_98.json.
 
 Finished runs are kept and not repeated; an interrupted one is resumed.
 """
@@ -28,7 +30,7 @@ from sparsebilevel.training.loop import train
 
 # Topology changes of a full run: BiDST changes every 8 of 158 epochs; RigL and SET every 100 of 32 000 steps until 3/4.
 # "rigl-19" is the control: RigL with as many changes as BiDST, which leaves what it grows more steps to learn.
-# Two settings of BiDST, for `--methods`: a search space of 10 %, and the published factor of the implicit term.
+# "bidst-batch", for `--methods`, has the published factor of the implicit term.
 BIDST_CHANGES, RIGL_INTERVALS = 19, 320
 FROM_SCRATCH = ("dense", "static", "set", "rigl", "rigl-19", "bidst")
 FROM_DENSE = ("omp", "imp", "hydra", "bip")
@@ -41,8 +43,8 @@ def settings(method: str, epochs: int, steps: int) -> dict[str, Any]:
     if method == "rigl-19":
         return {"update_freq": str(round(0.75 * steps / (BIDST_CHANGES + 1))), "update_end": "0.75"}
     if method.startswith("bidst"):
-        variant = {"bidst-wide": {"search_space": 0.1}, "bidst-batch": {"lower_gradient": "batch"}}.get(method, {})
-        return {"update_freq": str(steps // (BIDST_CHANGES + 1) + 1), "update_end": "1.0"} | variant
+        factor = {"lower_gradient": "batch"} if method == "bidst-batch" else {}
+        return {"update_freq": str(steps // (BIDST_CHANGES + 1) + 1), "update_end": "1.0"} | factor
     if method == "imp":
         return {"levels": 3}
     if method == "hydra":
