@@ -96,8 +96,10 @@ def _held(
         first, second = 2 * row, 2 * row + 1
         if HAS_MEMBERS:
             first, second = tl.load(members + first), tl.load(members + second)
-        one = tl.load(occupied + first // REPEAT * stride_row + at, mask=(c < cols) & (first < height), other=0)
-        two = tl.load(occupied + second // REPEAT * stride_row + at, mask=(c < cols) & (second < height), other=0)
+        # Not (c < cols) & (first < height), of which the interpreter of Triton 3.9 makes no mask.
+        width, second_width = tl.where(first < height, cols, 0), tl.where(second < height, cols, 0)
+        one = tl.load(occupied + first // REPEAT * stride_row + at, mask=c < width, other=0)
+        two = tl.load(occupied + second // REPEAT * stride_row + at, mask=c < second_width, other=0)
         return (one != 0).to(tl.int32) + 2 * (two != 0).to(tl.int32)
     return (tl.load(occupied + row * stride_row + at, mask=c < cols, other=0) != 0).to(tl.int32)
 
