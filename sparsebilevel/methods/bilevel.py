@@ -14,7 +14,8 @@ Two properties decide how well this works with mini-batches, and set the default
 * The two factors of ``G * G`` belong to different levels: one says how the lower level's solution moves, the other how
   the upper level's loss takes it. Taken from one batch their product is ``mean(G)^2`` plus the variance of the
   mini-batch gradient, which drowns it. With ``lower_gradient="mean"`` the lower level's factor is a running mean over
-  *earlier* batches, and the noise of the two is independent.
+  *earlier* batches, and the noise of the two is independent. That is worth 3.8 points to BiDST on CIFAR-10 at 98 %; on
+  the digits, whose gradients have little noise, it costs 1.7 (README, "Measured").
 * Summed along training, the direct term is the movement of the weight: a gradient step changes ``theta^2 / 2`` by
   ``-lr * theta * G``, and with momentum by ``-lr / (1 - momentum) * theta * G`` in the mean. With that step size a
   score that starts at ``theta^2 / 2`` stays there, and the implicit term is a credit on what a weight will be worth.
