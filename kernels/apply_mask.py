@@ -235,9 +235,9 @@ def _watch_optimizers() -> None:
     def forget(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         streams: dict[torch.device, int | None] = {}  # None while a graph is captured
         with _lock:
+            # Torch's own write to no weight without a gradient, but for LBFGS, which counts the version up.
+            needs_gradient = type(optimizer).__module__.startswith("torch.optim.")
             for group in optimizer.param_groups:
-                # What torch steps otherwise than by fused kernels counts up, and without a gradient nothing is stepped.
-                counts = not group.get("fused") and type(optimizer).__module__.startswith("torch.optim.")
                 for weight in group["params"]:
                     device = weight.device
                     if device not in streams:
@@ -248,7 +248,7 @@ def _watch_optimizers() -> None:
                         _in_graphs[weight] = True
                         continue
                     copies = _copies.get(id(weight))
-                    if copies is None or (counts and weight.grad is None):
+                    if copies is None or (needs_gradient and weight.grad is None):
                         continue
                     for copy in copies.values():
                         copy.note_step(stream)

@@ -99,6 +99,7 @@ def save(device: torch.device, found: dict[str, dict[str, Any]]) -> None:
     """Add times to the file, and use them from now on."""
     global _saved
     file = path()
+    _load.cache_clear()  # another process may have written since
     kept = _load(file)
     merged = kept | {device_name(device): kept.get(device_name(device), {}) | found}
     file.parent.mkdir(parents=True, exist_ok=True)

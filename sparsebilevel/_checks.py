@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 LARGEST_WHOLE = 2**63 - 1  # that torch's integers hold
@@ -14,6 +15,12 @@ def check_whole(name: str, value: Any, least: int, most: int = LARGEST_WHOLE) ->
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not least <= int(value) <= most:
         limits = f"at least {least}" if most == LARGEST_WHOLE else f"from {least} to {most}"
         raise ValueError(f"{name}={value!r} is not allowed; expected a whole number, {limits}")
+
+
+def check_shape(name: str, value: Any, axes: str) -> None:
+    """Raise ValueError unless ``value`` is a sequence of whole numbers, at least 1; ``axes`` says of which."""
+    if not isinstance(value, Sequence) or not all(isinstance(v, numbers.Integral) and int(v) >= 1 for v in value):
+        raise ValueError(f"{name}={value!r} is not allowed; expected {axes}, whole numbers >= 1")
 
 
 def check_number(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
-from ._checks import check_number, check_whole
+from ._checks import check_number, check_shape, check_whole
 from .kernels import describe, gpu, measurements
 from .layout import optimize_for_cpu
 from .methods.base import unwrap
@@ -110,6 +110,7 @@ def count_costs(model: nn.Module, input_shape: Sequence[int], device: torch.devi
     Raises:
         ValueError: ``input_shape`` is not what the model takes (the model's own error is the cause).
     """
+    check_shape("input_shape", input_shape, "the shape of one sample such as (3, 224, 224)")
     model = unwrap(model)
     rows = _weight_rows(model)
     recorder = _forward_flops(model, input_shape, device)

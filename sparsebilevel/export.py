@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
+from ._checks import check_shape
 from ._slicing import slice_model
 from .federated import load_network as load_federated
 from .masks import NM
@@ -76,6 +77,8 @@ def export_model(
         ImportError: ``safetensors`` and ``onnx`` need ``pip install 'sparsebilevel[export]'``.
     """
     output = Path(output)
+    if input_shape is not None:
+        check_shape("input_shape", input_shape, "(C, H, W) of one sample")
     if format is not None and format not in _WRITERS:
         raise ValueError(f"format={format!r} is not known; allowed: {', '.join(FORMATS)}")
     if output.is_dir():

@@ -7,6 +7,7 @@ On a machine with a GPU, SPARSEBILEVEL_TEST_DEVICE=cuda runs the same tests of t
 import copy
 import functools
 import itertools
+import json
 import os
 import sys
 import threading
@@ -522,10 +523,11 @@ def test_weights_that_another_stream_steps_are_left_to_it(launches, monkeypatch)
     assert launches == [1, 1]
 
 
-def test_weights_that_a_step_leaves_alone_keep_their_copies(launches):
+@pytest.mark.parametrize("fused", [False, True])
+def test_weights_that_a_step_leaves_alone_keep_their_copies(fused, launches):
     """Autograd would refuse a backward pass of theirs that is still to come, since the copy was written to."""
     one, other = (sb.SparseMaskedLinear(8, 4, sparsity=0.5) for _ in range(2))
-    optimizer = torch.optim.SGD([*one.parameters(), *other.parameters()], lr=0.1)
+    optimizer = torch.optim.SGD([*one.parameters(), *other.parameters()], lr=0.1, fused=fused)
     x = torch.randn(3, 8)
     for layer in (one, other):
         layer(x)
@@ -1860,8 +1862,11 @@ def test_choices_without_and_with_measurements(monkeypatch, tmp_path):
     assert choose(half)[0].name == "block"
     assert choose(half)[0].estimate == pytest.approx(2 / 1.6)
     assert choose({32: 0.4})[0].name == "dense"  # 3.2 s
+    times = json.loads(measurements.path().read_text())
+    measurements.path().write_text(json.dumps(times | {"of another process": {}}))
     measurements.save(cpu, {name: entry | {"fused": 1.0}})
     assert choose(half)[0].name == "fused"
+    assert "of another process" in json.loads(measurements.path().read_text())
     monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "block")
     assert choose(half)[0].reason.startswith("forced")
     monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "nonsense")

@@ -73,6 +73,7 @@ def test_devices_of_no_weight_and_integers():
         ([{"w": torch.ones(2)}], [{"v": torch.ones(2)}], [1], r"masks \['v'\] do not fit"),
         ([{"w": torch.ones(3)}], [{}], [1], r"w has shape \[3\]; expected \[2\]"),
         ([{"w": torch.ones(2)}], [{"w": torch.ones(1, dtype=torch.bool)}], [1], r"w has shape \[1\]"),
+        ([{"w": torch.ones(2)}], [{"w": torch.ones(2)}], [1], "the mask of w has dtype torch.float32"),
     ],
 )
 def test_what_does_not_fit_is_refused(updates, masks, weights, match):

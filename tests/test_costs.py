@@ -152,6 +152,9 @@ def test_network_without_layers():
 def test_wrong_input_shape_is_named():
     with pytest.raises(ValueError, match=r"input_shape=\(4, 8, 8\).*Sequential"):
         costs.count_costs(create_model("digits_cnn"), (4, 8, 8))
+    for shape in (8, (1, 8, 8.0), (1, 0, 8), "188"):
+        with pytest.raises(ValueError, match=r"input_shape=.* is not allowed; expected the shape of one sample"):
+            costs.count_costs(create_model("digits_cnn"), shape)
 
 
 @pytest.mark.parametrize("name", ["vit_b_16", "swin_t", "mobilenet_v3_small", "inception_v3", "densenet121"])

@@ -619,6 +619,16 @@ def test_libsvm_files_are_read(tmp_path):
             make_problem("svm", "a9a", str(tmp_path), workers=1)
 
 
+def test_a_constant_column_stays_finite(tmp_path):
+    (tmp_path / "covtype").mkdir()
+    rest = {name: np.arange(20) % 4 for name in ("wilderness", "soil", "label")}
+    np.savez(tmp_path / "covtype" / "covtype.npz", num=np.arange(20)[:, None] * np.array([1, 0]), **rest)
+    inputs = make_problem("svm", "covtype", str(tmp_path), workers=2).train.inputs
+    assert inputs.isfinite().all()
+    assert inputs[:, 0].std() > 0.9
+    assert not inputs[:, 1].any()
+
+
 def test_damaged_files_are_named(tmp_path):
     for name in ("covtype", "imdb", "glove"):
         (tmp_path / name).mkdir()
@@ -688,6 +698,7 @@ def test_masks_reach_recurrent_weights():
 
 def test_dropout_masks_follow_from_the_key_and_norms_keep_their_statistics():
     net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2))
+    assert Objective(net, nn.functional.cross_entropy, "*.weight").masked_names == ["0.weight", "1.weight", "3.weight"]
     objective = Objective(net, nn.functional.cross_entropy)
     x, y, z = torch.randn(5, 6), torch.randint(2, (5,)), objective.flat()
     before = net[1].running_mean.clone()
@@ -807,12 +818,13 @@ def test_resume_keeps_a_log_that_is_damaged_before_its_end(tmp_path, capsys):
     flags = ["--workers", "2", "--baselines", "--epochs", "3", "--reports", "9"]
     main(command(tmp_path, *flags, "--max-rounds", "6"))
     log = tmp_path / "bilevel" / "log.jsonl"
-    damaged = log.read_text().replace("{", "", 1)
-    log.write_text(damaged)
-    with pytest.raises(SystemExit):
-        main(command(tmp_path, *flags, "--resume"))
-    assert f"line 1 of {log} is damaged" in capsys.readouterr().err
-    assert log.read_text() == damaged
+    whole = log.read_text()
+    for damaged in (whole.replace("{", "", 1), "{}\n" + whole):
+        log.write_text(damaged)
+        with pytest.raises(SystemExit):
+            main(command(tmp_path, *flags, "--resume"))
+        assert f"line 1 of {log} is damaged" in capsys.readouterr().err
+        assert log.read_text() == damaged
 
 
 def test_a_run_that_replaces_another_does_not_go_on_from_its_checkpoints(tmp_path):

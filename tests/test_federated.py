@@ -510,7 +510,7 @@ def test_devices_train_by_themselves_in_the_end(method):
         ({}, 0.01, r"device_flops\[2\]=0.01 cannot be met; expected at least 0.0"),
         ({}, 1.5, r"device_flops\[2\]=1.5 is not allowed; expected a number in \(0, 1\]"),
         ({}, "0.5", r"device_flops\[2\]='0.5' is not allowed"),
-        ({"server_budget": 0.02}, 0.5, r"server_flops=0.02 cannot be met; expected at least 0.0"),
+        ({"server_flops": 0.02}, 0.5, r"server_flops=0.02 cannot be met; expected at least 0.0"),
     ],
 )
 def test_budgets_that_cannot_be_met_are_refused_at_once(changes, budget, message):
@@ -686,7 +686,7 @@ def test_other_settings_are_refused():
         ({"epochs": 0}, "epochs=0"),
         ({"lr": float("nan")}, "lr=nan"),
         ({"hyper_start": 1.0}, "hyper_start=1.0"),
-        ({"server_budget": 0.0}, "server_budget=0.0"),
+        ({"server_flops": 0.0}, "server_flops=0.0"),
         ({"sample": 5}, "sample=5 is not allowed; expected 1 to 4, the clients"),
         ({"sample": 1.5}, "sample=1.5 is not allowed; expected a whole number"),
         ({"sample": 2, "min_clients": 3}, "min_clients=3 is not allowed; expected 1 to 2, the clients of a round"),
@@ -906,6 +906,17 @@ def test_a_folder_is_not_overwritten(tmp_path, capsys, monkeypatch):
         main([*COMMAND, "--output-dir", "", "--overwrite"])
     assert "output_dir='' is not allowed" in capsys.readouterr().err
     assert (tmp_path / "results.csv").read_text() == "mine"
+
+
+def test_resume_says_that_its_log_was_lost(tmp_path, capsys):
+    flags = [*(flag for flag in COMMAND if flag != "--quiet"), "--output-dir", str(tmp_path), "--checkpoint-freq", "1"]
+    main([*flags, "--max-rounds", "2"])
+    (log,) = tmp_path.glob("*/log.jsonl")
+    log.write_text(log.read_text().splitlines()[0] + "\n")
+    capsys.readouterr()
+    main([*flags, "--max-rounds", "3", "--resume"])
+    assert f"{log} lacks 1 of the 2 rounds done" in capsys.readouterr().out
+    assert [json.loads(line)["round"] for line in log.read_text().splitlines()] == [1, 3]
 
 
 def test_a_damaged_config_is_named(tmp_path, capsys):

@@ -191,7 +191,7 @@ def run_algorithm(
     if is_main:
         if not start:
             (folder / "model.pth").unlink(missing_ok=True)
-        kept = read_log(folder) if start and log.exists() else []
+        kept = read_log(folder, ("round",)) if start and log.exists() else []
         rows = [row for row in kept if row["round"] <= start]
         write_text(log, "".join(json.dumps(row) + "\n" for row in rows))
     every = max(1, run.rounds // args.reports)

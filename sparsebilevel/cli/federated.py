@@ -94,8 +94,8 @@ def _federated(args: argparse.Namespace, ranks: Ranks) -> dict[str, dict[str, An
         _open_folder(args)
         _write_facts(folder / "facts.json", settings, budgets, parts, tests)
     ranks.barrier()
-    if settings.personal and max(budgets) > settings.server_budget:
-        say(f"device_flops up to {max(budgets)} are above server_flops={settings.server_budget}: no device gets more")
+    if settings.personal and max(budgets) > settings.server_flops:
+        say(f"device_flops up to {max(budgets)} are above server_flops={settings.server_flops}: no device gets more")
     sizes = [len(part) for part in parts]
     say(f"{args.arch} on {args.data}: {args.clients} clients ({args.partition}), samples {sizes}")
     results, logs = {}, {}
@@ -156,7 +156,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
     """Those of the main method; what was not given is `Settings`'s own."""
     fields = {field.name for field in dataclasses.fields(Settings)}
     given = {k: v for k, v in vars(args).items() if k in fields and v is not None}
-    return Settings(**given, server_budget=args.server_flops)
+    return Settings(**given)
 
 
 def _open_folder(args: argparse.Namespace) -> None:
@@ -195,7 +195,9 @@ def run_method(
     rows: list[dict[str, Any]] = []
     if args.resume and checkpoint.exists():
         run.load_state_dict(load_checkpoint(checkpoint))
-        rows = [row for row in read_log(folder) if row["round"] <= run.done]
+        rows = [row for row in read_log(folder, ("type", "round")) if row["round"] <= run.done] if log.exists() else []
+        if lost := run.done - sum(row["type"] == "round" for row in rows):
+            say(f"{name}: {log} lacks {lost} of the {run.done} rounds done; the plots go without them")
     ranks.barrier()  # all have read what the first is about to change
     if rows and rows[-1]["type"] == "result" and (folder / "model.pth").exists():
         return rows
@@ -394,7 +396,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data-path", default=".data", help="where its files lie [%(default)s]")
     group.add_argument("--limit", type=int, help="use only so many training samples")
     group = parser.add_argument_group("budgets")
-    group.add_argument("--server-flops", type=float, default=0.8, help="kept part of T on the server [%(default)s]")
+    add(group, "server_flops", "kept part of T on the server")
     help = "on the devices: one number, one each with commas, or uniform:LOW:HIGH [%(default)s]"
     group.add_argument("--device-flops", default="0.5", help=help)
     add(group, "device_networks", "what devices train after pruning", choices=("masked", "sliced"))

@@ -65,10 +65,12 @@ class Objective:
     Args:
         module: its parameters are the initial weights.
         loss: ``loss(output, target)``, the mean over a batch.
-        masked: names or glob patterns of the parameters that have a mask; None: all with two or more dimensions.
+        masked: names or glob patterns of the parameters that have a mask, or one; None: all with two or more
+            dimensions.
     """
 
-    def __init__(self, module: nn.Module, loss: Loss, masked: Sequence[str] | None = None) -> None:
+    def __init__(self, module: nn.Module, loss: Loss, masked: str | Sequence[str] | None = None) -> None:
+        masked = [masked] if isinstance(masked, str) else masked
         parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not parameters:
             raise ValueError("module has no parameter that requires a gradient")
@@ -460,7 +462,8 @@ def _covtype(path: Path) -> Read:
         if len(set(sizes)) > 1 or not sizes[0]:
             raise ValueError(f"num, wilderness, soil and label have {sizes} rows")
     numbers = numbers.float()
-    numbers = (numbers - numbers.mean(0)) / numbers.std(0)
+    deviation = numbers.std(0)
+    numbers = (numbers - numbers.mean(0)) / deviation.where(deviation > 0, 1)  # of a column that is constant
     one_hot = [F.one_hot(column - column.min()).float() for column in (wilderness, soil)]
     inputs, targets = torch.cat([numbers, *one_hot], 1), (label == 2).long()
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))

@@ -30,7 +30,8 @@ def aggregate_masked(
         Tensors by name, of the dtypes of ``old``.
 
     Raises:
-        ValueError: the lists differ in length, a weight is out of range, or a name or shape differs from ``old``'s.
+        ValueError: the lists differ in length, a weight is out of range, a mask is not bool, or a name or shape differs
+            from ``old``'s.
     """
     if not len(updates) == len(masks) == len(weights):
         raise ValueError(f"{len(updates)} updates, {len(masks)} masks, {len(weights)} weights: must agree")
@@ -43,6 +44,9 @@ def aggregate_masked(
         for name, tensor in (*update.items(), *mask.items()):
             if tensor.shape != old[name].shape:
                 raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {list(old[name].shape)}, as in old")
+        for name, tensor in mask.items():
+            if tensor.dtype != torch.bool:
+                raise ValueError(f"the mask of {name} has dtype {tensor.dtype}; expected torch.bool")
     result = {}
     for name, before in old.items():
         total = torch.zeros(before.shape, dtype=torch.float64, device=before.device)

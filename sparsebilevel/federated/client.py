@@ -240,7 +240,7 @@ class Clients:
         with apply_gates(flat.module, self.points, merge_gates(server, used[1]) if s.personal else server):
             output = flat.module(x)
         loss = F.cross_entropy(output, y)
-        budget = s.server_budget if s.personal else min(self.budgets)
+        budget = s.server_flops if s.personal else min(self.budgets)
         penalties = {"server_penalty": budget_penalty(self.costs.ratio(hard[0]), budget, s.two_sided)}
         if s.personal:
             outer = hard[0].detach() if s.detach_server else hard[0]

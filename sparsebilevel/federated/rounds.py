@@ -125,7 +125,7 @@ class Federation:
         self.input_shape = tuple(input_shape)
         if self.costs is not None and settings.method != "fedavg":
             wanted = {f"device_flops[{k}]": budget for k, budget in enumerate(budgets)}
-            wanted |= {"server_flops": settings.server_budget} if settings.personal else {}
+            wanted |= {"server_flops": settings.server_flops} if settings.personal else {}
             for name, budget in wanted.items():
                 check_number(name, budget, most=1, without_least=True)
                 if budget < self.costs.least:
@@ -479,7 +479,7 @@ class Federation:
     # -- gates --------------------------------------------------------------------------------------------------------
 
     def _server_budget(self) -> float:
-        return self.settings.server_budget if self.settings.personal else min(self.budgets)
+        return self.settings.server_flops if self.settings.personal else min(self.budgets)
 
     def client_gates(self) -> Tensor | None:
         """Bool ``[clients, G]``, what each device has of the server's present network; None: all of it.

@@ -59,7 +59,7 @@ class Settings:
         detach_server: the devices' penalty does not push the server's gates (as in the code; else they sink with them).
         noise, temperature, soft: of the gates while the hypernetwork is trained, see `sample_gates`. The code has
             ``gumbel`` and soft gates in the loss.
-        server_budget: kept fraction of T on the server (p_s), for DWNP.
+        server_flops: kept fraction of T on the server (p_s), for DWNP.
         device_networks: what a device trains after pruning: the server's network with its other gates closed
             (``masked``, as DWNP's code), or its own ``sliced`` network. Then it gets, computes and sends only what it
             keeps, what it trains is what it will use, and an entry is averaged over the devices that have it.
@@ -103,7 +103,7 @@ class Settings:
     noise: str = "logistic"
     temperature: float = 0.4
     soft: bool = False
-    server_budget: float = 0.8
+    server_flops: float = 0.8
     device_networks: str = "masked"
     fill: bool = False
     sparsity: float = 0.9
@@ -146,7 +146,7 @@ class Settings:
             check_number(name, getattr(self, name))
         for name in ("momentum", "hyper_start", "sparsity", "search_space", "mask_start"):
             check_number(name, getattr(self, name), most=1, without_most=True)
-        for name in ("hyper_part", "server_budget"):
+        for name in ("hyper_part", "server_flops"):
             check_number(name, getattr(self, name), most=1, without_least=True)
         check_number("temperature", self.temperature, without_least=True)
         for name, most in (("sample", clients), ("min_clients", self.sample or clients)):

@@ -171,8 +171,8 @@ class RunFolder:
             self._board.close()
 
 
-def read_log(run: str | Path) -> list[dict[str, Any]]:
-    """All rows of a run's log; a last line cut short by a crash is left out.
+def read_log(run: str | Path, fields: tuple[str, ...] = ("type",)) -> list[dict[str, Any]]:
+    """All rows of a run's log, each with ``fields``; a last line cut short by a crash is left out.
 
     Raises:
         FileNotFoundError: there is none.
@@ -186,7 +186,7 @@ def read_log(run: str | Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             row = None
-        if isinstance(row, dict):
+        if isinstance(row, dict) and row.keys() >= set(fields):
             rows.append(row)
         elif number < len(lines):
             raise ValueError(f"line {number} of {path} is damaged: {line[:80]!r}")
