@@ -6,7 +6,7 @@ Topology changes are scaled to the short run so that each method makes as many a
 
     python benchmarks/compare_methods.py --data-path .data --output-dir runs/compare
     python benchmarks/compare_methods.py --data-path .data --output-dir runs/compare98 --sparsity 0.98 --epochs 10 \
-        --methods static set rigl rigl-19 bidst bidst-batch --name cifar10_methods_98
+        --methods static set rigl rigl-19 bidst bidst-batch bidst-20 --seeds 0 1 2 3 4 --name cifar10_methods_98
     python benchmarks/compare_methods.py --arch resnet32x2 --epochs 158 --batch-size 64 --device cuda ...
 
 The first writes results/cifar10_methods.json, the second results/cifar10_methods_98.json.
@@ -30,10 +30,11 @@ from sparsebilevel.training.loop import train
 
 # Topology changes of a full run: BiDST changes every 8 of 158 epochs; RigL and SET every 100 of 32 000 steps until 3/4.
 # "rigl-19" is the control: RigL with as many changes as BiDST, which leaves what it grows more steps to learn.
-# "bidst-batch", for `--methods`, has the published factor of the implicit term.
+# For `--methods`: "bidst-batch" has the published factor of the implicit term, "bidst-20" a search space of 20 %.
 BIDST_CHANGES, RIGL_INTERVALS = 19, 320
 FROM_SCRATCH = ("dense", "static", "set", "rigl", "rigl-19", "bidst")
 FROM_DENSE = ("omp", "imp", "hydra", "bip")
+BIDST_VARIANTS = {"bidst-batch": {"lower_gradient": "batch"}, "bidst-20": {"search_space": 0.2}}
 
 
 def settings(method: str, epochs: int, steps: int) -> dict[str, Any]:
@@ -43,8 +44,8 @@ def settings(method: str, epochs: int, steps: int) -> dict[str, Any]:
     if method == "rigl-19":
         return {"update_freq": str(round(0.75 * steps / (BIDST_CHANGES + 1))), "update_end": "0.75"}
     if method.startswith("bidst"):
-        factor = {"lower_gradient": "batch"} if method == "bidst-batch" else {}
-        return {"update_freq": str(steps // (BIDST_CHANGES + 1) + 1), "update_end": "1.0"} | factor
+        timing = {"update_freq": str(steps // (BIDST_CHANGES + 1) + 1), "update_end": "1.0"}
+        return timing | BIDST_VARIANTS.get(method, {})
     if method == "imp":
         return {"levels": 3}
     if method == "hydra":

@@ -173,6 +173,7 @@ def _modes() -> tuple[bool, ...]:
 
 
 _one_at_a_time = threading.RLock()  # tracers exchange methods of all modules
+_is_tracing = False  # in whichever thread; torch's own flag is, from 2.14 on, that of the thread alone
 
 
 class _Tracer(torch.fx.Tracer):
@@ -349,11 +350,16 @@ def _trace(model: nn.Module, reads: list[_Read], settled: dict[str, Any]) -> tor
     depends on; nothing else changes. Raises whatever a tracer meets in a forward,
     and ValueError where to run the graph again would not do what the forward does.
     """
+    global _is_tracing
     tracer, watch = _Tracer(), _Watch(model.modules())
     held = set(model.__dict__)
     try:
         with _one_at_a_time, _recording(model, reads):
-            graph = tracer.trace(model, concrete_args=dict(settled) or None)
+            was_tracing, _is_tracing = _is_tracing, True
+            try:
+                graph = tracer.trace(model, concrete_args=dict(settled) or None)
+            finally:
+                _is_tracing = was_tracing
         _forget(graph, settled)
         for node in graph.find_nodes(op="call_method", target="view"):
             # The maps may have other strides here than in the forward as it was written.
@@ -1017,9 +1023,10 @@ class _Graphs:
         """Whether there may be a plan for these arguments.
 
         Compilers, tracers, exporters, modes and hooks of all modules see the model as it was written, and so does what
-        the lines do not take; in channels_last each op decides for itself.
+        the lines do not take; in channels_last each op decides for itself. Threads do not wait for the trace of
+        another, which may wait for them.
         """
-        if native.watched() or torch.fx._symbolic_trace.is_fx_symbolic_tracing() or _has_global_hooks():
+        if native.watched() or _is_tracing or torch.fx._symbolic_trace.is_fx_symbolic_tracing() or _has_global_hooks():
             return False
         if self.layout != "lines":
             return True
