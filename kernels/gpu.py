@@ -55,6 +55,15 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
+def has_large_tiles(capability: tuple[int, int]) -> bool:
+    """Whether tensor cores multiply large tiles out of 227 KiB of shared memory, to which the hardware copies them.
+
+    Those of Hopper (9.x) and of Blackwell in data centres (10.x, 11.x) do; its other GPUs (12.x) are, to a kernel, like
+    Ada's (8.9), with 99 KiB.
+    """
+    return (9, 0) <= capability < (12, 0)
+
+
 @functools.cache
 def processors(device: torch.device) -> int:
     """How many multiprocessors the device has; some, of what is no GPU."""

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gpu import capability, launch
+from .gpu import capability, has_large_tiles, launch
 from .triton_matmul import block_c, precision, upcast
 
 # Pixels, and channels of the result; the registers of the addresses leave no room for more.
@@ -21,8 +21,8 @@ BLOCK_T, BLOCK_M = 128, 64
 
 
 def tile_pixels(capability: tuple[int, int]) -> int:
-    """Pixels of a tile: half as many before Hopper, where registers would spill."""
-    return BLOCK_T if capability >= (9, 0) else BLOCK_T // 2
+    """Pixels of a tile: half as many where registers would spill."""
+    return BLOCK_T if has_large_tiles(capability) else BLOCK_T // 2
 
 
 @triton.jit
@@ -200,7 +200,7 @@ def takes(weight: Tensor, *maps: Tensor) -> bool:
     """Whether all lie in channels_last, in numbers that 32 bits hold, and are multiplied as exactly as asked for."""
     # For sm_100 Triton 3.6 compiles these kernels to products of TF32 even where "ieee" asks for those of float32.
     is_exact = maps[-1].dtype == torch.float32 and precision(torch.float32) == "ieee"
-    if is_exact and capability(weight.device) >= (10, 0):
+    if is_exact and (10, 0) <= capability(weight.device) < (12, 0):
         return False
     tensors = (weight, *maps)
     return weight.numel() < 1 << 31 and all(

@@ -259,9 +259,10 @@ def upcast() -> bool:
 
 
 def operand(matrix: Tensor, rows: int, cols: int) -> tuple[Tensor | TensorDescriptor, bool]:
-    """What a kernel gets to load tiles ``[rows, cols]`` of a matrix: a descriptor where the hardware copies tiles."""
+    """What a kernel gets to load tiles ``[rows, cols]`` of a matrix: a descriptor where large ones are used."""
     aligned = matrix.data_ptr() % 16 == 0 and matrix.shape[1] * matrix.itemsize % 16 == 0
-    if gpu.capability(matrix.device) >= (9, 0) and aligned and matrix.numel() and matrix.itemsize == 2:
+    has_large_tiles = gpu.has_large_tiles(gpu.capability(matrix.device))
+    if has_large_tiles and aligned and matrix.numel() and matrix.itemsize == 2:
         # Not from_tensor: of a single row the stride may be anything, which it would refuse.
         return TensorDescriptor(matrix, matrix.shape, [matrix.shape[1], 1], [rows, cols]), True
     return matrix, False
@@ -330,8 +331,8 @@ def masked_matmul(
 
 
 def weight_tile(capability: tuple[int, int]) -> int:
-    """Columns of a tile of the weight gradient: half as many before Hopper, where the sums would spill."""
-    return BLOCK_M if capability >= (9, 0) else BLOCK_M // 2
+    """Columns of a tile of the weight gradient: half as many where the sums would spill."""
+    return BLOCK_M if gpu.has_large_tiles(capability) else BLOCK_M // 2
 
 
 def grad_stages(is_descriptor: bool) -> int:

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-MOST_SHARED = {80: 166912, 90: 232448, 100: 232448}
+MOST_SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 """Bytes of shared memory a block may have, by compute capability."""
 
 

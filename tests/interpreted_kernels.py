@@ -1291,6 +1291,10 @@ def test_descriptors_load_what_pointers_do(monkeypatch):
     assert not triton_matmul.operands((x[:, :3].contiguous(), 16, 64))[1]
     row = torch.randn(1, 67).bfloat16()[:, :64]  # contiguous, with a stride that is no multiple of 16 bytes
     close(triton_matmul.masked_matmul(row, w, m), row.float() @ z.t())
+    for capability in ((8, 0), (8, 9), (12, 0)):  # the last has descriptors, but no room for tiles that use them
+        monkeypatch.setattr(gpu, "capability", lambda device, capability=capability: capability)
+        assert not triton_matmul.operands((x, 16, 64))[1]
+        assert triton_matmul.weight_tile(capability) < triton_matmul.weight_tile((10, 0))
 
 
 def test_float32_is_multiplied_as_torch_is_told():

@@ -313,6 +313,7 @@ KERNELS = {
         255,
         (TENSOR_CORES,),
     ),
+    "block_weight_grad_128": _block_grad(128),
     "block_weight_grad_64": _block_grad(64),
     "block_weight_grad_32": _block_grad(32),  # HGMMA takes 64 rows
     "block_weight_grad_128_split_descriptor": _block_grad(128, descriptor=True, splits=2),
@@ -349,46 +350,41 @@ KERNELS |= {
     + ("block_conv2d_128", "block_conv2d_64_input_grad_stride_2", "block_conv2d_weight_grad_128")
 }
 
-# Of those the others are much alike.
+# What is always compiled, by compute capability: the others are much like these.
 FEW = {
-    "apply_mask",
-    "split_gradient",
-    "gather_support",
-    "adamw_step_scores",
-    "masked_matmul_descriptor",
-    "masked_matmul_input_grad",
+    90: """
+        apply_mask split_gradient gather_support adamw_step_scores occupied_tiles list_tiles_of_pairs
+        masked_matmul_descriptor masked_matmul_input_grad masked_matmul_16_rows_descriptor
+        weight_grad_split weight_grad_descriptor masked_conv2d conv2d_weight_grad
+        block_matmul_64_input_grad_descriptor block_weight_grad_64
+        block_conv2d_64_descriptor block_conv2d_64_input_grad_stride_2 block_conv2d_weight_grad_64_descriptor
+    """.split(),
+    120: ["weight_grad_split", "block_weight_grad_128"],
 }
-FEW |= {"weight_grad_split", "weight_grad_descriptor", "block_matmul_64_input_grad_descriptor", "block_weight_grad_64"}
-FEW |= {
-    "occupied_tiles",
-    "list_tiles_of_pairs",
-    "masked_conv2d",
-    "conv2d_weight_grad",
-    "masked_matmul_16_rows_descriptor",
-}
-FEW |= {"block_conv2d_64_descriptor", "block_conv2d_64_input_grad_stride_2", "block_conv2d_weight_grad_64_descriptor"}
+SPILLED = {("block_weight_grad_128", 120): 8}  # bytes; one register is stored and loaded once
 
 
 @pytest.mark.parametrize(
     ("name", "arch"),
     [
-        pytest.param(name, arch, marks=() if arch == 90 and name in FEW else pytest.mark.slow)
+        pytest.param(name, arch, marks=() if name in FEW.get(arch, ()) else pytest.mark.slow)
         for name in KERNELS
-        for arch in (80, 90, 100)
+        for arch in MOST_SHARED
     ],
 )
 def test_ahead_of_time(name, arch, tmp_path, monkeypatch):
-    if "descriptor" in name and arch < 90:
-        pytest.skip("the hardware has no descriptors")
+    capability = divmod(arch, 10)
+    if "descriptor" in name and not gpu.has_large_tiles(capability):
+        pytest.skip("descriptors are not used there")
     if "conv2d" in name and name.endswith("_float32") and arch == 100:
         pytest.skip("compiled to TF32: triton_conv2d.takes refuses float32 there")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = KERNELS[name]
     constants = dict(kernel.constants)
     if name.startswith("weight_grad"):
-        constants["BLOCK_K"] = triton_matmul.weight_tile((arch // 10, 0))
+        constants["BLOCK_K"] = triton_matmul.weight_tile(capability)
     elif name.startswith("masked_conv2d"):
-        constants["BLOCK_T"] = triton_conv2d.tile_pixels((arch // 10, 0))
+        constants["BLOCK_T"] = triton_conv2d.tile_pixels(capability)
     compiled = compile_kernel(kernel.kernel, arch, kernel.types, constants, **kernel.options)
     print(f"{name} sm_{arch}: {compiled.registers} registers, {compiled.stack} stack, {compiled.shared} shared")
     assert compiled.shared <= MOST_SHARED[arch]
@@ -398,8 +394,9 @@ def test_ahead_of_time(name, arch, tmp_path, monkeypatch):
         assert compiled.count("HGMMA")
     if GATED:
         assert compiled.registers <= kernel.most
-        assert compiled.stack == 0
-        assert not compiled.count(r"\b(LDL|STL)\b")
+        spilled = SPILLED.get((name, arch), 0)
+        assert compiled.stack == spilled
+        assert spilled or not compiled.count(r"\b(LDL|STL)\b")
 
 
 class Launches:
