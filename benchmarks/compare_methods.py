@@ -11,13 +11,12 @@ Topology changes are scaled to the short run so that each method makes as many a
 
 The first writes results/cifar10_methods.json, the second results/cifar10_methods_98.json.
 
-Finished runs are kept and not repeated; an interrupted one is resumed.
+Finished runs are kept and not repeated, and an interrupted one is resumed; runs of other settings are refused.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,7 @@ def main() -> None:
                 fields |= settings(method, args.epochs, steps)
             if method in FROM_DENSE:
                 fields["init_from"] = str(args.output_dir / f"dense-{seed}" / "checkpoint.pth")
-            result = finished(folder) or train(Config(**fields))
+            result = train(Config(**fields))
             rows[method].append(result)
             print(
                 f"seed {seed} {method:7} {100 * result['test_acc']:.2f} %  {result['time_total_s']:.0f} s", flush=True
@@ -95,15 +94,6 @@ def main() -> None:
     arguments = {k: v for k, v in vars(args).items() if k not in ("data_path", "output_dir", "name")}
     path = write_result(args.name, {"settings": arguments, "amp": args.amp, "figures": figures})
     print(table(figures), path, sep="\n")
-
-
-def finished(folder: Path) -> dict[str, Any] | None:
-    """Result row of a run that came to its end."""
-    log = folder / "log.jsonl"
-    if not log.exists():
-        return None
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    return rows[-1] if rows and rows[-1]["type"] == "result" else None
 
 
 def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:

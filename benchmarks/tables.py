@@ -3,6 +3,7 @@
 python benchmarks/tables.py step       # whole training steps: results/train_step.json
 python benchmarks/tables.py masks      # masks of the largest scores: results/binarize.json
 python benchmarks/tables.py layers     # single layers: results/masked_conv2d.json and masked_linear.json
+python benchmarks/tables.py small      # forward passes of few images: results/masked_conv2d.json
 """
 
 from __future__ import annotations
@@ -106,6 +107,19 @@ def layers() -> str:
     return markdown_table(header("forward + backward of a layer", convolutions), rows)
 
 
+def small() -> str:
+    """Forward passes of one image and of four, over the faster dense layout."""
+    figures = load("masked_conv2d")
+
+    def cell(layer: str, sparsity: str) -> str:
+        found = (figures[f"{layer}-b{batch}"][sparsity]["forward"]["sparse NHWC"]["speedup"] for batch in (1, 4))
+        return " / ".join(f"{speedup:.1f}" for speedup in found) + "x"
+
+    layers = [name.removesuffix("-b1") for name in figures if name.endswith("-b1")]
+    rows = [[layer, *(cell(layer, sparsity) for sparsity in figures[f"{layer}-b1"])] for layer in layers]
+    return markdown_table(header("forward of a layer, batch 1 / 4", figures), rows)
+
+
 def masks() -> str:
     """Milliseconds, of all cases that others take part in."""
     others = ["torch.topk", "torch.kthvalue", "numpy.partition", "read once"]
@@ -119,7 +133,7 @@ def masks() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = {"step": steps, "layers": layers, "masks": masks}
+    tables = {"step": steps, "layers": layers, "small": small, "masks": masks}
     parser.add_argument("table", choices=tables)
     print(tables[parser.parse_args().table]())
 
