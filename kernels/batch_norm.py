@@ -71,10 +71,6 @@ def _takes(
     )
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _rows(maps: Tensor) -> tuple[int, int, bool]:
     channels = maps.shape[1]
     return maps.numel() // channels, channels, maps.dtype == torch.bfloat16
@@ -101,11 +97,11 @@ def _forward(
     native.lib.batch_norm_nhwc_forward(
         _rows(input),
         input.data_ptr(),
-        _address(residual),
-        _address(weight),
-        _address(bias),
-        _address(running_mean),
-        _address(running_var),
+        native.address(residual),
+        native.address(weight),
+        native.address(bias),
+        native.address(running_mean),
+        native.address(running_var),
         momentum,
         eps,
         training,
@@ -196,11 +192,11 @@ def _backward(
         ctx.training,
         ctx.relu,
         grad.data_ptr(),
-        _address(more),
+        native.address(more),
         input.data_ptr(),
-        _address(out),
+        native.address(out),
         grad_input.data_ptr(),
-        _address(grad_residual),
+        native.address(grad_residual),
         vectors.data_ptr(),
         vectors.data_ptr() + 4 * input.shape[1],
         torch.get_num_threads(),

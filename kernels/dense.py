@@ -215,3 +215,35 @@ def _empty_like(tensor: Tensor) -> Tensor:
         return torch.empty_like(tensor)
     strides = torch.empty_like(tensor, device="meta").stride()
     return plans.empty(tensor.numel()).as_strided(tensor.shape, strides)
+
+
+def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    """Of a masked op: input, weight, mask, bias, scores, sink, positions, and what the product takes beside them."""
+    input, weight, mask, _bias, scores, sink, positions, *ctx.geometry = inputs
+    ctx.sink_is_weight = sink is weight
+    ctx.save_for_backward(input, weight, mask, positions)
+    ctx.asking = scores, None if ctx.sink_is_weight else sink  # not saved: of these no value is read, and it may change
+
+
+def backward_of(name: str, directly: Callable[..., Any], differentiably: Callable[..., Any]) -> Callable[..., Any]:
+    """Backward of a masked op: the op ``name``, or ``directly`` what it does, or by operators of torch."""
+
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, mask, positions = ctx.saved_tensors
+        scores, sink = ctx.asking
+        need_input, need_weight, _, need_bias, need_scores, need_sink = ctx.needs_input_grad[:6]
+        needs = Needs(need_input, need_weight and not ctx.sink_is_weight, need_scores, need_sink, need_bias)
+        operands = grad_output, input, weight, mask
+        grads: Any
+        if is_left_to_torch(grad_output):
+            z = differentiable_weight(weight, mask, scores, sink, positions, input.dtype, ctx.sink_is_weight)
+            grads = differentiably(*operands, positions, *ctx.geometry, needs, z=z)
+        else:
+            op = directly if runs_directly(*operands) else getattr(torch.ops.sparsebilevel, name)
+            given = iter(op(*operands, positions, *ctx.geometry, needs))
+            grads = [next(given) if need else None for need in needs]
+        grad_input, grad_weight, grad_scores, grad_sink, grad_bias = grads
+        rest = [None] * (1 + len(ctx.geometry))
+        return grad_input, grad_weight, None, grad_bias, grad_scores, grad_sink, *rest
+
+    return backward

@@ -95,6 +95,14 @@ _FLOPS_OF_OTHERS = 1.2e12, 0.6e12
 _MARGIN = 0.97
 
 
+def _forced() -> str:
+    """The backend that ``SPARSEBILEVEL_BACKEND`` names, or "auto"."""
+    forced = gpu.setting("SPARSEBILEVEL_BACKEND", "auto")
+    if forced not in ("auto", *BACKENDS):
+        raise ValueError(f"SPARSEBILEVEL_BACKEND={forced!r} is not known; allowed: auto, {', '.join(BACKENDS)}")
+    return forced
+
+
 def choose_product(
     product: str,
     dtype: torch.dtype,
@@ -118,9 +126,7 @@ def choose_product(
         window: of a convolution that is no product of matrices. Its kernels for tiles are chosen where they were
             measured to be faster than cuDNN, or forced.
     """
-    forced = gpu.setting("SPARSEBILEVEL_BACKEND", "auto")
-    if forced not in ("auto", *BACKENDS):
-        raise ValueError(f"SPARSEBILEVEL_BACKEND={forced!r} is not known; allowed: auto, {', '.join(BACKENDS)}")
+    forced = _forced()
     ours = gpu.available(device) and dtype in (torch.float32, torch.bfloat16, torch.float16)
     file = gpu.setting("SPARSEBILEVEL_MEASUREMENTS"), measurements.generation()
     return _choose_product(
@@ -173,7 +179,10 @@ def _choose_product(
             candidates.append((dense * cost, Backend("slice", reason), 0))
     library = "cuBLAS/cuDNN on m*theta"
     if not candidates:
-        why = "forced by SPARSEBILEVEL_BACKEND" if forced == "dense" else f"{library}; nothing else is faster, {how}"
+        why = f"{library}; nothing else is faster, {how}"
+        if forced != "auto":
+            why = "forced by SPARSEBILEVEL_BACKEND"
+            why = why if forced == "dense" else f"{library}; SPARSEBILEVEL_BACKEND={forced} cannot run here"
         return Backend("dense", why, 1.0), 0
     time, backend, block = min(candidates, key=lambda candidate: candidate[0])
     if forced == "auto" and time > _MARGIN * dense:
@@ -266,9 +275,7 @@ def choose_backend(
     Raises:
         ValueError: ``SPARSEBILEVEL_BACKEND`` names none; an unknown pass.
     """
-    forced = os.environ.get("SPARSEBILEVEL_BACKEND", "auto")
-    if forced not in ("auto", *BACKENDS):
-        raise ValueError(f"SPARSEBILEVEL_BACKEND={forced!r} is not known; allowed: auto, {', '.join(BACKENDS)}")
+    forced = _forced()
     passes = (passes,) if isinstance(passes, str) else tuple(passes)
     if not passes or not set(passes) <= set(PASSES):
         raise ValueError(f"passes={passes!r} is not known; allowed: {', '.join(PASSES)}")

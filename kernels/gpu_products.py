@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from . import block_sparse, cuda_weight_grad, dense, gpu
+from .block_sparse import Geometry
 from .dispatch import Backend, Structure, choose_product
 from .gradient import Needs
 from .measurements import Window
 
-Conv = block_sparse.Geometry
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -34,7 +34,7 @@ def structure_of(mask: Tensor, tiles: bool = True, positions: Tensor | None = No
     return Structure() if found is None else found.structure(tiles)
 
 
-def window_of(weight: Tensor, geometry: Conv) -> Window | None:
+def window_of(weight: Tensor, geometry: Geometry) -> Window | None:
     """What measurements and choices know a convolution by; None if it is a product of matrices."""
     (sy, sx), (py, px), (dy, dx), groups = geometry
     r, s = weight.shape[2:]
@@ -161,7 +161,7 @@ def _choose_conv(
     maps: Sequence[Tensor],
     weight: Tensor,
     mask: Tensor,
-    geometry: Conv,
+    geometry: Geometry,
     needs: Needs | None = None,
     positions: Tensor | None = None,
 ) -> tuple[str, int, bool, Any]:
@@ -179,7 +179,7 @@ def _choose_conv(
     return backend.name, block, matrix, held
 
 
-def conv2d(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, geometry: Conv) -> Tensor:
+def conv2d(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """``conv2d(input, mask * weight) + bias``."""
     name, block, matrix, held = _choose_conv("forward", (input,), weight, mask, geometry)
     if matrix and name in ("fused", "block"):
@@ -197,11 +197,11 @@ def conv2d(input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, geo
         return torch.ops.aten.convolution(input, z, bias, stride, padding, dilation, False, [0, 0], groups)
     x, z = cut.inputs(input, 1), cut.weight(z)
     out = torch.ops.aten.convolution(x, z, None, stride, padding, dilation, False, [0, 0], groups)
-    out = cut.expand_outputs(out, 1, weight.shape[0], _is_channels_last(input, weight))
+    out = cut.expand_outputs(out, 1, weight.shape[0], is_channels_last(input, weight))
     return out if bias is None else out.add_(bias[:, None, None])
 
 
-def conv2d_input_grad(dy: Tensor, input: Tensor, weight: Tensor, mask: Tensor, geometry: Conv) -> Tensor | None:
+def conv2d_input_grad(dy: Tensor, input: Tensor, weight: Tensor, mask: Tensor, geometry: Geometry) -> Tensor | None:
     """Gradient of the input if another backend than the dense one is chosen, else None."""
     name, block, matrix, held = _choose_conv("input_grad", (input, dy), weight, mask, geometry)
     if matrix and name in ("fused", "block"):
@@ -219,7 +219,7 @@ def conv2d_input_grad(dy: Tensor, input: Tensor, weight: Tensor, mask: Tensor, g
     z = cut.weight(dense.effective_weight(weight, mask, input.dtype))
     x = cut.inputs(input, 1)
     grad = _convolution_backward(cut.outputs(dy, 1), x, z, geometry, [True, False, False])[0]
-    return cut.expand_inputs(grad, 1, input.shape[1], _is_channels_last(input, weight))
+    return cut.expand_inputs(grad, 1, input.shape[1], is_channels_last(input, weight))
 
 
 def conv2d_weight_grad(
@@ -228,7 +228,7 @@ def conv2d_weight_grad(
     weight: Tensor,
     mask: Tensor,
     positions: Tensor | None,
-    geometry: Conv,
+    geometry: Geometry,
     needs: Needs,
 ) -> Grads | None:
     """Gradients of weight, scores and sink if another backend than the dense one is chosen, else None."""
@@ -250,17 +250,17 @@ def conv2d_weight_grad(
         return None
     z = cut.weight(weight).to(input.dtype)  # of which the shape is needed
     grad = _convolution_backward(cut.outputs(dy, 1), cut.inputs(input, 1), z, geometry, [False, True, False])[1]
-    last = _is_channels_last(input, weight)
+    last = is_channels_last(input, weight)
     grad = cut.expand_inputs(cut.expand_outputs(grad, 0, weight.shape[0], last), 1, weight.shape[1], last)
     return dense.distribute(grad, weight, mask, positions, needs)
 
 
-def _is_channels_last(*tensors: Tensor) -> bool:
-    """Whether cuDNN's convolutions of these give maps and gradients in channels_last."""
+def is_channels_last(*tensors: Tensor) -> bool:
+    """Whether cuDNN's and oneDNN's convolutions of these give maps and gradients in channels_last."""
     return any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in tensors)
 
 
-def _convolution_backward(dy: Tensor, x: Tensor, z: Tensor, geometry: Conv, wanted: list[bool]) -> list[Tensor]:
+def _convolution_backward(dy: Tensor, x: Tensor, z: Tensor, geometry: Geometry, wanted: list[bool]) -> list[Tensor]:
     stride, padding, dilation, groups = geometry
     options = (None, stride, padding, dilation, False, [0, 0], groups, wanted)
     return torch.ops.aten.convolution_backward(dy, x, z, *options)

@@ -12,7 +12,6 @@ float32. For use by :mod:`sparsebilevel.layout`; on the CPU, once differentiable
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -158,7 +157,7 @@ class _Back(_Run):
             self.extent(source),
             grad.data_ptr(),
             self.value(source).data_ptr(),
-            _address(activation),
+            native.address(activation),
             self.term(norm, 2),
             self.term(norm, 3),
             self.term(norm, 0),
@@ -166,17 +165,13 @@ class _Back(_Run):
             relu,
             self.operands.normalizations[norm].of_batch,
             grad.data_ptr(),
-            _address(before),
+            native.address(before),
             grad_weight,
             grad_weight + 4 * channels,
             self.threads,
         )
         if self.wanted[source]:
             self.give(source, grad)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 # -- steps -------------------------------------------------------------------------------------------------------------
@@ -252,7 +247,7 @@ class Convolve(Step):
         plan = c.support.plan(False, run.maps(self.source), c.weight, c.geometry)
         source = run.reading(self.source, self.norm, self.relu)
         bias, into = plans.checked_bias(c.bias, c.weight), lines_maps(out, run.images)
-        plan.forward(c.weight.data_ptr(), False, source, into, _address(bias), False, run.threads)
+        plan.forward(c.weight.data_ptr(), False, source, into, native.address(bias), False, run.threads)
 
     def backward(self, back: _Back) -> None:
         grad = back.take(self.out)
@@ -337,8 +332,8 @@ class Statistics(Step):
             native.lib.batch_norm_terms(
                 run.extent(self.source),
                 run.value(self.source).data_ptr(),
-                _address(weight),
-                _address(bias),
+                native.address(weight),
+                native.address(bias),
                 n.eps,
                 0 if n.running is None else n.running[0].data_ptr(),
                 0 if n.running is None else n.running[1].data_ptr(),
@@ -675,6 +670,7 @@ class Program:
             if register is not None and register not in stays:
                 self._done[i].append(register)
         self._shapes: dict[tuple, list[Shape]] = {}
+        self._wanted: dict[tuple[bool, ...], list[bool]] = {}  # by needs, of which there are few patterns
 
     def convolution_operand(self, convolution: int) -> int:
         """Place of a convolution's first operand among all tensors of a run."""
@@ -746,14 +742,16 @@ class Program:
                 if register not in kept:
                     run.values[register] = None
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019  few patterns of needs, and programs live as long as their model
     def wanted(self, needs: tuple[bool, ...]) -> list[bool]:
         """Which registers lead back to something that needs a gradient."""
+        if (known := self._wanted.get(needs)) is not None:
+            return known
         found = [*needs[: self.inputs], *[False] * (self.registers - self.inputs)]
         for step in self.steps:
             out = step.writes()
             if out is not None:
                 found[out] = step.operand_needs(self, needs) or any(found[r] for r in step.reads())
+        self._wanted[needs] = found
         return found
 
 

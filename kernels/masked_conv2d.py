@@ -20,9 +20,7 @@ from .gradient import (
     check_product,
     distribute_gradient,
     eager_function,
-    is_left_to_torch,
     register_autocast,
-    runs_directly,
 )
 from .plans import Geometry
 
@@ -49,16 +47,11 @@ def _forward(
         return torch.ops.aten.convolution(input, z, bias, stride, padding, dilation, False, [0, 0], groups)
     geometry = Geometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
     size = input.shape[0], weight.shape[0], *geometry.output_size(input.shape[2:], weight.shape[2:])
-    output = plans.empty_maps(size, _is_channels_last(input) or _is_channels_last(weight), input.dtype)
+    output = plans.empty_maps(size, gpu_products.is_channels_last(input, weight), input.dtype)
     return plans.conv2d(input, weight, support, bias, geometry, output)
 
 
 _masked_conv2d = torch.library.custom_op("sparsebilevel::masked_conv2d", _forward, mutates_args=(), tags=TAGS)
-
-
-def _is_channels_last(tensor: Tensor) -> bool:
-    """What makes oneDNN's convolutions give maps in channels_last; ours follow them."""
-    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
 @_masked_conv2d.register_fake
@@ -73,7 +66,10 @@ def _dense_backward(
     weight: Tensor,
     mask: Tensor,
     positions: Tensor | None,
-    geometry: tuple[Sequence[int], Sequence[int], Sequence[int], int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
     needs: Needs,
     library: Any = reference,
     z: Tensor | None = None,
@@ -82,7 +78,6 @@ def _dense_backward(
 
     ``z`` is the effective weight, if it has a history of its own.
     """
-    stride, padding, dilation, groups = geometry
     is_shape = not needs.input and weight.dtype == input.dtype  # that is all which the other gradients need
     if z is None:
         z = weight if is_shape else library.effective_weight(weight, mask, input.dtype)
@@ -105,7 +100,7 @@ def _dense_backward(
     return grad_input, None, None, None, grad_bias
 
 
-def _sparse_backward(
+def _compute_backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -122,7 +117,6 @@ def _sparse_backward(
     input, grad_output = native.in_memory(input), native.in_memory(grad_output)
     grads: dict[str, Tensor | None] = {}
     geometry = Geometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
-    pixels = stride[0] * stride[1]
     if gpu_products.runs(input, weight):
         operands = grad_output, input, weight, mask
         if wanted.input:
@@ -134,9 +128,11 @@ def _sparse_backward(
         grads = {name: grad for name, grad in grads.items() if grad is not None}
         for_input, for_weight = None, None
     else:
-        for_input, for_weight = sparse_grads("masked_conv2d", input, weight, mask, wanted, positions, pixels)
+        for_input, for_weight = sparse_grads(
+            "masked_conv2d", input, weight, mask, wanted, positions, stride[0] * stride[1]
+        )
     if for_input is not None:
-        channels_last = _is_channels_last(input) or _is_channels_last(weight)
+        channels_last = gpu_products.is_channels_last(input, weight)
         grad_input = plans.empty_maps(input.shape, channels_last, input.dtype)
         grads["input"] = plans.conv2d_input_grad(grad_output, weight, for_input, geometry, grad_input)
     if for_weight is not None:
@@ -149,7 +145,7 @@ def _sparse_backward(
     missing = Needs(*(need and name not in grads for name, need in zip(Needs._fields, wanted, strict=True)))
     if any(missing):
         others = _dense_backward(
-            *(grad_output, input, weight, mask, positions, (stride, padding, dilation, groups), missing),
+            *(grad_output, input, weight, mask, positions, stride, padding, dilation, groups, missing),
             library=dense,
         )
         grads |= {name: grad for name, grad in zip(Needs._fields, others, strict=True) if grad is not None}
@@ -157,48 +153,23 @@ def _sparse_backward(
 
 
 _masked_conv2d_backward = torch.library.custom_op(
-    "sparsebilevel::masked_conv2d_backward", _sparse_backward, mutates_args=(), tags=TAGS
+    "sparsebilevel::masked_conv2d_backward", _compute_backward, mutates_args=(), tags=TAGS
 )
 
 
 @_masked_conv2d_backward.register_fake
 def _(grad_output, input, weight, mask, positions, stride, padding, dilation, groups, needs):
     grads = _dense_backward(
-        grad_output, input, weight, mask, positions, (stride, padding, dilation, groups), Needs(*needs)
+        grad_output, input, weight, mask, positions, stride, padding, dilation, groups, Needs(*needs)
     )
     return [grad for grad in grads if grad is not None]
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    input, weight, mask, _bias, scores, sink, positions, *geometry = inputs
-    ctx.sink_is_weight = sink is weight
-    ctx.save_for_backward(input, weight, mask, positions)
-    ctx.asking = scores, None if ctx.sink_is_weight else sink  # not saved: of these no value is read, and it may change
-    ctx.geometry = geometry
-
-
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight, mask, positions = ctx.saved_tensors
-    scores, sink = ctx.asking
-    need_input, need_weight, _, need_bias, need_scores, need_sink = ctx.needs_input_grad[:6]
-    needs = Needs(need_input, need_weight and not ctx.sink_is_weight, need_scores, need_sink, need_bias)
-    if is_left_to_torch(grad_output):
-        z = dense.differentiable_weight(weight, mask, scores, sink, positions, input.dtype, ctx.sink_is_weight)
-        grads = _dense_backward(grad_output, input, weight, mask, positions, ctx.geometry, needs, z=z)
-    else:
-        operands = grad_output, input, weight, mask
-        op: Any = torch.ops.sparsebilevel.masked_conv2d_backward
-        op = _sparse_backward if runs_directly(*operands) else op
-        given = iter(op(*operands, positions, *ctx.geometry, needs))
-        grads = tuple(next(given) if need else None for need in needs)
-    grad_input, grad_weight, grad_scores, grad_sink, grad_bias = grads
-    return grad_input, grad_weight, None, grad_bias, grad_scores, grad_sink, None, None, None, None, None
-
-
-_masked_conv2d.register_autograd(_backward, setup_context=_setup_context)
+_backward = dense.backward_of("masked_conv2d_backward", _compute_backward, _dense_backward)
+_masked_conv2d.register_autograd(_backward, setup_context=dense.setup_context)
 _OPERANDS = frozenset({0, 1, 3})
 register_autocast("masked_conv2d", _OPERANDS)
-_eager = eager_function(_forward, _setup_context, _backward)
+_eager = eager_function(_forward, dense.setup_context, _backward)
 
 
 @register_flop_formula(torch.ops.sparsebilevel.masked_conv2d)

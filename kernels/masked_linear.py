@@ -19,9 +19,7 @@ from .gradient import (
     check_product,
     distribute_gradient,
     eager_function,
-    is_left_to_torch,
     register_autocast,
-    runs_directly,
 )
 from .plans import Geometry
 
@@ -91,7 +89,7 @@ def _dense_backward(
     return grad_input, grad_weight, grad_scores, grad_sink, grad_bias
 
 
-def _sparse_backward(
+def _compute_backward(
     grad_output: Tensor, input: Tensor, weight: Tensor, mask: Tensor, positions: Tensor | None, needs: Sequence[bool]
 ) -> list[Tensor]:
     """The gradients that ``needs`` (see Needs) asks for, in its order."""
@@ -127,7 +125,7 @@ def _sparse_backward(
 
 
 _masked_linear_backward = torch.library.custom_op(
-    "sparsebilevel::masked_linear_backward", _sparse_backward, mutates_args=(), tags=TAGS
+    "sparsebilevel::masked_linear_backward", _compute_backward, mutates_args=(), tags=TAGS
 )
 
 
@@ -137,35 +135,11 @@ def _(grad_output, input, weight, mask, positions, needs):
     return [grad for grad in grads if grad is not None]
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    input, weight, mask, _bias, scores, sink, positions = inputs
-    ctx.sink_is_weight = sink is weight
-    ctx.save_for_backward(input, weight, mask, positions)
-    ctx.asking = scores, None if ctx.sink_is_weight else sink  # not saved: of these no value is read, and it may change
-
-
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight, mask, positions = ctx.saved_tensors
-    scores, sink = ctx.asking
-    need_input, need_weight, _, need_bias, need_scores, need_sink, _ = ctx.needs_input_grad
-    needs = Needs(need_input, need_weight and not ctx.sink_is_weight, need_scores, need_sink, need_bias)
-    if is_left_to_torch(grad_output):
-        z = dense.differentiable_weight(weight, mask, scores, sink, positions, input.dtype, ctx.sink_is_weight)
-        grads = _dense_backward(grad_output, input, weight, mask, positions, needs, z=z)
-    else:
-        operands = grad_output, input, weight, mask
-        op: Any = torch.ops.sparsebilevel.masked_linear_backward
-        op = _sparse_backward if runs_directly(*operands) else op
-        given = iter(op(*operands, positions, needs))
-        grads = tuple(next(given) if need else None for need in needs)
-    grad_input, grad_weight, grad_scores, grad_sink, grad_bias = grads
-    return grad_input, grad_weight, None, grad_bias, grad_scores, grad_sink, None
-
-
-_masked_linear.register_autograd(_backward, setup_context=_setup_context)
+_backward = dense.backward_of("masked_linear_backward", _compute_backward, _dense_backward)
+_masked_linear.register_autograd(_backward, setup_context=dense.setup_context)
 _OPERANDS = frozenset({0, 1, 3})
 register_autocast("masked_linear", _OPERANDS)
-_eager = eager_function(_forward, _setup_context, _backward)
+_eager = eager_function(_forward, dense.setup_context, _backward)
 
 
 @register_flop_formula(torch.ops.sparsebilevel.masked_linear)

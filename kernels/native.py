@@ -66,6 +66,11 @@ def in_memory(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor._is_zerotensor() or tensor.is_neg() else tensor
 
 
+def address(tensor: torch.Tensor | None) -> int:
+    """Where a tensor lies; 0 of none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def watched() -> bool:
     """Whether somebody wants to see operators rather than what they do: compilers, tracers, transforms, modes."""
     return (

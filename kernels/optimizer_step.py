@@ -99,7 +99,7 @@ def adamw_step(
     _tell_autograd(weights)
 
 
-class MaskedWeight(NamedTuple):
+class GpuWeight(NamedTuple):
     """What a step on one weight of a GPU takes: float32 tensors of one shape and the same strides, without gaps."""
 
     weight: Tensor
@@ -114,14 +114,14 @@ class MaskedWeight(NamedTuple):
 
 
 class SteppedScores(NamedTuple):
-    """Scores of a :class:`MaskedWeight`: tensors like its weight."""
+    """Scores of a :class:`GpuWeight`: tensors like its weight."""
 
     scores: Tensor
     state: Sequence[Tensor]
     step: Tensor | None = None
 
 
-def masked_weight(weight: Tensor, mask: Tensor, state: Sequence[Tensor]) -> MaskedWeight | None:
+def gpu_weight(weight: Tensor, mask: Tensor, state: Sequence[Tensor]) -> GpuWeight | None:
     """The weight for a step on the GPU, or None where torch's own is due: where no copy is kept of it."""
     grad = weight.grad
     if grad is None or not gpu.available(weight.device) or gpu.is_capturing(weight.device):
@@ -131,10 +131,10 @@ def masked_weight(weight: Tensor, mask: Tensor, state: Sequence[Tensor]) -> Mask
         return None
     if any(t.dtype != torch.float32 for t in (weight, *state)):
         return None
-    return MaskedWeight(weight, grad, mask, copy, state)
+    return GpuWeight(weight, grad, mask, copy, state)
 
 
-def with_scores(masked: MaskedWeight, of_scores: SteppedScores) -> MaskedWeight | None:
+def with_scores(masked: GpuWeight, of_scores: SteppedScores) -> GpuWeight | None:
     """The same with its scores, or None where these cannot be stepped beside it."""
     tensors = (of_scores.scores, *of_scores.state)
     if any(t.dtype != torch.float32 for t in tensors) or not lies_alike(masked.weight, masked.mask, *tensors):
@@ -142,18 +142,18 @@ def with_scores(masked: MaskedWeight, of_scores: SteppedScores) -> MaskedWeight 
     return masked._replace(scores=of_scores)
 
 
-def _by_type(weights: Sequence[MaskedWeight]) -> Iterable[list[MaskedWeight]]:
-    groups: dict[tuple, list[MaskedWeight]] = {}
+def _by_type(weights: Sequence[GpuWeight]) -> Iterable[list[GpuWeight]]:
+    groups: dict[tuple, list[GpuWeight]] = {}
     for w in weights:
         groups.setdefault((w.weight.device, w.grad.dtype, w.copy.dtype), []).append(w)
     return groups.values()
 
 
-def _columns(group: Sequence[MaskedWeight]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+def _columns(group: Sequence[GpuWeight]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     return [w.weight for w in group], [w.grad for w in group], [w.mask for w in group], [w.copy for w in group]
 
 
-def _scores(group: Sequence[MaskedWeight], settings: Mapping[str, Any] | None) -> Any:
+def _scores(group: Sequence[GpuWeight], settings: Mapping[str, Any] | None) -> Any:
     from . import triton_elementwise
 
     if settings is None:
@@ -166,7 +166,7 @@ def _scores(group: Sequence[MaskedWeight], settings: Mapping[str, Any] | None) -
 
 
 def masked_sgd_step(
-    weights: Sequence[MaskedWeight], settings: Mapping[str, Any], scores_settings: Mapping[str, Any] | None = None
+    weights: Sequence[GpuWeight], settings: Mapping[str, Any], scores_settings: Mapping[str, Any] | None = None
 ) -> None:
     """:func:`sgd_step` on a GPU; the state is there. With settings of scores, on those as well, which all then have."""
     from . import triton_elementwise
@@ -180,7 +180,7 @@ def masked_sgd_step(
 
 
 def masked_adamw_step(
-    weights: Sequence[MaskedWeight], settings: Mapping[str, Any], scores_settings: Mapping[str, Any] | None = None
+    weights: Sequence[GpuWeight], settings: Mapping[str, Any], scores_settings: Mapping[str, Any] | None = None
 ) -> None:
     """:func:`adamw_step` on a GPU, otherwise as :func:`masked_sgd_step`."""
     from . import triton_elementwise

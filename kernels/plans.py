@@ -148,6 +148,10 @@ class _Memory:
                 self._kept.popitem(last=False)
         return made
 
+    def clear(self) -> None:
+        with self._lock:
+            self._kept.clear()
+
 
 _memory = _Memory(capacity=4096)
 
@@ -205,6 +209,7 @@ def release_memory() -> None:
     """Give back the memory that is kept for the next step."""
     if native.available():
         native.lib.pool_release()
+    _memory.clear()
 
 
 def _zeros_like(weight: Tensor) -> Tensor:

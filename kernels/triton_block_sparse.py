@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import gpu
-from .triton_conv2d import Geometry, empty_maps
+from .block_sparse import Geometry
+from .triton_conv2d import empty_maps
 from .triton_matmul import add_in_turn, block_c, load_tile, operand, operands, precision, start, upcast
 
 if TYPE_CHECKING:

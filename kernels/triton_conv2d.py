@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .block_sparse import Geometry
 from .gpu import capability, has_large_tiles, launch
 from .triton_matmul import block_c, precision, upcast
 
@@ -174,7 +175,6 @@ def _conv2d_weight_grad(
         tl.store(sink + at, acc, mask=inside)
 
 
-Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
 """Stride, padding, dilation, groups."""
 
 

@@ -562,8 +562,8 @@ def _column(tensors: Sequence[Tensor] | None, length: int) -> Sequence[Tensor | 
     return tensors or [None] * length
 
 
-def _type(column: Sequence[Tensor | None], default: torch.dtype = torch.float32) -> tl.dtype:
-    return _TYPES[next((t.dtype for t in column if t is not None), default)]
+def _type(column: Sequence[Tensor | None]) -> tl.dtype:
+    return _TYPES[next((t.dtype for t in column if t is not None), torch.float32)]
 
 
 def takes(*tensors: Tensor | None) -> bool:

@@ -24,21 +24,15 @@ def check_shape(name: str, value: Any, axes: str) -> None:
 
 
 def check_number(
-    name: str,
-    value: Any,
-    least: float = 0.0,
-    most: float = math.inf,
-    *,
-    without_least: bool = False,
-    without_most: bool = False,
+    name: str, value: Any, most: float = math.inf, *, without_least: bool = False, without_most: bool = False
 ) -> float:
-    """``value``, or ValueError unless it is a finite number in [least, most], without the ends that are left out."""
+    """``value``, or ValueError unless it is a finite number in [0, most], without the ends that are left out."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    is_left_out = (without_least and value == least) or (without_most and value == most)
-    if is_number and least <= value <= most and abs(value) != math.inf and not is_left_out:
+    is_left_out = (without_least and value == 0) or (without_most and value == most)
+    if is_number and 0 <= value <= most and value != math.inf and not is_left_out:
         return value
     if math.isinf(most):
-        allowed = f"a finite number {'above' if without_least else '>='} {least:g}"
+        allowed = f"a finite number {'above' if without_least else '>='} 0"
     else:
-        allowed = f"a number in {'(' if without_least else '['}{least:g}, {most:g}{')' if without_most else ']'}"
+        allowed = f"a number in {'(' if without_least else '['}0, {most:g}{')' if without_most else ']'}"
     raise ValueError(f"{name}={value!r} is not allowed; expected {allowed}")

@@ -100,7 +100,7 @@ def export_model(
         raise ValueError(f"client={client} is not allowed: {path} is not of a federated run")
     else:
         model, config = _network(checkpoint, path)
-        shape = input_shape or _input_shape(config)
+        shape = input_shape or input_shape_of(config)
     _check_suffix(output, format)
     output.parent.mkdir(parents=True, exist_ok=True)
     with naming(output), tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
@@ -171,10 +171,10 @@ def _checkpoint_path(source: str | os.PathLike[str]) -> Path:
 def _create(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
     """The dense model of a config; the last layer, and so the last value of ``state``, has an entry a class."""
     sizes = [len(value) for key, value in state.items() if value.dim() and not is_mask_key(key)]
-    return create_network(config["arch"], sizes[-1], _input_shape(config))
+    return create_network(config["arch"], sizes[-1], input_shape_of(config))
 
 
-def _input_shape(config: Mapping[str, Any]) -> tuple[int, ...]:
+def input_shape_of(config: Mapping[str, Any]) -> tuple[int, ...]:
     data = config["data"]
     if data in _IMAGE_SHAPES:
         return _IMAGE_SHAPES[data]

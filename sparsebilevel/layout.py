@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from .kernels import lines, native
 from .kernels.dispatch import lines_pay, sparse_support
 from .kernels.plans import LANES, Geometry, Support, active_support
-from .nn import FusedBatchNorm2d, SparseMaskedConv2d, SparseMaskedModule, normalize, sparse_layers
+from .nn import FusedBatchNorm2d, SparseMaskedConv2d, SparseMaskedModule, _leave_layout, normalize, sparse_layers
 
 LAYOUTS = ("lines", "channels_last")
 
@@ -1202,11 +1202,9 @@ def optimize_for_cpu(model: nn.Module, layout: str = "lines") -> nn.Module:
         raise ValueError(f"layout={layout!r} is not known; allowed: {', '.join(LAYOUTS)}")
     if layout == "lines" and not any(isinstance(layer, SparseMaskedConv2d) for _, layer in sparse_layers(model)):
         raise ValueError("model has no sparse convolution; call sparsify first")
-    if isinstance(model, InLayout):
-        if _layout_of(model) == layout:
-            return model
-        model.__dict__.pop("_graphs", None)
-        model.__class__ = model._plain_class  # type: ignore[assignment]
+    if isinstance(model, InLayout) and _layout_of(model) == layout:
+        return model
+    _leave_layout(model)
     if layout == "channels_last":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return _enter(model, layout)

@@ -69,9 +69,13 @@ class Pattern:
         """Mask of the ``k`` groups with the largest scores, see :func:`binarize`."""
         return binarize(scores, k, pattern=self)
 
+    def groups_of(self, mask: Tensor) -> Tensor:
+        """Bool ``[num_groups]``: which groups have at least one True in ``mask``."""
+        return self.group_scores(mask.float()) > 0
+
     def count(self, mask: Tensor) -> int:
         """Groups of ``mask`` that are kept: those with at least one True."""
-        return int((self.group_scores(mask.float()) > 0).sum())
+        return int(self.groups_of(mask).sum())
 
     def check(self, mask: Tensor) -> None:
         """Raise ValueError if the bool ``mask`` is none of this pattern; any count will do. Waits for the device."""
@@ -84,7 +88,7 @@ class Pattern:
 
     def _violations(self, mask: Tensor) -> Tensor:
         """Bool, of the mask's shape: positions that are False while their group is kept."""
-        return self.expand(self.group_scores(mask.float()) > 0, mask.shape) & ~mask
+        return self.expand(self.groups_of(mask), mask.shape) & ~mask
 
 
 @dataclasses.dataclass(frozen=True)

@@ -97,7 +97,7 @@ class SparseMaskedModule(nn.Module):
         """Initialise weight and bias as the dense class does, and draw a new random mask."""
         super().reset_parameters()  # type: ignore[misc]
         if "mask" in self._buffers:
-            self.reset_mask()
+            self._draw_first_mask()
 
     @torch.no_grad()
     def set_mask(self, mask: Tensor, *, check: bool = True) -> None:
@@ -672,6 +672,7 @@ def _convert_to_dense(layer: Any) -> nn.Module:
         "_wants_shared_gradient",
     ):
         layer.__dict__.pop(name, None)
+    _SHARING.discard(layer)
     layer.__class__ = layer._dense_class
     layer.weight = weight
     return layer

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import gpu, optimizer_step, split_gradient
-from .kernels.optimizer_step import ActiveWeight, MaskedWeight, SteppedScores
+from .kernels.optimizer_step import ActiveWeight, GpuWeight, SteppedScores
 from .nn import SparseMaskedModule, is_gradient_shared, layers_sharing_gradient, mask_of, note_sharing, sparse_layers
 
 
@@ -169,7 +169,7 @@ class _ActiveSteps:
         raise NotImplementedError
 
     def _step_on_gpu(
-        self, group: dict[str, Any], weights: Sequence[MaskedWeight], scores_group: dict[str, Any] | None = None
+        self, group: dict[str, Any], weights: Sequence[GpuWeight], scores_group: dict[str, Any] | None = None
     ) -> None:
         raise NotImplementedError
 
@@ -211,7 +211,7 @@ class _ActiveSteps:
         fused: list[Tensor] = []
         fresh: list[Tensor] = []  # apart: torch's fused step takes either tensors with state or tensors without
         others: list[Tensor] = []
-        on_gpu: list[MaskedWeight] = []
+        on_gpu: list[GpuWeight] = []
         for weight in group["params"]:
             grad = weight.grad
             if grad is None:
@@ -224,7 +224,7 @@ class _ActiveSteps:
                     others.append(weight)
                 elif len(state) < len(names):  # torch's fused step makes a state that ours can go on with
                     fresh.append(weight)
-                elif (masked := self._masked_weight(weight, state)) is not None:
+                elif (masked := self._gpu_weight(weight, state)) is not None:
                     on_gpu.append(masked)
                 else:
                     fused.append(weight)
@@ -259,9 +259,9 @@ class _ActiveSteps:
         parts = [(fused, True), (fresh, True), (others, group["fused"])]
         return [group | {"params": params, "fused": choice} for params, choice in parts if params]
 
-    def _masked_weight(self, weight: Tensor, state: Sequence[Tensor]) -> MaskedWeight | None:
+    def _gpu_weight(self, weight: Tensor, state: Sequence[Tensor]) -> GpuWeight | None:
         mask = mask_of(weight)
-        found = None if mask is None else optimizer_step.masked_weight(weight, mask, state)
+        found = None if mask is None else optimizer_step.gpu_weight(weight, mask, state)
         step = self.state.get(weight, {}).get("step")
         return found if found is None or step is None else found._replace(step=step)
 
@@ -299,7 +299,7 @@ class _ActiveSteps:
 
     @torch.no_grad()
     def _step_or_split(self, pairs: Sequence[_Pair]) -> None:
-        together: dict[tuple[int, int], list[tuple[_Pair, MaskedWeight]]] = {}
+        together: dict[tuple[int, int], list[tuple[_Pair, GpuWeight]]] = {}
         apart: list[_Pair] = []
         takes = {id(group): self._takes(group) for group in self.param_groups}
         for pair in pairs:
@@ -318,7 +318,7 @@ class _ActiveSteps:
             for pair, _ in found:
                 pair.weight.grad = None
 
-    def _stepped_together(self, pair: _Pair) -> MaskedWeight | None:
+    def _stepped_together(self, pair: _Pair) -> GpuWeight | None:
         """Both for one pass on a GPU; None where they take steps of their own."""
         if not gpu.available(pair.weight.device) or pair.scores.grad is not None:
             return None
@@ -329,7 +329,7 @@ class _ActiveSteps:
             step = kept.get("step")
             if len(states[-1]) < len(names) or (step is not None and step.device != parameter.device):
                 return None
-        masked = self._masked_weight(pair.weight, states[0])
+        masked = self._gpu_weight(pair.weight, states[0])
         step = self.state.get(pair.scores, {}).get("step")
         return masked and optimizer_step.with_scores(masked, SteppedScores(pair.scores, states[1], step))
 
@@ -372,7 +372,7 @@ class SGD(_ActiveSteps, torch.optim.SGD):
         optimizer_step.sgd_step(weights, **self._settings(group))
 
     def _step_on_gpu(
-        self, group: dict[str, Any], weights: Sequence[MaskedWeight], scores_group: dict[str, Any] | None = None
+        self, group: dict[str, Any], weights: Sequence[GpuWeight], scores_group: dict[str, Any] | None = None
     ) -> None:
         of_scores = scores_group and self._settings(scores_group)
         optimizer_step.masked_sgd_step(weights, self._settings(group), of_scores)
@@ -393,7 +393,7 @@ class AdamW(_ActiveSteps, torch.optim.AdamW):
         optimizer_step.adamw_step(weights, **self._settings(group))
 
     def _step_on_gpu(
-        self, group: dict[str, Any], weights: Sequence[MaskedWeight], scores_group: dict[str, Any] | None = None
+        self, group: dict[str, Any], weights: Sequence[GpuWeight], scores_group: dict[str, Any] | None = None
     ) -> None:
         steps = [w.step for w in weights] + [w.scores.step for w in weights if w.scores is not None]
         torch._foreach_add_([step for step in steps if step is not None], 1)

@@ -245,12 +245,12 @@ _COLUMNS = (
 )
 
 
-def _figure(values: Sequence[float], form: str = "{:.2f}", scale: float = 1.0) -> str:
+def _figure(values: Sequence[float], scale: float = 1.0) -> str:
     """Mean and, of several values, standard deviation."""
     if not values:
         return "-"
-    text = form.format(scale * statistics.fmean(values))
-    return f"{text} ± {form.format(scale * deviation(values))}" if len(values) > 1 else text
+    text = f"{scale * statistics.fmean(values):.2f}"
+    return f"{text} ± {scale * deviation(values):.2f}" if len(values) > 1 else text
 
 
 def deviation(values: Sequence[float]) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
+import numbers
 from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from typing import TypeVar
@@ -18,11 +19,6 @@ from .masks import NM, Channel, Filter, Pattern, Unstructured, check_sparsity
 T = TypeVar("T")
 
 DISTRIBUTIONS = ("uniform", "er", "erk", "global")
-
-
-def exact_count(total: int, sparsity: float | Fraction) -> int:
-    """How many of ``total`` stay: the nearest integer to ``total * (1 - sparsity)``, in exact arithmetic."""
-    return round(total * (1 - check_sparsity(sparsity)))
 
 
 def erdos_renyi_densities(
@@ -202,7 +198,7 @@ class UpdateSchedule:
     end: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.freq, (int, float)) or self.freq < 0 or int(self.freq) != self.freq:
+        if not isinstance(self.freq, numbers.Real) or not 0 <= self.freq < math.inf or self.freq % 1:
             raise ValueError(f"update_freq={self.freq!r} is not allowed; expected a whole number of steps, 0 = never")
         if self.end is not None and self.end < self.start:
             raise ValueError(f"update_end={self.end} is not allowed; it is before update_start={self.start}")

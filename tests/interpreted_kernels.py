@@ -1873,6 +1873,8 @@ def test_choices_without_and_with_measurements(monkeypatch, tmp_path):
     assert "of another process" in json.loads(measurements.path().read_text())
     monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "block")
     assert choose(half)[0].reason.startswith("forced")
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "sparse")
+    assert choose(half)[0].reason == "cuBLAS/cuDNN on m*theta; SPARSEBILEVEL_BACKEND=sparse cannot run here"
     monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="nonsense"):
         choose()

@@ -943,6 +943,16 @@ def test_an_optimizer_whose_steps_are_not_known_is_named(caplog):
         opt = torch.optim.Rprop(model.parameters(), 0.01)
         train(model, opt, sb.BiDST(model, opt, update_freq=2, **given), 3)
         assert caplog.text.count(f"BiDST takes Rprop for plain SGD, since no {missing} given") == 1
+    caplog.clear()
+    model = sb.sparsify(nn.Sequential(nn.Linear(8, 16, bias=False), nn.ReLU(), nn.Linear(16, 4, bias=False)), 0.5)
+    opt = torch.optim.Muon(model.parameters(), 0.02)  # has a momentum, and steps of another size
+    bidst = sb.BiDST(model, opt, update_freq=2)
+    for _ in range(3):
+        opt.zero_grad()
+        model(torch.randn(4, 8)).square().sum().backward()
+        opt.step()
+        bidst.step()
+    assert caplog.text.count("BiDST takes Muon for plain SGD") == 1
     model = sparse_net()
     opt = torch.optim.SGD(model.parameters(), 0.01, momentum=1.0)
     with pytest.raises(ValueError, match="momentum is 1.0, which gives no step size; give score_lr and implicit_scale"):
@@ -995,7 +1005,9 @@ def test_a_model_may_become_double_between_steps():
         (sb.BiP, {"scope": "net"}, "scope='net' is not known; allowed: global, layer"),
         (sb.BiP, {"curvature_decay": 1.0}, r"curvature_decay=1.0 is not allowed; expected a number in \[0, 1\)"),
         (sb.BiDST, {"implicit": "code"}, "implicit='code' is not known; allowed: derived, paper, curvature, none"),
-        (sb.BiDST, {"horizon": 0}, "horizon=0 is not allowed; expected at least one step"),
+        (sb.BiDST, {"horizon": 0}, "horizon=0 is not allowed; expected a whole number, at least 1"),
+        (sb.BiDST, {"horizon": "5"}, "horizon='5' is not allowed; expected a whole number, at least 1"),
+        (sb.BiP, {"implicit_scale": None}, "implicit_scale=None is not allowed; expected a finite number >= 0"),
         (sb.BiDST, {"implicit_scale": float("inf")}, "implicit_scale=inf is not allowed"),
         (sb.BiDST, {"search_space": 1.0}, r"search_space=1.0 is not allowed; expected a number in \[0, 1\)"),
         (sb.BiDST, {"search_space": -0.1}, "search_space=-0.1 is not allowed"),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import sparsebilevel
 from sparsebilevel import cli
@@ -388,6 +389,17 @@ def test_bench_measures_the_masks_of_a_run(tmp_path, capsys):
     for row in rows:
         assert table[row["name"]][2] == f"{1 - row['density']:.4f}"
     assert len({row["density"] for row in rows}) > 1
+
+
+def test_bench_of_a_run_needs_no_data(tmp_path, capsys):
+    flags = ["--method", "static", *TINY, "--data", "fake", "--num-samples", "256"]
+    cli.main(["train", *flags, "--output-dir", str(tmp_path)])
+    config = json.loads((tmp_path / "config.json").read_text()) | {"data": "cifar10", "data_path": str(tmp_path / "no")}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    torch.save(checkpoint | {"config": checkpoint["config"] | {"data": "cifar10"}}, tmp_path / "checkpoint.pth")
+    cli.main(["bench", str(tmp_path), "-b", "4"])
+    assert "sparsity 0.9000 over 5 weights" in capsys.readouterr().out
 
 
 def test_bench_of_a_run_without_masks(tmp_path, capsys):

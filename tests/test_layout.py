@@ -737,6 +737,10 @@ def test_what_cannot_be_traced_uses_the_fused_kernel(layout, monkeypatch):
     assert isinstance(model.more[0], InLayout)
     for norm in (model.bn1, model.more[1]):
         assert isinstance(norm, sb.FusedBatchNorm2d)
+    changed = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match="Branching cannot be traced"):  # in another layout, too
+        sb.optimize_for_cpu(changed, "lines" if layout == "channels_last" else "channels_last")
+    assert changed.conv1._graphs.layout != model.conv1._graphs.layout == layout
     for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         compare(copy.deepcopy(plain), other, torch.randn(18, 3, 8, 8).to(memory_format=torch.channels_last))
     assert repr(model) == repr(plain)
@@ -1034,6 +1038,24 @@ def test_memory_is_kept_and_can_be_given_back():
     del again
     plans.release_memory()
     assert native.lib.pool_waiting() == 0
+    mask = torch.rand(8, 8) < 0.5
+    support = plans.active_support(mask)
+    alive = weakref.ref(support)
+    del support
+    plans.release_memory()  # of masks and their positions, too
+    gc.collect()
+    assert alive() is None
+
+
+def test_programs_are_gone_with_their_model():
+    optimized = sb.optimize_for_cpu(sb.sparsify(Reads(), 0.3), "lines")
+    optimized(torch.randn(18, 4, 6, 6)).sum().backward()
+    parts = [part for plan in plans_of(optimized) for part, _, _ in plan.parts]
+    alive = [weakref.ref(part._program) for part in parts if hasattr(part, "_program")]
+    assert alive
+    del optimized, parts
+    gc.collect()
+    assert not any(program() for program in alive)
 
 
 # -- arguments, statistics and transforms ------------------------------------------------------------------------------

@@ -624,6 +624,27 @@ def test_a_method_that_was_released_acts_no_more():
         sb.SET(model)
 
 
+@pytest.mark.parametrize(
+    ("name", "act"),
+    [
+        ("bip", lambda bip: bip.finish()),
+        ("bip", lambda bip: bip.upper_step(lambda: compute_loss(bip.model, 0))),
+        ("hydra", lambda hydra: hydra.finish()),
+        ("imp", lambda imp: imp.advance()),
+        ("set", lambda method: method.change_topology()),
+    ],
+)
+def test_a_method_that_was_released_leaves_the_next_one_alone(name, act):
+    model, opt, sparsifier = build(name)
+    take_step(model, opt, sparsifier, 0)
+    sparsifier.release()
+    static = sb.Static(model, opt)
+    before = masks_of(static)
+    with pytest.raises(RuntimeError, match=f"{type(sparsifier).__name__} was released, and its model is not its own"):
+        act(sparsifier)
+    assert same_masks(before, masks_of(static))
+
+
 @pytest.mark.parametrize("name", ["hydra", "bip"])
 def test_another_method_may_follow_when_the_mask_is_final(name):
     model, opt, sparsifier = build(name)
@@ -632,6 +653,17 @@ def test_another_method_may_follow_when_the_mask_is_final(name):
     rigl = sb.RigL(model, opt, update_freq=1)
     train(model, opt, rigl, 2)
     assert len(rigl.history) == 2
+    masks = masks_of(rigl)
+    sparsifier.finish()  # once more: nothing is left to do
+    assert same_masks(masks, masks_of(rigl))
+
+
+def test_hydra_that_was_released_lets_the_next_one_freeze():
+    model, _, first = build("hydra")
+    first.finish()
+    sb.HYDRA(model, score_lr=0.1)
+    first.release()
+    assert not any(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["bidst", "bip", "hydra"])
@@ -674,6 +706,19 @@ def test_states_of_other_methods_and_models_are_refused():
     sb.sparsify(other, 0.5)
     with pytest.raises(ValueError, match=r"state belongs to a model with other layers; they differ in \['3', '6'\]"):
         sb.RigL(other, sgd(other)).load_state_dict(rigl.state_dict())
+    for name in ("bip", "hydra", "imp"):
+        model, _, method = build(name)
+        with pytest.raises(ValueError, match=f"state is of method 'RigL'; expected '{type(method).__name__}'"):
+            method.load_state_dict(rigl.state_dict() | {"finished": True, "level": 2})
+        assert not method.finished
+        assert getattr(method, "level", 0) == 0
+        assert not method.released
+
+
+def test_rigl_says_that_it_grows_by_gradients():
+    _, _, rigl = build("rigl")
+    with pytest.raises(RuntimeError, match="RigL grows by gradients, and change_topology got none"):
+        rigl.change_topology()
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -1345,9 +1390,13 @@ def test_masks_that_change_at_every_step_are_compared_with_the_first(name):
         (sb.OMP, {"scope": "network"}, "scope='network' is not known; allowed: global, layer"),
         (sb.HYDRA, {"scope": "network"}, "scope='network' is not known; allowed: global, layer"),
         (sb.HYDRA, {"score_lr": -1.0}, "score_lr=-1.0 is not allowed; expected a finite number >= 0"),
-        (sb.IMP, {"levels": 0}, "levels=0 is not allowed; expected at least 1"),
+        (sb.IMP, {"levels": 0}, "levels=0 is not allowed; expected a whole number, at least 1"),
+        (sb.IMP, {"levels": 2.5}, "levels=2.5 is not allowed; expected a whole number, at least 1"),
         (sb.IMP, {"rate": 1.0}, r"rate=1.0 is not allowed; expected a number in \(0, 1\) or None"),
-        (sb.IMP, {"rewind_step": -1}, "rewind_step=-1 is not allowed; expected at least 0"),
+        (sb.IMP, {"rewind_step": -1}, "rewind_step=-1 is not allowed; expected a whole number, at least 0"),
+        (sb.SET, {"update_freq": math.inf}, "update_freq=inf is not allowed; expected a whole number of steps"),
+        (sb.SET, {"update_freq": math.nan}, "update_freq=nan is not allowed; expected a whole number of steps"),
+        (sb.SET, {"update_freq": 2.5}, "update_freq=2.5 is not allowed; expected a whole number of steps"),
     ],
 )
 def test_bad_arguments(cls, arguments, message):

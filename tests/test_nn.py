@@ -419,6 +419,19 @@ def test_meta_construction_then_to_empty_and_reset_gives_exact_counts():
     assert model[0].effective_grad.device.type == "cpu"
 
 
+@pytest.mark.parametrize("init", ["random", "dense"])
+def test_reset_after_the_meta_device_keeps_the_masks_that_were_asked_for(init):
+    def build():
+        return sb.sparsify(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4)), 0.5, init=init, seed=3)
+
+    with torch.device("meta"):
+        model = build()
+    model.to_empty(device="cpu")
+    for layer in model:
+        layer.reset_parameters()
+    assert all(torch.equal(mask, masks(build())[name]) for name, mask in masks(model).items())
+
+
 def test_masks_that_come_from_the_meta_device_are_drawn():
     """And not what the memory held: a dense checkpoint would leave that in place."""
     with torch.device("meta"):

@@ -1,6 +1,7 @@
 """Optimizers that step active weights alone: the numbers of torch's fused steps, whatever the weights and settings."""
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -12,6 +13,7 @@ import sparsebilevel as sb
 from sparsebilevel import optim
 from sparsebilevel.costs import measure_layers
 from sparsebilevel.kernels import native, optimizer_step
+from sparsebilevel.nn import is_gradient_shared
 
 needs_extension = pytest.mark.skipif(not native.available(), reason="the C++ extension is not there")
 
@@ -668,6 +670,12 @@ def test_which_layers_share_their_gradient():
     backward(model, 0)
     assert not layers[1].weight.grad[~layers[1].mask].any()
     assert layers[1].mask_scores.grad.any()
+    layers[1].collect("none")
+    optim.share_gradient(model)
+    assert is_gradient_shared()
+    sb.densify(model, inplace=True)
+    gc.collect()  # layers of other tests
+    assert not is_gradient_shared()
 
     tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     tied[1].weight = tied[0].weight

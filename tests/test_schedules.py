@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsebilevel._torchvision import import_torchvision
-from sparsebilevel.masks import NM, Block, Channel, Filter, Unstructured
+from sparsebilevel.masks import NM, Block, Channel, Filter, Unstructured, as_fraction
 from sparsebilevel.models import create_model
 from sparsebilevel.schedules import (
     UpdateSchedule,
     cosine_drop_fraction,
     erdos_renyi_densities,
-    exact_count,
     layer_counts,
 )
 
@@ -125,6 +124,10 @@ def test_flops_of_sparse_resnet50(sparsity, erk, uniform):
     densities, _ = erdos_renyi_densities(shapes_of("resnet50"), sparsity)
     assert flops_ratio("resnet50", densities) == pytest.approx(erk, abs=5e-5)
     assert flops_ratio("resnet50", uniform_densities("resnet50", sparsity)) == pytest.approx(uniform, abs=5e-5)
+
+
+def exact_count(total, sparsity):
+    return round(total * (1 - as_fraction(sparsity)))
 
 
 def test_erk_of_resnet50_with_a_dense_first_layer():
@@ -292,11 +295,12 @@ def test_er_takes_the_first_two_sizes_only():
 
 def test_counts_are_made_in_exact_arithmetic():
     assert int((1 - 0.9) * 10) == 0  # the trap
-    assert exact_count(10, 0.9) == 1
-    assert [exact_count(1000, s) for s in (0.7, 0.8, 0.9, 0.95, 0.99)] == [300, 200, 100, 50, 10]
-    assert exact_count(100_000, 0.99999) == 1
-    assert exact_count(7, 0.0) == 7
-    assert exact_count(3, Fraction(1, 3)) == 2
+    for size, sparsity, count in (
+        *((10, 0.9, 1), (100_000, 0.99999, 1), (7, 0.0, 7), (3, Fraction(1, 3), 2)),
+        *zip([1000] * 5, (0.7, 0.8, 0.9, 0.95, 0.99), (300, 200, 100, 50, 10), strict=True),
+    ):
+        assert layer_counts({"a": (size, 1)}, sparsity) == {"a": count}
+        assert exact_count(size, sparsity) == count
 
 
 shape_lists = st.lists(

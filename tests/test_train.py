@@ -834,6 +834,10 @@ def test_unwritable_folder(tmp_path):
         ({"implicit": "magic"}, r"implicit='magic' is not known; allowed: derived"),
         ({"method": "rigl", "pattern": "nm:2:4", "arch": "mlp", "pretrain_epochs": 9}, r"pattern NM is not allowed"),
         ({"validation": 2.0}, r"validation=2.0"),
+        (
+            {"method": "bip", "upper_split": "half"},
+            r"upper_split='half' is not allowed; expected same, a count \(500\)",
+        ),
         ({"resume": True, "overwrite": True}, r"resume and overwrite exclude each other"),
     ],
 )

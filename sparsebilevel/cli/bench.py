@@ -10,11 +10,10 @@ import torch
 from .. import SparseMaskedConv2d, Static, sparse_layers, sparsify
 from .._checks import LARGEST_WHOLE, check_whole
 from ..costs import measure_layers, measure_step, tune_layers
-from ..data import load_data
+from ..export import input_shape_of, load_network
 from ..kernels import measurements, native
 from ..training.build import create_network
-from ..training.checkpoint import check_architecture, load_checkpoint, load_masks, masked_layers
-from ..training.config import MOST_THREADS, Config, read_config
+from ..training.config import MOST_THREADS
 from ..training.runtime import choose_device
 
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -93,7 +92,7 @@ def _has_layout(network: torch.nn.Module, place: torch.device) -> bool:
     return is_usable and any(isinstance(layer, SparseMaskedConv2d) for _, layer in sparse_layers(network))
 
 
-def _from_name(name: str, num_classes: int, image_size: int | None) -> tuple[torch.nn.Module, tuple[int, int, int]]:
+def _from_name(name: str, num_classes: int, image_size: int | None) -> tuple[torch.nn.Module, tuple[int, ...]]:
     from ..models import list_models
 
     channels, size = _SIZES.get(name, (3, 32 if name in list_models() else 224))
@@ -105,16 +104,11 @@ def _from_name(name: str, num_classes: int, image_size: int | None) -> tuple[tor
     return network, (channels, size, size)
 
 
-def _from_run(run: Path) -> tuple[torch.nn.Module, tuple[int, int, int], int]:
-    state = load_checkpoint(run / "checkpoint.pth")
-    c = Config(**read_config(run / "config.json"))  # with defaults for what runs of an older version lack
-    if not masked_layers(state["model"]):
-        raise ValueError(f"the run in {run} has no masks; give the name of its model, {c.arch}, and --sparsity")
-    options: dict[str, Any] = {name: getattr(c, name) for name in ("image_size", "num_classes", "num_samples")}
-    data = load_data(c.data, c.data_path, batch_size=1, **options)
-    network = create_network(c.arch, data.num_classes, data.input_shape)
-    sparsify(network, c.target(), c.distribution, c.patterns(), exclude=c.exclude, dense_first=c.dense_first)
-    check_architecture(network, state["model"], run / "checkpoint.pth")
-    load_masks(network, state["model"], run / "checkpoint.pth")  # with their counts, which the target need not have
-    network.load_state_dict(state["model"])
-    return network, data.input_shape, data.num_classes
+def _from_run(run: Path) -> tuple[torch.nn.Module, tuple[int, ...], int]:
+    network, config = load_network(run)
+    if not any(True for _ in sparse_layers(network)):
+        raise ValueError(f"the run in {run} has no masks; give the name of its model, {config['arch']}, and --sparsity")
+    shape = input_shape_of(config)
+    with torch.no_grad():
+        classes = network(torch.zeros(1, *shape)).shape[1]
+    return network, shape, classes

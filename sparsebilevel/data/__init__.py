@@ -39,7 +39,7 @@ def list_data() -> list[str]:
 _ORDER, _VALIDATION, _UPPER_PART, _UPPER_ORDER = range(4)
 
 
-def _mix(*words: int) -> int:
+def make_seed(*words: int) -> int:
     """One 32-bit seed from several; close words, such as seeds 0 and 1, give unrelated results."""
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 
@@ -129,7 +129,7 @@ class Loader:
         indices, draws = self.indices, None
         if self.train:
             # Order and augmentation of the whole epoch at once, for all ranks; then each takes its share.
-            generator = torch.Generator().manual_seed(_mix(self.seed, _ORDER, epoch))
+            generator = torch.Generator().manual_seed(make_seed(self.seed, _ORDER, epoch))
             indices = indices[torch.randperm(len(indices), generator=generator)]
             if self.augment:
                 draws = torch.randint(2**31, (len(indices),), generator=generator)
@@ -212,12 +212,12 @@ class Data:
             ValueError: `upper` leaves either level without a sample, or with less than a batch.
         """
         train = self.train
-        seed = _mix(train.seed, _UPPER_ORDER)
+        seed = make_seed(train.seed, _UPPER_ORDER)
         if upper == "same":
             return train, train.subset(batch_size=batch_size, seed=seed)
         if isinstance(upper, str):
             raise ValueError(f"upper={upper!r}: must be 'same', a fraction or a count")
-        lower_part, upper_part = _hold_out("upper", upper, len(train.indices), _mix(train.seed, _UPPER_PART))
+        lower_part, upper_part = _hold_out("upper", upper, len(train.indices), make_seed(train.seed, _UPPER_PART))
         return train.subset(lower_part), train.subset(upper_part, batch_size=batch_size, seed=seed)
 
 
@@ -361,7 +361,7 @@ def _make_data(
     every = torch.arange(len(train.labels))
     held_out = None
     if validation:
-        every, held_out = _hold_out("validation", validation, len(every), _mix(seed, _VALIDATION))
+        every, held_out = _hold_out("validation", validation, len(every), make_seed(seed, _VALIDATION))
     training = Loader(
         source=train,
         indices=every,

@@ -14,12 +14,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import Data, Loader
+from ..data import Data, Loader, make_seed
 from ..nn import sparsify
 from ..training.runtime import Ranks, seeded
 from .flops import GateCosts, budget_penalty
@@ -34,11 +33,6 @@ Message = dict[str, Any]
 # Second words of a seed, one for each purpose; the server's are in `rounds`.
 _ORDER, _HYPER_PART, _HYPER_ORDER, _NOISE = range(4)
 _UPPER_ORDER, _DROPOUT = 6, 7
-
-
-def make_seed(*words: int) -> int:
-    """A seed that is a function of all of the words."""
-    return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
 class Clients:

@@ -22,7 +22,7 @@ from .._checks import check_whole
 from .._slicing import cut_channels
 from ..models import create_model
 from ..nn import sparsify
-from ..training.checkpoint import CheckpointError, check_architecture, load_checkpoint
+from ..training.checkpoint import CheckpointError, check_architecture, load_checkpoint, masked_layers
 
 NORMS = ("batch", "group")
 
@@ -324,8 +324,7 @@ def load_network(source: str | os.PathLike[str], client: int | None = None) -> n
         model = slice_gates(model, points, saved["server_gates"])
     state: dict[str, Tensor] = saved["model"]
     check_architecture(model, state, path)
-    sparse = [key.removesuffix(".mask") for key in state if key.endswith(".mask")]
-    if sparse:
+    if sparse := masked_layers(state):
         sparsify(model, 0.0, include=sparse, init="dense")
     model.load_state_dict({name: value for name, value in state.items() if not name.endswith(".mask_scores")})
     if client is not None and gates is not None:

@@ -99,7 +99,7 @@ class MaskedWeight:
 
     def group_mask(self) -> Tensor:
         """Bool ``[num_groups]``: which groups of the pattern are kept."""
-        return self.pattern.group_scores(self.mask.float()) > 0
+        return self.pattern.groups_of(self.mask)
 
     def collect(self, support: Any, positions: Tensor | None = None) -> None:
         for layer in self.layers:
@@ -204,6 +204,7 @@ class Sparsifier:
     scope: Scope = "layer"  # each layer keeps its own count, or all together keep one
     # The mask may change at every step: too often for a history, so that metrics compare it with the first one.
     continuous = False
+    finished = False  # the mask is final: see finish() of BiP and HYDRA
 
     def __init__(
         self,
@@ -403,8 +404,7 @@ class Sparsifier:
         Returns:
             True if the topology changed.
         """
-        if self.released and not getattr(self, "finished", False):
-            raise RuntimeError(f"{type(self).__name__} was released, and its model is not its own any more")
+        self._refuse_released()
         self.step_count += 1
         self.learn(grads)
         changed = self.schedule.is_due(self.step_count)
@@ -413,9 +413,14 @@ class Sparsifier:
         self.prepare_collection()
         return changed
 
+    def _refuse_released(self) -> None:
+        if self.released and not self.finished:
+            raise RuntimeError(f"{type(self).__name__} was released, and its model is not its own any more")
+
     @torch.no_grad()
     def change_topology(self, grads: dict[str, Tensor] | None = None) -> None:
         """Adopt the method's proposed masks now, and record how much changed and how long it took."""
+        self._refuse_released()
         start = self._now()
         before = self._copy_masks()
         if self.scope == "layer" and (odd := self._odd_counts()):

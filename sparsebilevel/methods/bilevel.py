@@ -24,14 +24,14 @@ Two properties decide how well this works with mini-batches, and set the default
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._checks import check_number
+from .._checks import check_number, check_whole
 from ..masks import as_fraction
 from .base import MaskedWeight, Scope, Sparsifier, Storage, logger
 from .pruning import rewind, top_masks
@@ -100,8 +100,9 @@ class _RunningMean:
         return self.sums[name] / (1 - self.decay ** self.steps[name])
 
     def update(self, name: str, value: Tensor) -> None:
-        sums = self.sums.setdefault(name, torch.zeros_like(value))
-        sums.lerp_(value.to(sums.dtype), 1 - self.decay)
+        if name not in self.sums:
+            self.sums[name] = torch.zeros_like(value)
+        self.sums[name].lerp_(value.to(self.sums[name].dtype), 1 - self.decay)
         self.steps[name] = self.steps.get(name, 0) + 1
 
     def move(self, name: str, old: Tensor, new: Tensor, numel: int, fill: Callable[[Tensor], Tensor]) -> None:
@@ -171,9 +172,9 @@ class _BiLevel(Sparsifier):
         for argument, value in (("score_lr", score_lr), ("implicit_scale", implicit_scale)):
             if value is None and optimizer is None:
                 raise ValueError(f"{argument}=None takes the optimizer's learning rate, but no optimizer was given")
-        self.formula = _choose("implicit", implicit, self.IMPLICIT)
+        self.formula = self.IMPLICIT[_choose("implicit", implicit, self.IMPLICIT)]
         self.implicit_scale = None if implicit_scale is None else check_number("implicit_scale", implicit_scale)
-        self.lower_gradient = _choose("lower_gradient", lower_gradient, {"mean": "mean", "batch": "batch"})
+        self.lower_gradient = _choose("lower_gradient", lower_gradient, ("mean", "batch"))
         self.score_lr = None if score_lr is None else check_number("score_lr", score_lr)
         self._mean_grad = _RunningMean("gradient_decay", gradient_decay)
         self._curvature = _RunningMean("curvature_decay", curvature_decay)
@@ -230,7 +231,7 @@ class _BiLevel(Sparsifier):
         state = optimizer.state.get(masked.weight, {})
         key = next((key for key in _SQUARES if key in state), None)
         if key is None:
-            if state and "momentum" not in group and not self._warned_of_rate:
+            if state and "dampening" not in group and not self._warned_of_rate:
                 self._warned_of_rate = True
                 taken = [name for name in ("score_lr", "implicit_scale") if getattr(self, name) is None]
                 logger.warning(
@@ -324,12 +325,12 @@ class BiP(_BiLevel):
         curvature_decay: float = 0.99,
         **kwargs: Any,
     ) -> None:
-        self.initial_scores = _choose("initial_scores", initial_scores, {"energy": "energy", "magnitude": "magnitude"})
+        self.initial_scores = _choose("initial_scores", initial_scores, ("energy", "magnitude"))
         self.score_momentum = check_number("score_momentum", score_momentum)
+        check_number("implicit_scale", implicit_scale)  # None is BiDST's
         if scope not in ("global", "layer", None):
             raise ValueError(f"scope={scope!r} is not known; allowed: global, layer, None")
         self._scope = scope
-        self.finished = False
         self.upper_steps = 0
         self._warned = False
         self._velocity: dict[str, Tensor] = {}
@@ -393,6 +394,7 @@ class BiP(_BiLevel):
         """
         if self.finished:
             raise RuntimeError("upper_step after finish(): the mask is fixed")
+        self._refuse_released()
         parameters = list(self.model.parameters())
         # With gradient_as_bucket_view DDP computes into the memory of the gradients that are there.
         shared = dist.is_available() and dist.is_initialized()
@@ -439,8 +441,9 @@ class BiP(_BiLevel):
             self._sizes.add(direct, implicit)
             velocity = direct.add_(implicit)
             if self.score_momentum:
-                past = self._velocity.setdefault(name, torch.zeros_like(direct))
-                velocity = past.mul_(self.score_momentum).add_(velocity)
+                past = self._velocity.get(name)
+                velocity = velocity if past is None else past.mul_(self.score_momentum).add_(velocity)
+                self._velocity[name] = velocity
             masked.scores.sub_(velocity * self.current_score_lr(name))
 
     @torch.no_grad()
@@ -452,6 +455,9 @@ class BiP(_BiLevel):
         Args:
             rewind_to: a model state (as IMP's rewinding uses) to which surviving weights go back. BiP does not need it.
         """
+        if self.finished:
+            return
+        self._refuse_released()
         self._warn_without_upper_steps()
         self.finished, self.storage = True, "sparse"
         self._velocity.clear()
@@ -472,7 +478,7 @@ class BiP(_BiLevel):
         return super().state_dict() | own
 
     def load_state_dict(self, state: Any) -> None:
-        if state.get("finished") and not self.finished:
+        if state.get("method") == type(self).__name__ and state.get("finished"):
             self.finish()
         super().load_state_dict(state)
         self.upper_steps = state["upper_steps"]
@@ -548,11 +554,10 @@ class BiDST(_BiLevel):
             raise ValueError(f"tau={tau!r}, tau_end={tau_end!r} are not allowed; temperatures are positive")
         if not math.isfinite(initial_score):
             raise ValueError(f"initial_score={initial_score!r} is not allowed; expected a finite number")
-        if horizon < 1:
-            raise ValueError(f"horizon={horizon!r} is not allowed; expected at least one step")
+        check_whole("horizon", horizon, 1)
         self.horizon = horizon
         self.search_space = check_number("search_space", search_space, most=1, without_most=True)
-        self.implicit_on = _choose("implicit_on", implicit_on, {"search": "search", "all": "all"})
+        self.implicit_on = _choose("implicit_on", implicit_on, ("search", "all"))
         self.gumbel, self.tau, self.tau_end = gumbel, tau, tau_end
         self.initial_score, self.margin = initial_score, check_number("margin", margin)
         super().__init__(
@@ -586,7 +591,7 @@ class BiDST(_BiLevel):
     def _fill_search_space(self, masked: MaskedWeight, scores: Tensor) -> None:
         """Draw random groups into E until it has its exact size; ``scores`` is -inf outside A and E."""
         pattern, shape = masked.pattern, masked.weight.shape
-        outside = (pattern.group_scores((scores > -math.inf).float()).cpu() == 0).nonzero().squeeze(1)
+        outside = (~pattern.groups_of(scores > -math.inf)).cpu().nonzero().squeeze(1)
         inside = masked.num_groups - outside.numel() - int(masked.group_mask().sum())
         missing = round(masked.num_groups * as_fraction(self.search_space)) - inside
         order = torch.randperm(outside.numel(), generator=self.generator, device="cpu")
@@ -704,7 +709,7 @@ class BiDST(_BiLevel):
             self._collect_search_space(masked)
 
 
-def _choose(argument: str, value: str, allowed: Mapping[str, str]) -> str:
+def _choose(argument: str, value: str, allowed: Collection[str]) -> str:
     if value not in allowed:
         raise ValueError(f"{argument}={value!r} is not known; allowed: {', '.join(allowed)}")
-    return allowed[value]
+    return value

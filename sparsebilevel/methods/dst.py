@@ -130,6 +130,8 @@ class RigL(SET):
         self.paper = False  # else it would go on withholding gradients
 
     def grow_scores(self, masked: MaskedWeight, grads: dict[str, Tensor]) -> Tensor:
+        if masked.name not in grads:
+            raise RuntimeError("RigL grows by gradients, and change_topology got none; steps at a change collect them")
         return masked.pattern.group_scores(grads[masked.name].abs())
 
     def prepare_collection(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_number
+from .._checks import check_number, check_whole
 from ..masks import NM, as_fraction, global_masks
 from ..nn import sparse_layers
 from .base import MaskedWeight, Scope, Sparsifier, Storage
@@ -85,12 +85,10 @@ class IMP(Sparsifier):
         rewind_step: int = 0,
         **kwargs: Any,
     ) -> None:
-        if levels < 1:
-            raise ValueError(f"levels={levels!r} is not allowed; expected at least 1")
+        check_whole("levels", levels, 1)
+        check_whole("rewind_step", rewind_step, 0)
         if rate is not None and not 0 < rate < 1:
             raise ValueError(f"rate={rate!r} is not allowed; expected a number in (0, 1) or None")
-        if rewind_step < 0:
-            raise ValueError(f"rewind_step={rewind_step!r} is not allowed; expected at least 0")
         self.levels, self.rate, self.rewind_step = levels, rate, rewind_step
         self.level = 0
         self.rewind_point: dict[str, Tensor] | None = None
@@ -140,6 +138,7 @@ class IMP(Sparsifier):
         Raises:
             RuntimeError: after the last level, or before the rewind step was reached.
         """
+        self._refuse_released()
         if self.level == self.levels:
             raise RuntimeError(f"all {self.levels} levels are done")
         if self.rewind_point is None:
@@ -164,8 +163,12 @@ class IMP(Sparsifier):
         return super().state_dict() | {"level": self.level, "rewind_point": self.rewind_point}
 
     def load_state_dict(self, state: Any) -> None:
-        self.level = state.get("level", 0)  # says how many weights the masks keep
-        super().load_state_dict(state)
+        before, self.level = self.level, state.get("level", 0)  # says how many weights the masks keep
+        try:
+            super().load_state_dict(state)
+        except ValueError:
+            self.level = before
+            raise
         self.rewind_point = state["rewind_point"]
 
 
@@ -224,7 +227,6 @@ class HYDRA(Sparsifier):
         self.score_momentum = check_number("score_momentum", score_momentum)
         self.score_weight_decay = check_number("score_weight_decay", score_weight_decay)
         self.scope = scope
-        self.finished = False
         self._velocity: dict[str, Tensor] = {}
         self._frozen: list[nn.Parameter] = []
         super().__init__(model, optimizer, **kwargs)
@@ -249,8 +251,9 @@ class HYDRA(Sparsifier):
         for name, grad in grads.items():
             scores = self.weights[name].scores
             direct = scores.sign() * self.weights[name].weight * grad + self.score_weight_decay * scores
-            velocity = self._velocity.setdefault(name, torch.zeros_like(direct))
-            velocity.mul_(self.score_momentum).add_(direct)
+            past = self._velocity.get(name)
+            velocity = direct if past is None else past.mul_(self.score_momentum).add_(direct)
+            self._velocity[name] = velocity
             scores.sub_(velocity, alpha=self.score_lr)
         self.set_masks(self.propose_masks(grads))
 
@@ -262,6 +265,9 @@ class HYDRA(Sparsifier):
     @torch.no_grad()
     def finish(self) -> None:
         """Keep the mask for good: zeros are stored, scores go, parameters train again; another method may follow."""
+        if self.finished:
+            return
+        self._refuse_released()
         self.finished, self.storage = True, "sparse"
         self._velocity.clear()
         for masked in self.weights.values():
@@ -273,12 +279,13 @@ class HYDRA(Sparsifier):
         super().release()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
+        self._frozen = []  # whoever comes next may freeze them again
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"finished": self.finished, "velocity": dict(self._velocity)}
 
     def load_state_dict(self, state: Any) -> None:
-        if state.get("finished") and not self.finished:
+        if state.get("method") == type(self).__name__ and state.get("finished"):
             self.finish()
         super().load_state_dict(state)
         self._velocity = self._on_devices(state["velocity"])

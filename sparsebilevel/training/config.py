@@ -284,6 +284,13 @@ class Config:
             )
         if self.rewind not in (None, "none") and not self.finetune_epochs:
             raise ValueError(f"rewind={self.rewind!r} needs finetune_epochs: rewound weights must be trained again")
+        if self.upper_split not in (None, "same"):
+            try:
+                parse_amount(self.upper_split)
+            except ValueError:
+                raise ValueError(
+                    f"upper_split={self.upper_split!r} is not allowed; expected same, a count (500) or a fraction (0.1)"
+                ) from None
         if self.method == "hydra" and self.amp == "fp16":
             raise ValueError("amp='fp16' is not allowed with hydra, whose weights have no gradients to scale; use bf16")
 
