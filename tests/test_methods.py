@@ -710,6 +710,9 @@ def test_states_of_other_methods_and_models_are_refused():
         model, _, method = build(name)
         with pytest.raises(ValueError, match=f"state is of method 'RigL'; expected '{type(method).__name__}'"):
             method.load_state_dict(rigl.state_dict() | {"finished": True, "level": 2})
+        finished = method.state_dict() | {"finished": True, "level": 2, "num_kept": {"of another model": 1}}
+        with pytest.raises(ValueError, match="state belongs to a model with other layers"):
+            method.load_state_dict(finished)
         assert not method.finished
         assert getattr(method, "level", 0) == 0
         assert not method.released

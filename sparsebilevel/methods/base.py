@@ -568,14 +568,7 @@ class Sparsifier:
         Raises:
             ValueError: a state of another method, of another version, or of a model with other layers, masks or scores.
         """
-        if state.get("method") != type(self).__name__:
-            raise ValueError(f"state is of method {state.get('method')!r}; expected {type(self).__name__!r}")
-        # A state without a checksum is older than checksums.
-        if missing := sorted(set(self.state_dict()) - set(state) - {"checksum"}):
-            raise ValueError(f"state lacks {', '.join(missing)}; another version of sparsebilevel wrote it")
-        if set(state["num_kept"]) != set(self.weights):
-            odd = sorted(set(state["num_kept"]) ^ set(self.weights))
-            raise ValueError(f"state belongs to a model with other layers; they differ in {odd[:5]}")
+        self._check_origin(state)
         before = {name: masked.num_kept for name, masked in self.weights.items()}
         self._set_counts(state["num_kept"])
         if difference := self._odd_counts() or self._odd_scores(state.get("checksum")):
@@ -589,6 +582,17 @@ class Sparsifier:
         self.generator.set_state(state["generator"])
         self.first_masks = self._on_devices(state["first_masks"])
         self.prepare_collection()
+
+    def _check_origin(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError for a state of another method or version, or of a model with other layers."""
+        if state.get("method") != type(self).__name__:
+            raise ValueError(f"state is of method {state.get('method')!r}; expected {type(self).__name__!r}")
+        # A state without a checksum is older than checksums.
+        if missing := sorted(set(self.state_dict()) - set(state) - {"checksum"}):
+            raise ValueError(f"state lacks {', '.join(missing)}; another version of sparsebilevel wrote it")
+        if set(state["num_kept"]) != set(self.weights):
+            odd = sorted(set(state["num_kept"]) ^ set(self.weights))
+            raise ValueError(f"state belongs to a model with other layers; they differ in {odd[:5]}")
 
     def target_count(self) -> int:
         """Groups that all masks together keep now."""

@@ -478,7 +478,8 @@ class BiP(_BiLevel):
         return super().state_dict() | own
 
     def load_state_dict(self, state: Any) -> None:
-        if state.get("method") == type(self).__name__ and state.get("finished"):
+        self._check_origin(state)
+        if state["finished"]:
             self.finish()
         super().load_state_dict(state)
         self.upper_steps = state["upper_steps"]

@@ -163,7 +163,8 @@ class IMP(Sparsifier):
         return super().state_dict() | {"level": self.level, "rewind_point": self.rewind_point}
 
     def load_state_dict(self, state: Any) -> None:
-        before, self.level = self.level, state.get("level", 0)  # says how many weights the masks keep
+        self._check_origin(state)
+        before, self.level = self.level, state["level"]  # says how many weights the masks keep
         try:
             super().load_state_dict(state)
         except ValueError:
@@ -285,7 +286,8 @@ class HYDRA(Sparsifier):
         return super().state_dict() | {"finished": self.finished, "velocity": dict(self._velocity)}
 
     def load_state_dict(self, state: Any) -> None:
-        if state.get("method") == type(self).__name__ and state.get("finished"):
+        self._check_origin(state)
+        if state["finished"]:
             self.finish()
         super().load_state_dict(state)
         self._velocity = self._on_devices(state["velocity"])
