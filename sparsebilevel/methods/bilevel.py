@@ -14,7 +14,7 @@ Two properties decide how well this works with mini-batches, and set the default
 * The two factors of ``G * G`` belong to different levels: one says how the lower level's solution moves, the other how
   the upper level's loss takes it. Taken from one batch their product is ``mean(G)^2`` plus the variance of the
   mini-batch gradient, which drowns it. With ``lower_gradient="mean"`` the lower level's factor is a running mean over
-  *earlier* batches, and the noise of the two is independent. That is worth 3.8 points to BiDST on CIFAR-10 at 98 %; on
+  *earlier* batches, and the noise of the two is independent. That is worth 3.7 points to BiDST on CIFAR-10 at 98 %; on
   the digits, whose gradients have little noise, it costs 1.7 (README, "Measured").
 * Summed along training, the direct term is the movement of the weight: a gradient step changes ``theta^2 / 2`` by
   ``-lr * theta * G``, and with momentum by ``-lr / (1 - momentum) * theta * G`` in the mean. With that step size a
@@ -512,7 +512,9 @@ class BiDST(_BiLevel):
     ``mask_scores`` holds ``u``, and minus infinity outside A and E.
 
     Args:
-        search_space: size of E as a fraction of all entries of a layer, in [0, 1).
+        search_space: size of E as a fraction of all entries of a layer, in [0, 1). Scores are noisy, and the highest of
+            many are those with the most noise: with mini-batches it should not be much larger than A (README,
+            "Measured").
         implicit: ``derived``, ``paper``, ``curvature`` or ``none``.
         implicit_scale: ``1 / lambda`` of the hypergradient; a setting of its own beside the optimizer's weight decay
             (the paper's is 1e4). None follows from ``horizon``: see :meth:`current_implicit_scale`.
