@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-import operator
+import numbers
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -66,9 +65,8 @@ def binarize(
     dims = [dim] if isinstance(dim, int) else None if dim is None else list(dim)
     if isinstance(k, Tensor) and (k.numel() != 1 or k.dtype == torch.bool or k.is_floating_point() or k.is_complex()):
         raise TypeError(f"k must be an integer or a tensor of one, got {k.dtype} of shape {list(k.shape)}")
-    if not isinstance(k, (int, Tensor, torch.SymInt)):
-        with contextlib.suppress(TypeError):  # which is raised below
-            k = operator.index(k)  # type: ignore[arg-type]  # NumPy's integers
+    if not isinstance(k, (int, Tensor, torch.SymInt)) and isinstance(k, numbers.Integral):  # NumPy's
+        k = int(k)
     if isinstance(k, bool) or not isinstance(k, (int, Tensor, torch.SymInt)):
         raise TypeError(f"k must be an integer or a tensor of one, got {k!r}")
     if hint is not None:
