@@ -179,10 +179,12 @@ def _choose_product(
             candidates.append((dense * cost, Backend("slice", reason), 0))
     library = "cuBLAS/cuDNN on m*theta"
     if not candidates:
-        why = f"{library}; nothing else is faster, {how}"
-        if forced != "auto":
+        if forced == "auto":
+            why = f"{library}; nothing else is faster, {how}"
+        elif forced == "dense":
             why = "forced by SPARSEBILEVEL_BACKEND"
-            why = why if forced == "dense" else f"{library}; SPARSEBILEVEL_BACKEND={forced} cannot run here"
+        else:
+            why = f"{library}; SPARSEBILEVEL_BACKEND={forced} cannot run here"
         return Backend("dense", why, 1.0), 0
     time, backend, block = min(candidates, key=lambda candidate: candidate[0])
     if forced == "auto" and time > _MARGIN * dense:

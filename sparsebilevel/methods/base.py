@@ -419,7 +419,11 @@ class Sparsifier:
 
     @torch.no_grad()
     def change_topology(self, grads: dict[str, Tensor] | None = None) -> None:
-        """Adopt the method's proposed masks now, and record how much changed and how long it took."""
+        """Adopt the method's proposed masks now, and record how much changed and how long it took.
+
+        Raises:
+            RuntimeError: after ``release()``.
+        """
         self._refuse_released()
         start = self._now()
         before = self._copy_masks()

@@ -136,7 +136,7 @@ class IMP(Sparsifier):
         """Prune to the next level, rewind the survivors and forget all optimizer state.
 
         Raises:
-            RuntimeError: after the last level, or before the rewind step was reached.
+            RuntimeError: after the last level, before the rewind step was reached, or after ``release()``.
         """
         self._refuse_released()
         if self.level == self.levels:
