@@ -101,8 +101,14 @@ class Unstructured(Pattern):
     def group_scores(self, scores: Tensor) -> Tensor:
         return scores.reshape(-1)
 
+    def groups_of(self, mask: Tensor) -> Tensor:
+        return mask.reshape(-1)
+
     def expand(self, groups: Tensor, shape: Sequence[int]) -> Tensor:
         return groups.reshape(tuple(shape))
+
+    def check(self, mask: Tensor) -> None:
+        """Every mask is of this pattern."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

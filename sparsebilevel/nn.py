@@ -103,6 +103,9 @@ class SparseMaskedModule(nn.Module):
     def set_mask(self, mask: Tensor, *, check: bool = True) -> None:
         """Copy ``mask`` (bool, of the weight's shape) into the buffer, in place: compiled graphs stay valid.
 
+        Nothing else changes: not the weight or the optimizer's state, no layer that shares the weight, no other rank.
+        A method's :meth:`~sparsebilevel.Sparsifier.set_masks` changes them together.
+
         Args:
             mask: True = kept.
             check: whether it must fit the pattern. To look waits for the device: methods, which make their masks by the
@@ -134,6 +137,8 @@ class SparseMaskedModule(nn.Module):
 
     def collect(self, support: Support, positions: Tensor | None = None) -> None:
         """Ask backward for ``G = dloss/d(mask * weight)`` on a support, and drop what was collected so far.
+
+        A method asks in its own name, and again after each of its steps: beside one, leave this to it.
 
         Args:
             support: ``none``; ``all`` (dense); ``active`` (where the mask is True now); ``search`` (at ``positions``).
@@ -321,6 +326,8 @@ class SparseMaskedModule(nn.Module):
         mask = state_dict.get(prefix + "mask")
         if mask is not None and mask.shape == self.mask.shape and not mask.is_meta:
             try:
+                if mask.dtype != torch.bool and ((mask != 0) & (mask != 1)).any():
+                    raise ValueError(f"mask has dtype {mask.dtype} and values other than 0 and 1; expected torch.bool")
                 self.pattern.check(mask.bool())
             except ValueError as error:
                 error_msgs: list[str] = args[-1]  # of load_state_dict, which raises them all at the end

@@ -47,6 +47,14 @@ class MaskedWeight:
 
     Layers that share a weight share its mask: a change is written to all of them, and their effective gradients add up.
     Scores are learned once: the first of the layers holds them.
+
+    Attributes:
+        name: of the first layer.
+        weight: theta, the Parameter.
+        mask: bool, of the weight's shape; changed by :meth:`Sparsifier.set_masks`.
+        pattern: which weights live and die together.
+        num_groups, num_kept: groups of the pattern in all, and those that the mask is to keep.
+        scores: float32, of the weight's shape, where :meth:`set_scores` has installed them.
     """
 
     def __init__(self, name: str, layers: list[SparseMaskedModule]) -> None:
@@ -176,8 +184,9 @@ class Sparsifier:
             optimizer.zero_grad(); loss.backward(); optimizer.step()
             sparsifier.step()
 
-    Subclasses override :meth:`learn` (every step), :meth:`propose_masks` (at topology changes) and
-    :meth:`prepare_collection` (which effective gradients the next backward must give).
+    Subclasses override :meth:`initialize` (the first masks), :meth:`learn` (every step), :meth:`propose_masks` (at
+    topology changes) and :meth:`prepare_collection` (which effective gradients the next backward must give);
+    docs/methods.md has examples.
 
     Args:
         model: has been through :func:`sparsebilevel.sparsify`; may be wrapped in DDP or compiled.
@@ -191,6 +200,14 @@ class Sparsifier:
         seed: of this method's own random draws (equal on all ranks).
 
     Attributes:
+        weights: :class:`MaskedWeight` by the name of the layer; of layers that share a weight, the first.
+        optimizers: a list of those that were given.
+        schedule: when the topology changes, an :class:`~sparsebilevel.schedules.UpdateSchedule`.
+        step_count: steps that were taken.
+        generator: of the method's random draws, on the CPU.
+        storage: ``sparse`` (weight and optimizer state are zero where the mask is False) or ``dense`` (they are kept).
+        scope: ``layer`` (each keeps a number of groups of its own) or ``global`` (all layers together keep one).
+        continuous: the mask may change at every step.
         bytes_sent: what this rank has given to all_reduce, gradients of its own, since it was made; see
             :class:`SparseAllReduce` for those of the weights.
 
@@ -249,6 +266,8 @@ class Sparsifier:
         self._agree_on_masks()
         with torch.no_grad():
             self.initialize()
+        if self.scope == "layer":  # an ``initialize`` may leave the masks as it finds them
+            self._set_counts({name: masked.pattern.count(masked.mask) for name, masked in self.weights.items()})
         self.first_masks = self._copy_masks() if self.continuous else {}
         self.prepare_collection()
         for layer in self._layers():  # last: a method that could not be made leaves the model free
@@ -340,12 +359,22 @@ class Sparsifier:
     # -- what subclasses override -------------------------------------------------------------------------------------
 
     def initialize(self) -> None:
-        """Bring masks, weights and scores into the state in which the method starts. Runs once, in the constructor."""
+        """Bring masks, weights and scores into the state in which the method starts. Runs once, in the constructor.
+
+        Here every mask keeps the target from now on: random groups go or come where it keeps another number, with a
+        warning. A method that chooses otherwise, or later, overrides this.
+        """
         if not self._has_own_target:
             self._take_over_counts()
+        odd = {n: k for n, w in self.weights.items() if (k := w.pattern.count(w.mask)) != w.num_kept}
+        if odd:
+            logger.warning(
+                "%s changes the masks of %d layers at random, from %d groups in all to their target of %d; masks of "
+                "your own choice are to be set before it is made, without sparsity=",
+                *(type(self).__name__, len(odd), sum(odd.values()), sum(self.weights[n].num_kept for n in odd)),
+            )
         for masked in self.weights.values():
-            mask = self._resized(masked)
-            self._change(masked, mask)
+            self._change(masked, self._resized(masked))
 
     def _take_over_counts(self) -> None:
         """Keep masks that another method or a checkpoint has left with counts of their own; dense ones are a start."""
@@ -443,8 +472,53 @@ class Sparsifier:
         shared = sum(int((masks[n] & w.mask).sum()) for n, w in self.weights.items())
         return shared / max(sum(int((masks[n] | w.mask).sum()) for n, w in self.weights.items()), 1)
 
+    @torch.no_grad()
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
-        """Change masks, weights and optimizer state together, and check that all ranks agree."""
+        """Give layers these masks: masks, weights and optimizer state change together, and all ranks must agree.
+
+        Each layer keeps as many groups as its mask from now on. A method with ``scope="global"`` keeps its sum over all
+        layers.
+
+        Args:
+            masks: by the names of :attr:`weights`; bool, True = kept, of the weight's shape, on any device. Layers that
+                are left out keep theirs.
+
+        Raises:
+            ValueError: a name that is not known, or a mask that does not fit; nothing has changed then.
+            RuntimeError: the method was released or has finished; ranks have different masks.
+        """
+        if self.released and masks:
+            raise RuntimeError(f"{type(self).__name__} was released, and its model is not its own any more")
+        counts = {name: self._checked_count(name, mask) for name, mask in masks.items()}
+        if self.scope == "layer":
+            self._set_counts(counts)
+        elif masks:
+            total = sum(counts[n] if n in counts else w.pattern.count(w.mask) for n, w in self.weights.items())
+            if total != self.target_count():
+                raise ValueError(
+                    f"masks keep {total} groups, and {type(self).__name__} keeps {self.target_count()} over all layers"
+                )
+        self._apply_masks(masks)
+
+    def _checked_count(self, name: str, mask: Tensor) -> int:
+        """Groups that a mask keeps; ValueError if it is none for the weight of this name."""
+        if name not in self.weights:
+            allowed = ", ".join(map(repr, self.weights))
+            raise ValueError(f"masks has {name!r}, which is no weight of the method; allowed: {allowed}")
+        masked = self.weights[name]
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != masked.weight.shape:
+            found = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"the mask of {name!r} is a {found}; expected torch.bool {list(masked.weight.shape)}, True = kept"
+            )
+        try:
+            masked.pattern.check(mask)
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}") from error
+        return masked.pattern.count(mask)
+
+    def _apply_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """:meth:`set_masks` of masks that are known to fit."""
         for name, mask in masks.items():
             self._change(self.weights[name], mask)
         if _world_size() > 1 and not self._ranks_agree():
@@ -575,7 +649,7 @@ class Sparsifier:
         self._check_origin(state)
         before = {name: masked.num_kept for name, masked in self.weights.items()}
         self._set_counts(state["num_kept"])
-        if difference := self._odd_counts() or self._odd_scores(state.get("checksum")):
+        if difference := self._difference(state.get("checksum")):
             self._set_counts(before)
             raise ValueError(
                 f"the model's masks and scores are not those of the state ({difference}); build the method, then load "
@@ -641,8 +715,15 @@ class Sparsifier:
         tensors = [(w.mask, w.layers[0].mask_scores) for w in self.weights.values()]
         return int(checksum(t for pair in tensors for t in pair if t is not None))
 
-    def _odd_scores(self, expected: int | None) -> str:
-        return "" if expected in (None, self._checksum()) else "they keep as many weights, but have other values"
+    def _difference(self, expected: int | None) -> str:
+        """How masks and scores differ from those with this checksum, in words; nothing if they are the same.
+
+        Of a state without a checksum, older than checksums, only the counts are known.
+        """
+        if expected == self._checksum():
+            return ""  # whatever they keep: somebody may have set them behind the method's back
+        other = "" if expected is None else "they keep as many weights, but have other values"
+        return self._odd_counts() or other
 
     def _odd_counts(self) -> str:
         """Which masks do not keep what they should, in words; nothing if all do."""

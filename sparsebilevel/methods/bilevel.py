@@ -358,7 +358,7 @@ class BiP(_BiLevel):
         for masked in self.weights.values():
             weight = masked.weight.detach().float()
             masked.set_scores(weight.square() / 2 if self.initial_scores == "energy" else weight.abs())
-        self.set_masks(self.propose_masks({}))
+        self._apply_masks(self.propose_masks({}))
 
     def propose_masks(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.finished:
@@ -431,7 +431,7 @@ class BiP(_BiLevel):
         if self.finished:
             raise RuntimeError("upper_step_with after finish(): the mask is fixed")
         self._update_scores(grads)
-        self.set_masks(self.propose_masks(grads))
+        self._apply_masks(self.propose_masks(grads))
         self.upper_steps += 1
 
     def _update_scores(self, grads: dict[str, Tensor]) -> None:
@@ -639,7 +639,8 @@ class BiDST(_BiLevel):
             if not masked.weight.requires_grad:
                 continue  # nothing that grows there could learn: a frozen layer keeps its mask
             positions = masked.layers[0].support_positions
-            assert positions is not None
+            if positions is None:
+                raise RuntimeError(f"{name!r} collects no search space any more; did another call its collect()?")
             weight, active = masked.weight.reshape(-1)[positions], masked.mask.reshape(-1)[positions]
             scores = masked.scores.reshape(-1)
             u = scores[positions]
@@ -676,11 +677,10 @@ class BiDST(_BiLevel):
         pattern, scores = masked.pattern, masked.scores
         return scores / pattern.expand(pattern.group_scores(torch.ones_like(scores)), scores.shape)
 
-    @torch.no_grad()
-    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+    def _apply_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Change the masks, and renew the search space around them."""
         before = {name: self.weights[name].mask.clone() for name in masks}
-        super().set_masks(masks)
+        super()._apply_masks(masks)
         for name in masks:
             masked = self.weights[name]
             self._renew_search_space(masked, left=before[name] & ~masked.mask)

@@ -50,7 +50,7 @@ class OMP(Sparsifier):
             # Whatever mask sparsify drew: to grow from it would set the trained weights outside of it to zero.
             masked.set_mask(torch.ones_like(masked.mask))
         magnitudes = {name: masked.weight.detach().abs() for name, masked in self.weights.items()}
-        self.set_masks(top_masks(self, magnitudes, self.scope))
+        self._apply_masks(top_masks(self, magnitudes, self.scope))
 
 
 class IMP(Sparsifier):
@@ -240,7 +240,7 @@ class HYDRA(Sparsifier):
             weight = masked.weight.detach().float()
             fan_in = weight[0].numel()
             masked.set_scores(math.sqrt(6 / fan_in) * weight / weight.abs().max().clamp(min=1e-30))
-        self.set_masks(self.propose_masks({}))
+        self._apply_masks(self.propose_masks({}))
 
     def prepare_collection(self) -> None:
         for masked in self.weights.values():
@@ -256,7 +256,7 @@ class HYDRA(Sparsifier):
             velocity = direct if past is None else past.mul_(self.score_momentum).add_(direct)
             self._velocity[name] = velocity
             scores.sub_(velocity, alpha=self.score_lr)
-        self.set_masks(self.propose_masks(grads))
+        self._apply_masks(self.propose_masks(grads))
 
     def propose_masks(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.finished:
