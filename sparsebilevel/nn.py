@@ -826,7 +826,8 @@ def sparsify(
         exclude: leave these as they are; same forms. Wins over ``include``.
         dense_first: convert the first layer but keep all its weights, as the literature does with ``uniform``.
         init: initial masks: ``random``, ``magnitude`` (largest weights; over the whole model if ``distribution`` is
-            ``global``, layers of different patterns apart) or ``dense`` (all ones; a method prunes later).
+            ``global``, layers of different patterns apart) or ``dense`` (all ones, for OMP, IMP, HYDRA, BiP and own
+            methods; the others then drop weights at random, and say so).
         rescale: scale the weights of each output so that those kept have the norm that all had, and signals keep their
             size (sparsity-aware initialization; Evci et al., AAAI 2022). For training from scratch: without it a deep
             network that has no normalization layers learns slowly, or nothing. It changes nothing with ``filter``,
