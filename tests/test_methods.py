@@ -736,6 +736,22 @@ def test_a_state_is_refused_over_masks_of_another_count(name):
         second[2].load_state_dict(first[2].state_dict())
 
 
+@pytest.mark.parametrize("name", ["hydra", "bip"])
+def test_a_finished_state_is_refused_over_other_masks_before_it_finishes(name):
+    first, second = build(name), build(name)
+    train(*first, 3)
+    first[2].finish()
+    masked = second[2].weights["3"]
+    masked.set_mask(masked.mask.roll(1))
+    before = {key: value.clone() for key, value in second[0].state_dict().items()}
+    with pytest.raises(ValueError, match="not those of the state"):
+        second[2].load_state_dict(first[2].state_dict())
+    assert not second[2].finished
+    after = second[0].state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
 @pytest.mark.parametrize("name", ["bidst", "bip", "hydra"])
 def test_a_state_is_refused_over_scores_that_the_constructor_has_made(name):
     """The order of trainers that load a model's state before anything else."""

@@ -647,14 +647,8 @@ class Sparsifier:
             ValueError: a state of another method, of another version, or of a model with other layers, masks or scores.
         """
         self._check_origin(state)
-        before = {name: masked.num_kept for name, masked in self.weights.items()}
+        self._check_masks(state)
         self._set_counts(state["num_kept"])
-        if difference := self._difference(state.get("checksum")):
-            self._set_counts(before)
-            raise ValueError(
-                f"the model's masks and scores are not those of the state ({difference}); build the method, then load "
-                "the model's state, one that was saved together with this, and then this"
-            )
         self.step_count = state["step_count"]
         self.history = [dict(record) for record in state["history"]]
         self.generator.set_state(state["generator"])
@@ -671,6 +665,23 @@ class Sparsifier:
         if set(state["num_kept"]) != set(self.weights):
             odd = sorted(set(state["num_kept"]) ^ set(self.weights))
             raise ValueError(f"state belongs to a model with other layers; they differ in {odd[:5]}")
+
+    def _check_masks(self, state: Mapping[str, Any], *, scores: bool = True) -> None:
+        """Raise ValueError unless the masks, and scores, are those that were saved with the state."""
+        expected = state.get("checksum")  # None: older than checksums, so that only the counts are known
+        if expected == self._checksum(scores=scores):
+            return  # whatever they keep: somebody may have set them behind the method's back
+        before = {name: masked.num_kept for name, masked in self.weights.items()}
+        self._set_counts(state["num_kept"])
+        difference = self._odd_counts()
+        self._set_counts(before)
+        if expected is not None:
+            difference = difference or "they keep as many weights, but have other values"
+        if difference:
+            raise ValueError(
+                f"the model's masks and scores are not those of the state ({difference}); build the method, then load "
+                "the model's state, one that was saved together with this, and then this"
+            )
 
     def target_count(self) -> int:
         """Groups that all masks together keep now."""
@@ -710,20 +721,10 @@ class Sparsifier:
         for name, kept in counts.items():
             self.weights[name].num_kept = kept
 
-    def _checksum(self) -> int:
-        """Of all masks and scores."""
-        tensors = [(w.mask, w.layers[0].mask_scores) for w in self.weights.values()]
-        return int(checksum(t for pair in tensors for t in pair if t is not None))
-
-    def _difference(self, expected: int | None) -> str:
-        """How masks and scores differ from those with this checksum, in words; nothing if they are the same.
-
-        Of a state without a checksum, older than checksums, only the counts are known.
-        """
-        if expected == self._checksum():
-            return ""  # whatever they keep: somebody may have set them behind the method's back
-        other = "" if expected is None else "they keep as many weights, but have other values"
-        return self._odd_counts() or other
+    def _checksum(self, *, scores: bool = True) -> int:
+        """Of all masks, and of the scores that there are."""
+        found = (t for w in self.weights.values() for t in (w.mask, w.layers[0].mask_scores if scores else None))
+        return int(checksum(t for t in found if t is not None))
 
     def _odd_counts(self) -> str:
         """Which masks do not keep what they should, in words; nothing if all do."""

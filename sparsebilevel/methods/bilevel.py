@@ -479,7 +479,8 @@ class BiP(_BiLevel):
 
     def load_state_dict(self, state: Any) -> None:
         self._check_origin(state)
-        if state["finished"]:
+        if state["finished"] and not self.finished:
+            self._check_masks(state, scores=False)
             self.finish()
         super().load_state_dict(state)
         self.upper_steps = state["upper_steps"]

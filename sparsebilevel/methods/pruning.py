@@ -287,7 +287,8 @@ class HYDRA(Sparsifier):
 
     def load_state_dict(self, state: Any) -> None:
         self._check_origin(state)
-        if state["finished"]:
+        if state["finished"] and not self.finished:
+            self._check_masks(state, scores=False)
             self.finish()
         super().load_state_dict(state)
         self._velocity = self._on_devices(state["velocity"])
