@@ -1201,7 +1201,10 @@ def optimize_for_cpu(model: nn.Module, layout: str = "lines") -> nn.Module:
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is not known; allowed: {', '.join(LAYOUTS)}")
     if layout == "lines" and not any(isinstance(layer, SparseMaskedConv2d) for _, layer in sparse_layers(model)):
-        raise ValueError("model has no sparse convolution; call sparsify first")
+        raise ValueError(
+            "model has no sparse convolution, whose maps this call is for; call sparsify first, and leave networks of "
+            "linear layers as they are"
+        )
     if isinstance(model, InLayout) and _layout_of(model) == layout:
         return model
     _leave_layout(model)

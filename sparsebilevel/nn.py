@@ -343,6 +343,12 @@ class SparseMaskedModule(nn.Module):
             state_dict[prefix + "mask_scores"] = self.mask_scores
         self._let_go()
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.mask.is_meta and not self.weight.is_meta:  # assign=True has brought the weight, and nobody a mask
+            self.mask = torch.empty_like(self.mask, device=self.weight.device)
+            self._draw_first_mask()
+        scores = self._buffers.get("mask_scores")
+        if scores is not None and not scores.is_meta and scores.dtype != torch.float32:
+            self.mask_scores = scores.float()
         _note_weight(self)
         self._refit_collection()  # assign=True may have put a weight of another device or dtype in place
 
@@ -815,7 +821,7 @@ def sparsify(
     Args:
         model: any module; Parameters, hooks and module identities are kept. A bare ``nn.Linear`` works too, but not one
             inside of an ``nn.TransformerEncoderLayer``, which in inference reads its weight past the layer's forward:
-            give the encoder layer.
+            give the encoder layer, and the ``nn.TransformerEncoder`` where it is in one.
         sparsity: target fraction of zeros, in [0, 1), or values by layer name or glob pattern, of which the first that
             fits holds: ``{"fc": 0, "layer1.*": 0.8, "*": 0.9}``.
         distribution: ``uniform``, ``er``, ``erk`` or ``global``, see :func:`~sparsebilevel.schedules.layer_counts`.

@@ -1546,3 +1546,80 @@ def on_rank(rank, folder):
 @pytest.mark.slow
 def test_ranks_agree(tmp_path):
     torch.multiprocessing.spawn(on_rank, (str(tmp_path),), nprocs=2)
+
+
+# -- what methods notice ----------------------------------------------------------------------------------------------
+
+
+def test_a_layer_that_a_step_does_not_reach_keeps_its_mask():
+    """Growth scores that are all equal would grow the first rows."""
+    model, opt, rigl = build("rigl", update_freq=4)
+    train(model, opt, rigl, 3)
+    before = masks_of(rigl)
+    opt.zero_grad()
+    (compute_loss(model, 3) * 0).backward()
+    opt.step()
+    assert rigl.step()
+    assert same_masks(before, masks_of(rigl))
+    train(model, opt, rigl, 4, start=4)
+    assert not same_masks(before, masks_of(rigl))
+
+
+def test_rigl_names_the_layer_whose_gradient_was_nan():
+    model, opt, rigl = build("rigl", update_freq=1)
+    (compute_loss(model, 0) * math.nan).backward()
+    with pytest.raises(ValueError, match="'0': scores .*NaN.*call sparsifier.zero_grad"):
+        rigl.step()
+
+
+@pytest.mark.parametrize("name", ["omp", "bip", "imp"])
+@pytest.mark.parametrize("asked", [{"sparsity": {"0": 0.5, "*": 0.9}}, {"distribution": "erk"}], ids=str)
+def test_a_ranking_over_all_layers_says_that_single_targets_do_not_hold(name, asked, caplog):
+    cls, kwargs, _ = METHODS[name]
+    kwargs = {key: value for key, value in kwargs.items() if key not in ("scope", "score_lr")}
+    cls(sparse_net(**{"sparsity": 0.8, "init": "dense"} | asked), **kwargs | ({"score_lr": 1} if name == "bip" else {}))
+    (record,) = (r for r in caplog.records if "ranks all layers together" in r.message)
+    assert f"{cls.__name__} ranks all layers together, at sparsity 0.8" in record.message
+    assert ("scope='layer' keeps to it" in record.message) == (name != "imp")
+
+
+@pytest.mark.parametrize("name", ["omp", "bip"])
+def test_a_ranking_that_was_asked_for_says_nothing(name, caplog):
+    cls, pace = METHODS[name][0], {"score_lr": 0.1} if name == "bip" else {}
+    cls(sparse_net(0.8, init="dense"), **pace)  # one target for all
+    cls(sparse_net(0.8, init="dense", distribution="erk"), scope="global", **pace)
+    layered = cls(sparse_net(0.8, init="dense", distribution="erk"), scope="layer", **pace)
+    assert "ranks all" not in caplog.text
+    assert all(w.pattern.count(w.mask) == w.num_kept for w in layered.weights.values())
+
+
+def test_code_that_reads_a_weight_past_its_layer_is_noticed_once(caplog):
+    model = sparse_net(0.8)
+    opt = sgd(model)
+    rigl = sb.RigL(model, opt, update_freq=2, update_end=100)
+    for step in range(5):
+        opt.zero_grad()
+        (compute_loss(model, step) + model[6].weight.square().sum()).backward()
+        opt.step()
+        rigl.step()
+        if step == 0:
+            assert not any("reads its weight" in r.message for r in caplog.records)  # hidden weights are zero yet
+        model[6].weight.data += 0.01
+    assert sum("'6' has a gradient where its mask is False" in r.message for r in caplog.records) == 1
+
+
+def test_a_weight_that_is_tied_to_a_dense_module_is_named(caplog):
+    model = nn.ModuleDict({"embed": nn.Embedding(10, 8), "head": nn.Linear(8, 10, bias=False)})
+    sb.sparsify(model, 0.5)
+    sb.Static(model)
+    assert not caplog.records
+    model["head"].weight = model["embed"].weight
+    sb.Static(model)
+    assert "'embed' (Embedding) shares the weight of 'head' and reads it without the mask" in caplog.text
+
+
+def test_a_model_that_was_densified_in_place_is_named():
+    model, opt, static = build("static")
+    sb.densify(model, inplace=True)
+    with pytest.raises(RuntimeError, match=r"the model of Static was densified in place; call release\(\) before"):
+        static.step()

@@ -1064,3 +1064,24 @@ def test_masks_lie_in_memory_as_their_weights_do(init):
     sb.sparsify(model, 0.5, init=init)
     for layer in model:
         assert layer.mask.stride() == layer.weight.stride()
+
+
+def test_a_checkpoint_that_gives_a_model_from_the_meta_device_its_memory():
+    dense = nn.Sequential(nn.Linear(16, 8))
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(16, 8))
+        sb.sparsify(model, 0.75, seed=3)
+    model.load_state_dict(dense.state_dict(), strict=False, assign=True)
+    expected = sb.sparsify(nn.Sequential(nn.Linear(16, 8)), 0.75, seed=3)
+    assert torch.equal(model[0].mask, expected[0].mask)
+    assert model(torch.randn(2, 16)).shape == (2, 8)
+
+
+def test_assigned_scores_are_float32():
+    model = sb.sparsify(nn.Sequential(nn.Linear(16, 8)), 0.75, seed=3)
+    model[0].set_mask_scores(torch.rand(8, 16))
+    state = {key: value.bfloat16() if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    assert model[0].weight.dtype == torch.bfloat16
+    assert model[0].mask_scores.dtype == torch.float32
+    assert torch.equal(model[0].mask_scores, state["0.mask_scores"].float())

@@ -1,6 +1,6 @@
 """Methods: each a :class:`Sparsifier` beside the user's own loop."""
 
-from .base import Sparsifier
+from .base import NotFiniteError, Sparsifier
 from .bilevel import BiDST, BiP, hypergradient
 from .dst import SET, RigL, Static
 from .pruning import HYDRA, IMP, OMP
@@ -16,4 +16,17 @@ METHODS: dict[str, type[Sparsifier]] = {
     "bip": BiP,
 }
 
-__all__ = ["HYDRA", "IMP", "METHODS", "OMP", "SET", "BiDST", "BiP", "RigL", "Sparsifier", "Static", "hypergradient"]
+__all__ = [
+    "HYDRA",
+    "IMP",
+    "METHODS",
+    "OMP",
+    "SET",
+    "BiDST",
+    "BiP",
+    "NotFiniteError",
+    "RigL",
+    "Sparsifier",
+    "Static",
+    "hypergradient",
+]

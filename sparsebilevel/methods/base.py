@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import time
@@ -156,6 +157,22 @@ def change_mask(
     masked.set_mask(mask)
 
 
+class NotFiniteError(ValueError):
+    """A gradient is not finite, of a batch to be left out or of a run that has diverged. Nothing has changed."""
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Say which layer, and what to do, where scores are refused for their NaNs."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"{name!r}: {error}; a loss or gradient was. Where the loop leaves a batch out, "
+            "call sparsifier.zero_grad() beside optimizer.zero_grad()"
+        ) from error
+
+
 def checksum(tensors: Iterable[Tensor]) -> Tensor:
     """int64 checksum of tensors, computed where they are: the sum of splitmix64 over eight bytes and their place."""
     total: Tensor | None = None
@@ -222,6 +239,7 @@ class Sparsifier:
     # The mask may change at every step: too often for a history, so that metrics compare it with the first one.
     continuous = False
     finished = False  # the mask is final: see finish() of BiP and HYDRA
+    _warned_of_readers = False
 
     def __init__(
         self,
@@ -251,7 +269,10 @@ class Sparsifier:
         self._refuse_company()
         held = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
         if self.optimizers and not any(id(masked.weight) in held for masked in self.weights.values()):
-            raise ValueError("optimizer holds none of the model's sparse weights; is it that of another model?")
+            raise ValueError(
+                "optimizer holds none of the model's sparse weights; is it that of another model? Give none where the "
+                "weights are frozen"
+            )
         self.schedule = UpdateSchedule(update_freq, update_start, update_end)
         self.step_count = 0
         self.released = False
@@ -338,6 +359,14 @@ class Sparsifier:
             by_weight.setdefault(id(layer.weight), MaskedWeight(name, [])).layers.append(layer)
         if any(type(module).__name__ == "FullyShardedDataParallel" for module in self.model.modules()):
             raise ValueError("model is in FullyShardedDataParallel, which methods do not support; use DDP")
+        for name, module in self.model.named_modules():
+            own = [] if isinstance(module, SparseMaskedModule) else module._parameters.values()
+            for masked in (by_weight[id(p)] for p in own if id(p) in by_weight):
+                logger.warning(
+                    "%r (%s) shares the weight of %r and reads it without the mask: it loses what the mask drops and "
+                    "trains what it hides; leave that layer out (exclude=), as sparsify does with those tied before",
+                    *(name, type(module).__name__, masked.name),
+                )
         if not by_weight:
             raise ValueError("model has no sparse layers; call sparsebilevel.sparsify(model, sparsity=...) first")
         return {masked.name: masked for masked in by_weight.values()}
@@ -437,10 +466,37 @@ class Sparsifier:
         self.step_count += 1
         self.learn(grads)
         changed = self.schedule.is_due(self.step_count)
+        if changed or self.step_count == 1:
+            self._warn_of_readers()
         if changed:
             self.change_topology(grads)
         self.prepare_collection()
         return changed
+
+    def _warn_of_readers(self) -> None:
+        """Once, of gradients outside of a mask: something but the layer reads the weight, and trains what is hidden."""
+        if self._warned_of_readers:
+            return
+        for name, masked in self.weights.items():
+            grad = masked.weight.grad
+            if grad is None or any(layer.shares_gradient for layer in masked.layers):
+                continue
+            if bool(((grad.abs() > 0) & ~masked.mask).any()):  # a NaN says nothing
+                self._warned_of_readers = True
+                logger.warning(
+                    "%r has a gradient where its mask is False: code beside the layer reads its weight and trains what "
+                    "the mask hides; it should read layer.effective_weight()",
+                    name,
+                )
+                return
+
+    def _refuse_maximize(self) -> None:
+        """Scores are learned to make the loss smaller."""
+        if any(group.get("maximize") for optimizer in self.optimizers for group in optimizer.param_groups):
+            raise ValueError(
+                f"optimizer has maximize=True, and {type(self).__name__} learns scores by which the loss falls; "
+                "minimize its negative"
+            )
 
     def _refuse_released(self) -> None:
         if self.released and not self.finished:
@@ -540,6 +596,8 @@ class Sparsifier:
 
     def _take_grads(self, scaler: torch.amp.GradScaler | None) -> dict[str, Tensor] | None:
         """Effective gradients by name, unscaled and averaged over ranks; None for a step that the scaler skipped."""
+        if not all(isinstance(layer, SparseMaskedModule) for layer in self._layers()):
+            raise RuntimeError(f"the model of {type(self).__name__} was densified in place; call release() before")
         asked = [layer for layer in self._layers() if layer.score_support != "none"]
         if asked and all(layer.effective_grad is None for layer in asked):
             raise RuntimeError(

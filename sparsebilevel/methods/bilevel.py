@@ -33,8 +33,8 @@ from torch import Tensor
 
 from .._checks import check_number, check_whole
 from ..masks import as_fraction
-from .base import MaskedWeight, Scope, Sparsifier, Storage, logger
-from .pruning import rewind, top_masks
+from .base import MaskedWeight, NotFiniteError, Scope, Sparsifier, Storage, _world_size, logger, naming
+from .pruning import rewind, top_masks, warn_of_single_targets
 
 _PATIENCE = 100  # steps of the lower level after which BiP asks for the upper one
 # Where optimizers keep the squares of gradients that they divide by the root of: Adam's kin, RMSprop, Adagrad.
@@ -193,6 +193,25 @@ class _BiLevel(Sparsifier):
         scale = self.current_implicit_scale(name)
         return hypergradient(weight, c, grad, formula=self.formula, scale=scale, lower_grad=lower, curvature=curvature)
 
+    _learns_under_frozen_weights = False  # masks of frozen weights stay as they are
+
+    def _check_optimizers(self) -> None:
+        """Raise ValueError where the scores cannot take their pace from the optimizer."""
+        self._refuse_maximize()
+        if self.score_lr is not None and self.implicit_scale is not None:
+            return
+        held = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        for name, masked in self.weights.items():
+            frozen = not masked.weight.requires_grad
+            if masked.is_dense or (frozen and not self._learns_under_frozen_weights):
+                continue
+            if frozen or id(masked.weight) not in held:
+                missing = " and ".join(n for n in ("score_lr", "implicit_scale") if getattr(self, n) is None)
+                raise ValueError(
+                    f"{name!r} is {'frozen' if frozen else 'in no optimizer'}, which gives its scores no pace; give "
+                    f"{missing}, or leave the layer out of sparsify"
+                )
+
     def current_score_lr(self, name: str) -> float | Tensor:
         """Step size of the scores of a layer: as given, or the one at which the direct term follows ``theta^2 / 2``.
 
@@ -221,6 +240,8 @@ class _BiLevel(Sparsifier):
     def _rate_of(
         self, masked: MaskedWeight, optimizer: torch.optim.Optimizer, group: Mapping[str, Any]
     ) -> float | Tensor:
+        if group["lr"] is None:
+            raise ValueError(f"{type(optimizer).__name__} has lr=None, no step size; give score_lr and implicit_scale")
         rate, momentum = float(group["lr"]), float(group.get("momentum", 0))
         if momentum >= 1:
             raise ValueError(
@@ -307,6 +328,7 @@ class BiP(_BiLevel):
 
     storage: Storage = "dense"
     continuous = True
+    _learns_under_frozen_weights = True
     IMPLICIT = {"paper": "derived", "code": "code", "curvature": "curvature", "none": "none"}
 
     def __init__(
@@ -355,6 +377,9 @@ class BiP(_BiLevel):
         return "global" if unstructured else "layer"
 
     def initialize(self) -> None:
+        self._check_optimizers()
+        if self._scope is None and self.scope == "global":
+            warn_of_single_targets(self, "; scope='layer' keeps to it")
         for masked in self.weights.values():
             weight = masked.weight.detach().float()
             masked.set_scores(weight.square() / 2 if self.initial_scores == "energy" else weight.abs())
@@ -380,21 +405,35 @@ class BiP(_BiLevel):
                 self.step_count,
             )
 
-    def upper_step(self, closure: Callable[[], Tensor], scaler: torch.amp.GradScaler | None = None) -> Tensor:
+    def upper_step(
+        self,
+        closure: Callable[[], Tensor],
+        scaler: torch.amp.GradScaler | None = None,
+        *,
+        max_norm: float | None = None,
+    ) -> Tensor:
         """One step of the upper level; costs one forward and one backward pass.
 
-        Gradients that the parameters already hold are put back afterwards, and no parameter is changed.
+        Gradients that the parameters already hold are put back afterwards, and no parameter is changed (unless hooks on
+        gradients do so, as of optimizers that step in backward).
 
         Args:
             closure: computes the loss of an upper batch (or of several); ``upper_step`` calls backward.
-            scaler: the loop's GradScaler, if any.
+            scaler: the loop's GradScaler, if any. A gradient that is not finite is skipped then.
+            max_norm: of the gradient of all parameters together, as the loop clips it for the weights: else the scores
+                are ahead of these where the loop clips.
 
         Returns:
             The loss, detached.
+
+        Raises:
+            NotFiniteError: without a scaler, a gradient that is not finite; no score has changed then.
         """
         if self.finished:
             raise RuntimeError("upper_step after finish(): the mask is fixed")
         self._refuse_released()
+        if max_norm is not None:
+            check_number("max_norm", max_norm, without_least=True)
         parameters = list(self.model.parameters())
         # With gradient_as_bucket_view DDP computes into the memory of the gradients that are there.
         shared = dist.is_available() and dist.is_initialized()
@@ -410,9 +449,13 @@ class BiP(_BiLevel):
             with torch.no_grad():
                 grads = self._take_grads(None)
                 assert grads is not None
-                if scaler is not None and scaler.is_enabled():
-                    grads = {name: g / scaler.get_scale() for name, g in grads.items()}
-                if scaler is None or all(bool(g.isfinite().all()) for g in grads.values()):
+                scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
+                if scale != 1:
+                    grads = {name: g / scale for name, g in grads.items()}
+                if max_norm is not None:
+                    factor = self._clipping(max_norm, scale)
+                    grads = {name: g * factor for name, g in grads.items()}
+                if scaler is None or not _not_finite(grads):
                     self.upper_step_with(grads)
         finally:
             for p, grad in zip(parameters, kept, strict=True):
@@ -420,6 +463,16 @@ class BiP(_BiLevel):
             for masked in self.weights.values():
                 masked.collect("none")
         return loss.detach()
+
+    def _clipping(self, max_norm: float, scale: float) -> Tensor:
+        """The factor by which ``clip_grad_norm_`` would shrink the gradients that the parameters have now."""
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if (ranks := _world_size()) > 1:  # the closure may not have gone through DDP
+            for grad in grads:
+                dist.all_reduce(grad)
+                self.bytes_sent += grad.numel() * grad.itemsize
+                grad /= ranks
+        return (max_norm / (torch.nn.utils.get_total_norm(grads) / scale + 1e-6)).clamp(max=1)
 
     @torch.no_grad()
     def upper_step_with(self, grads: dict[str, Tensor]) -> None:
@@ -430,6 +483,8 @@ class BiP(_BiLevel):
         """
         if self.finished:
             raise RuntimeError("upper_step_with after finish(): the mask is fixed")
+        if odd := _not_finite(grads):
+            raise NotFiniteError(f"the gradient of {odd[0]!r} is not finite in this upper batch; no score has changed")
         self._update_scores(grads)
         self._apply_masks(self.propose_masks(grads))
         self.upper_steps += 1
@@ -437,6 +492,8 @@ class BiP(_BiLevel):
     def _update_scores(self, grads: dict[str, Tensor]) -> None:
         for name, grad in grads.items():
             masked = self.weights[name]
+            if masked.is_dense:
+                continue  # and stays so
             direct, implicit = self._hypergradient(name, masked.weight, masked.mask, grad)
             self._sizes.add(direct, implicit)
             velocity = direct.add_(implicit)
@@ -507,6 +564,7 @@ class BiDST(_BiLevel):
       weight that grows keeps the credit that it earned in E, and a weight that is dropped goes back to
       ``initial_score`` (less ``margin``) with its value;
     * at a change, what leaves A enters E, and the rest of E is drawn anew;
+    * ``G`` is taken as the loop has clipped it, which is read off the gradients of the active weights;
     * the implicit term moves E only (``implicit_on="search"``): in A the lower level does solve for theta, so that the
       response of theta to its mask is already in the movement that the direct term sums.
 
@@ -581,6 +639,7 @@ class BiDST(_BiLevel):
     # -- search space -------------------------------------------------------------------------------------------------
 
     def initialize(self) -> None:
+        self._check_optimizers()
         super().initialize()
         for masked in self.weights.values():
             mask = masked.mask  # whose strides the scores must not have: they are row-major, as positions are
@@ -643,6 +702,7 @@ class BiDST(_BiLevel):
             if positions is None:
                 raise RuntimeError(f"{name!r} collects no search space any more; did another call its collect()?")
             weight, active = masked.weight.reshape(-1)[positions], masked.mask.reshape(-1)[positions]
+            grad = grad * self._clipping(masked, positions, active, grad)
             scores = masked.scores.reshape(-1)
             u = scores[positions]
             psi = torch.sigmoid((u + self._noise(u) if self.gumbel else u) / tau)
@@ -655,6 +715,19 @@ class BiDST(_BiLevel):
             if not masked.scores.is_contiguous():  # the model went to channels_last meanwhile, and reshape copied
                 masked.scores.copy_(scores.view(masked.scores.shape))
 
+    @staticmethod
+    def _clipping(masked: MaskedWeight, positions: Tensor, active: Tensor, grad: Tensor) -> Tensor | float:
+        """How much of ``G`` the loop has left of it in ``weight.grad``, which is ``m * G`` before it is clipped.
+
+        Scores are to go at the pace of the weights, and so by the gradient that these are stepped with.
+        """
+        if masked.weight.grad is None:
+            return 1.0
+        whole = torch.where(active, grad, 0)
+        left = torch.where(active, masked.weight.grad.reshape(-1)[positions].to(whole.dtype), 0)
+        share = (whole * left).sum() / (whole * whole).sum()
+        return torch.where((share > 0) & (share < 1), share, 1)  # whatever else it is, is no clipping
+
     def _noise(self, like: Tensor) -> Tensor:
         noise = torch.rand(like.shape, generator=self.generator, dtype=torch.float32, device="cpu")
         return noise.to(like.device).logit_(1e-6)
@@ -664,13 +737,8 @@ class BiDST(_BiLevel):
         for name, masked in self.weights.items():
             if masked.is_dense or not masked.weight.requires_grad:
                 continue
-            try:
+            with naming(name):
                 masks[name] = masked.pattern.mask(self._mean_scores(masked), masked.num_kept)
-            except ValueError as error:
-                raise ValueError(
-                    f"{name!r}: {error}; a loss or gradient was. Where the loop leaves a batch out, "
-                    "call sparsifier.zero_grad() beside optimizer.zero_grad()"
-                ) from error
         return masks
 
     def _mean_scores(self, masked: MaskedWeight) -> Tensor:
@@ -711,6 +779,10 @@ class BiDST(_BiLevel):
         super().load_state_dict(state)
         for masked in self.weights.values():
             self._collect_search_space(masked)
+
+
+def _not_finite(grads: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, grad in grads.items() if not bool(grad.isfinite().all())]
 
 
 def _choose(argument: str, value: str, allowed: Collection[str]) -> str:

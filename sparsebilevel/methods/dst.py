@@ -13,7 +13,7 @@ from .._checks import check_number
 from ..kernels import binarize
 from ..masks import NM
 from ..schedules import cosine_drop_fraction
-from .base import MaskedWeight, Sparsifier, logger
+from .base import MaskedWeight, Sparsifier, logger, naming
 
 
 class Static(Sparsifier):
@@ -49,8 +49,11 @@ class SET(Sparsifier):
             return self.drop_fraction
         return cosine_drop_fraction(self.step_count, self.schedule.end, self.drop_fraction)
 
-    def grow_scores(self, masked: MaskedWeight, grads: dict[str, Tensor]) -> Tensor:
-        """Scores ``[num_groups]`` by which dropped and inactive groups compete to be grown. Here random."""
+    def grow_scores(self, masked: MaskedWeight, grads: dict[str, Tensor]) -> Tensor | None:
+        """Scores ``[num_groups]`` by which dropped and inactive groups compete to be grown. Here random.
+
+        None leaves the layer as it is.
+        """
         return torch.rand(masked.num_groups, generator=self.generator, device="cpu").to(masked.weight.device)
 
     def propose_masks(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -61,11 +64,13 @@ class SET(Sparsifier):
                 continue  # what grows in a frozen layer could not learn
             active = masked.group_mask()
             changes = min(int(fraction * masked.num_kept), masked.num_groups - masked.num_kept)
-            if not changes:
+            growth = self.grow_scores(masked, grads) if changes else None
+            if growth is None:
                 continue
             magnitude = masked.pattern.group_scores(masked.weight.abs())
-            kept = binarize(magnitude.masked_fill(~active, -math.inf), masked.num_kept - changes)
-            grown = binarize(self.grow_scores(masked, grads).masked_fill(kept, -math.inf), changes)
+            with naming(name):
+                kept = binarize(magnitude.masked_fill(~active, -math.inf), masked.num_kept - changes)
+                grown = binarize(growth.masked_fill(kept, -math.inf), changes)
             masks[name] = masked.pattern.expand(kept | grown, masked.weight.shape)
         return masks
 
@@ -73,7 +78,8 @@ class SET(Sparsifier):
 class RigL(SET):
     """RigL (Evci et al. 2020): SET, but growing where the dense gradient is largest.
 
-    The dense gradient is computed at the steps of a change and at no other.
+    The dense gradient is computed at the steps of a change and at no other. A layer that has none at such a step, like
+    an expert that no token was sent to, keeps its mask.
 
     Args:
         paper: at a step of a change the mask update *replaces* the optimizer's step, as in the paper and the authors'
@@ -129,10 +135,13 @@ class RigL(SET):
         super().release()
         self.paper = False  # else it would go on withholding gradients
 
-    def grow_scores(self, masked: MaskedWeight, grads: dict[str, Tensor]) -> Tensor:
+    def grow_scores(self, masked: MaskedWeight, grads: dict[str, Tensor]) -> Tensor | None:
         if masked.name not in grads:
             raise RuntimeError("RigL grows by gradients, and change_topology got none; steps at a change collect them")
-        return masked.pattern.group_scores(grads[masked.name].abs())
+        grad = grads[masked.name]
+        if not grad.any():  # of a layer that this step did not reach; equal scores would grow the first rows
+            return None
+        return masked.pattern.group_scores(grad.abs())
 
     def prepare_collection(self) -> None:
         due = self.schedule.is_due(self.step_count + 1)

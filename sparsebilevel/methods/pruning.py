@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .._checks import check_number, check_whole
 from ..masks import NM, as_fraction, global_masks
 from ..nn import sparse_layers
-from .base import MaskedWeight, Scope, Sparsifier, Storage
+from .base import MaskedWeight, Scope, Sparsifier, Storage, logger
 
 
 def top_masks(sparsifier: Sparsifier, scores: dict[str, Tensor], scope: Scope) -> dict[str, Tensor]:
@@ -33,19 +33,41 @@ def top_masks(sparsifier: Sparsifier, scores: dict[str, Tensor], scope: Scope) -
     return masks
 
 
+def warn_of_single_targets(sparsifier: Sparsifier, advice: str = "") -> None:
+    """A ranking over all layers keeps the sum of their targets only: say so where layers were given their own."""
+    by_pattern: dict[Any, list[MaskedWeight]] = defaultdict(list)
+    for masked in sparsifier.weights.values():
+        if not masked.is_dense and not isinstance(masked.pattern, NM):
+            by_pattern[masked.pattern].append(masked)
+    for group in by_pattern.values():
+        share = sum(masked.num_kept for masked in group) / sum(masked.num_groups for masked in group)
+        odd = [masked for masked in group if abs(masked.num_kept - share * masked.num_groups) > 1]
+        if odd:
+            logger.warning(
+                "%s ranks all layers together, at sparsity %.3g, whatever their own target is, as %.3g for %r%s",
+                *(type(sparsifier).__name__, 1 - share, 1 - odd[0].num_kept / odd[0].num_groups, odd[0].name, advice),
+            )
+
+
 class OMP(Sparsifier):
     """One-shot magnitude pruning of a trained network, then training under the fixed mask.
 
-    The mask is chosen in the constructor: the largest ``|theta|`` over all layers together (``scope="global"``) or in
-    each layer.
+    The mask is chosen in the constructor.
+
+    Args:
+        scope: the largest ``|theta|`` over all layers together (``global``; None is the same, and warns where layers
+            have targets of their own) or in each ``layer``.
+        ...: as :class:`~sparsebilevel.methods.base.Sparsifier`.
     """
 
-    def __init__(self, model: Any, optimizer: Any = None, *, scope: Scope = "global", **kwargs: Any) -> None:
-        _check_scope(scope)
-        self.scope = scope
+    def __init__(self, model: Any, optimizer: Any = None, *, scope: Scope | None = None, **kwargs: Any) -> None:
+        _check_scope("global" if scope is None else scope)
+        self.scope, self._chose_scope = scope or "global", scope is not None
         super().__init__(model, optimizer, **kwargs)
 
     def initialize(self) -> None:
+        if not self._chose_scope:
+            warn_of_single_targets(self, "; scope='layer' keeps to it")
         for masked in self.weights.values():
             # Whatever mask sparsify drew: to grow from it would set the trained weights outside of it to zero.
             masked.set_mask(torch.ones_like(masked.mask))
@@ -103,6 +125,7 @@ class IMP(Sparsifier):
             )
         for pattern in patterns:
             pattern.check_ranking()
+        warn_of_single_targets(self)
         for masked in self.weights.values():
             masked.set_mask(torch.ones_like(masked.mask))  # not grown: that would set the weights to zero
         if self.rewind_step == 0:
@@ -236,6 +259,7 @@ class HYDRA(Sparsifier):
             parameter.requires_grad_(False)
 
     def initialize(self) -> None:
+        self._refuse_maximize()
         for masked in self.weights.values():
             weight = masked.weight.detach().float()
             fan_in = weight[0].numel()

@@ -61,7 +61,7 @@ from torch import Tensor, nn
 
 from .. import METHODS, SparseAllReduce, SparseMaskedConv2d, optimize_for_cpu, sparse_layers, sparsify
 from ..kernels import native
-from ..methods import HYDRA, IMP, BiP, Sparsifier
+from ..methods import HYDRA, IMP, BiP, NotFiniteError, Sparsifier
 from .build import make_data, make_model, make_optimizer
 from .checkpoint import (
     CheckpointError,
@@ -327,7 +327,8 @@ class Trainer:
             with self.autocast():
                 return F.cross_entropy(net(x), y, label_smoothing=self.config.label_smoothing)
 
-        self.sparsifier.upper_step(loss, self.scaler if self.scaler.is_enabled() else None)
+        scaler = self.scaler if self.scaler.is_enabled() else None
+        self.sparsifier.upper_step(loss, scaler, max_norm=self.config.clip_grad_norm)
 
     def end_epoch(self, phase: Phase) -> None:
         """Evaluate, log, select, and save. An epoch cut short by ``max_steps`` is logged only; its position stays."""
@@ -597,7 +598,8 @@ class Trainer:
         """Raise TrainingError where a method refused what it got because the run has diverged: no input was bad."""
         self._check_finite()
         state = [*self.model.state_dict().values(), *(p.grad for p in self.model.parameters() if p.grad is not None)]
-        if any(bool(values.isnan().any()) for values in state):  # scores outside of a search space are infinite
+        has_nan = any(bool(values.isnan().any()) for values in state)  # scores outside of a search space are infinite
+        if has_nan or isinstance(error, NotFiniteError):
             raise self._divergence("weights, gradients or scores are NaN") from error
 
     def _divergence(self, what: str) -> TrainingError:
