@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import struct
 import threading
@@ -95,11 +96,11 @@ class Communicator:
         """
         return contextlib.nullcontext()
 
-    def welcome(self, round: int, clock: int) -> set[int]:
+    def welcome(self, round: int, clocks: Mapping[str, int]) -> set[int]:
         """Lost workers that are back from this round on; called at the start of every round.
 
         Args:
-            round, clock: where this process stands, for those who come back.
+            round, clocks: where this process stands, for those who come back.
         """
         return set()
 
@@ -511,7 +512,7 @@ class TorchCommunicator(Communicator):
     # ahead that all have made one before the first stops: two workers are never further apart than the graph is wide.
 
     @_with_store
-    def welcome(self, round: int, clock: int) -> set[int]:
+    def welcome(self, round: int, clocks: Mapping[str, int]) -> set[int]:
         back = set()
         if self._returns:
             self._sign()  # who comes back waits for the promised round
@@ -534,7 +535,7 @@ class TorchCommunicator(Communicator):
                     self._sign()  # the neighbours wait meanwhile, and have not lost this worker
                     time.sleep(0.02)
                 if round == int(self._store.get(f"{key}/start")):
-                    self._store.set(f"{key}/clock", f"{clock} {self.notice}")
+                    self._store.set(f"{key}/clocks", json.dumps([dict(clocks), self.notice]))
                     self._connect(j, key)
                     back.add(j)
                     self.lost.discard(j)
@@ -546,8 +547,8 @@ class TorchCommunicator(Communicator):
         return back
 
     @_with_store
-    def return_to(self, rounds: int) -> tuple[int, int]:
-        """(round, clock) in which this worker is back; neighbours that do not answer in time count as lost.
+    def return_to(self, rounds: int) -> tuple[int, dict[str, int]]:
+        """(round, clocks) in which this worker is back; neighbours that do not answer in time count as lost.
 
         Raises:
             CommunicationError: worker 0 does not answer, or the run of ``rounds`` rounds is over by then.
@@ -570,17 +571,17 @@ class TorchCommunicator(Communicator):
         if start >= rounds:
             raise CommunicationError(f"worker {self.rank}: the run is over before it could be joined again")
         sign, since = self._sign_of(0), time.monotonic()
-        while not self._store.check([f"{key}/clock"]):
+        while not self._store.check([f"{key}/clocks"]):
             if (latest := self._sign_of(0)) != sign:
                 sign, since = latest, time.monotonic()
             if time.monotonic() - since > self.timeout:
                 raise CommunicationError(f"worker {self.rank}: no worker came to round {start} in {self.timeout:g} s")
             time.sleep(0.005)
-        clock, self.notice = map(int, self._store.get(f"{key}/clock").split())
+        clocks, self.notice = json.loads(self._store.get(f"{key}/clocks"))
         for j in self._others:
             if j in seen:
                 self._connect(j, key)
-        return start, clock
+        return start, clocks
 
     def close(self) -> None:
         for group in self._payload_groups.values():

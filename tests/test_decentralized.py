@@ -376,12 +376,14 @@ def test_bad_estimators_are_refused(options, match):
 # -- tracking ----------------------------------------------------------------------------------------------------------
 
 
-def run_quadratics(tracking, lr, steps=1000, workers=8, graph="ring"):
+def run_quadratics(tracking, lr, steps=1000, topology=None):
     """Distance of the workers from the common solution, and from each other."""
+    topology = topology or make_topology("ring", 8)
+    workers = topology.size
     oracles = [Quadratic(seed=k, shift=2.0 * k) for k in range(workers)]
     hessian = sum(o.hessian() for o in oracles)
     solution = torch.linalg.solve(hessian, sum(o.constant() for o in oracles))
-    step = TrackedStep(Gossip(LocalCommunicator(workers), make_topology(graph, workers)), tracking, "x")
+    step = TrackedStep(Gossip(LocalCommunicator(workers), topology), tracking, "x")
     values = {k: torch.zeros(4, dtype=torch.float64) for k in range(workers)}
     for _ in range(steps):
         gradients = {k: oracles[k]((v,), torch.arange(12), 0) for k, v in values.items()}
@@ -393,11 +395,50 @@ def run_quadratics(tracking, lr, steps=1000, workers=8, graph="ring"):
     return error, consensus_error(values)
 
 
+def pairs_in_turn():
+    """Three workers on a path, of which two meet at a time: no variable may always meet the same two."""
+    pair = torch.tensor([[0.5, 0.5], [0.5, 0.5]], dtype=torch.float64)
+    one = torch.ones(1, 1, dtype=torch.float64)
+    return Topology([torch.block_diag(pair, one), torch.block_diag(one, pair)])
+
+
+TURNS = {
+    "ring": lambda: make_topology("ring", 8),
+    "one-peer": lambda: make_topology("one-peer", 4),
+    "pairs": pairs_in_turn,
+}
+
+
+@pytest.mark.parametrize("graph", TURNS)
 @pytest.mark.parametrize("tracking", ["atc", "cta"])
-def test_tracking_converges_exactly(tracking):
-    error, consensus = run_quadratics(tracking, 0.05)
+def test_tracking_converges_exactly(tracking, graph):
+    error, consensus = run_quadratics(tracking, 0.05 if graph == "ring" else 0.02, 2000, TURNS[graph]())
     assert error < 1e-9
     assert consensus < 1e-9
+
+
+@pytest.mark.parametrize("tracking", ["none", "atc", "cta"])
+def test_steps_go_on_without_a_lost_worker(tracking):
+    comm = LocalCommunicator(4)
+    step = TrackedStep(Gossip(comm, make_topology("complete", 4)), tracking, "x")
+    values = {k: torch.full((3,), float(k)) for k in range(4)}
+    values = step(values, values, 0.1)
+    comm.fail(2)
+    values = {k: values[k] for k in comm.ranks}
+    for _ in range(3):
+        values = step(values, values, 0.1)
+    assert values.keys() == {0, 1, 3}
+    assert all(v.isfinite().all() for v in values.values())
+
+
+@pytest.mark.parametrize("kinds", [1, 2, 3, 4])
+def test_every_variable_meets_all_matrices_of_a_graph_that_changes(kinds):
+    gossip = Gossip(LocalCommunicator(8), make_topology("one-peer", 8))
+    values = {f"variable {i}": {k: torch.tensor([float(k + i)]) for k in range(8)} for i in range(kinds)}
+    for _ in range(3):
+        values = {name: gossip.mix(v, "x", variable=name) for name, v in values.items()}
+    for i, v in enumerate(values.values()):
+        assert all(x.item() == 3.5 + i for x in v.values())
 
 
 def test_without_tracking_there_is_a_plateau_proportional_to_the_step():

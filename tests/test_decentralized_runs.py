@@ -36,6 +36,7 @@ from sparsebilevel.decentralized import (
 )
 from sparsebilevel.decentralized.algorithms import project_capped_simplex, project_count
 from sparsebilevel.decentralized.estimators import mix_seed
+from sparsebilevel.decentralized.gossip import consensus_error
 from sparsebilevel.decentralized.tasks import TextRNN, area_under_curve, hinge
 from sparsebilevel.kernels import binarize
 from sparsebilevel.models import create_model
@@ -346,6 +347,24 @@ def test_step_sizes_go_to_zero_along_a_cosine():
     assert factors == sorted(factors, reverse=True)
     assert 0 < factors[-1] < 0.1
     assert make_run(schedule="constant")._cosine(5, 6) == 1
+
+
+@pytest.mark.parametrize("graph", ["ring", "one-peer"])
+def test_workers_agree_on_scores_that_they_share(graph, monkeypatch):
+    seen, mix = [], Gossip.mix
+
+    def watch(self, values, kind, *args):
+        mixed = mix(self, values, kind, *args)
+        if kind == "agreement":
+            seen.append((consensus_error(values), consensus_error(mixed)))
+        return mixed
+
+    monkeypatch.setattr(Gossip, "mix", watch)
+    run = make_run("magnitude-after", workers=8, budget=400, graph=graph)
+    for _ in range(run.rounds):
+        run.round()
+    ((before, after),) = seen
+    assert after < 0.01 * before
 
 
 def test_training_goes_on_without_a_lost_worker_and_trackers_start_again():

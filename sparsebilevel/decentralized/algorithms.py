@@ -363,7 +363,7 @@ class Decentralized:
     def _notice_losses(self) -> None:
         """Restart all trackers in the same round after a worker was lost: its part of their mean went with it."""
         comm = self.gossip.comm
-        if comm.welcome(self.done, self.gossip.clock):
+        if comm.welcome(self.done, self.gossip.clocks):
             self.gossip.forget()  # those who are back do not know what others do
             comm.notice = max(comm.notice, self.done + comm.world_size)
         if len(comm.lost) > self._lost:
@@ -445,10 +445,10 @@ class Decentralized:
             topology = self.gossip.topology
             fast = Gossip(comm, topology, chebyshev=len(topology.matrices) == 1)
             left = math.sqrt(fast.momentum) or topology.second_eigenvalue  # of a disagreement, after one mixing
-            fast.steps = math.ceil(math.log(1e-3) / math.log(max(left, 1e-3)))
-            fast.clock = self.gossip.clock
+            turns = math.log(1e-3) / math.log(max(left, 1e-3)) / len(topology.matrices)
+            fast.steps = math.ceil(turns) * len(topology.matrices)
+            fast.clocks = self.gossip.clocks
             scores = fast.mix(scores, "agreement")
-            self.gossip.clock = fast.clock
         masks = self._flood({k: binarize(score, self.kept) for k, score in scores.items()})
         P = self.size
         for k, mask in masks.items():
@@ -585,7 +585,7 @@ class Decentralized:
             "settings": dataclasses.asdict(self.settings),
             "round": self.done,
             "rounds": self.rounds,
-            "clock": self.gossip.clock,
+            "clocks": dict(self.gossip.clocks),
             "notice": comm.notice,
             "lower": self.lower[k].state_dict(),
             "upper": self.upper[k].state_dict(),
@@ -604,13 +604,13 @@ class Decentralized:
         """
         comm = self.gossip.comm
         self.load_state_dict({comm.ranks[0]: state})
-        round, clock = comm.return_to(self.rounds)  # type: ignore[attr-defined]
+        round, clocks = comm.return_to(self.rounds)  # type: ignore[attr-defined]
         if state["round"] < self.search_rounds <= round and self.settings.mask != "dense":
             raise ValueError(
                 f"checkpoint of worker {comm.ranks[0]} is of round {state['round']}, before the workers agreed on a "
                 "mask; it cannot join them any more"
             )
-        self.done, self.gossip.clock, self._lost = round, clock, len(comm.lost)
+        self.done, self.gossip.clocks, self._lost = round, Counter(clocks), len(comm.lost)
         comm.notice = max(comm.notice, round + comm.world_size)
         self.lower_step.restart()
         self.upper_step.restart()
@@ -630,13 +630,14 @@ class Decentralized:
             odd = [name for name, value in ours.items() if theirs.get(name) != value]
             odd += ["sizes"] if state["model"]["x"].shape != self.x[k].shape else []
             odd += ["number of rounds"] if state["rounds"] != self.rounds else []
+            odd += ["version"] if "clocks" not in state else []
             if odd:
                 raise ValueError(f"checkpoint of worker {k} is of another run (other {', '.join(odd)})")
         comm = self.gossip.comm
         self._begin(agreed=next(iter(rounds.values())) >= self.search_rounds and self.settings.mask != "dense")
         for k, state in _to_device(dict(states), self.device).items():
             self.x[k], self.y[k] = state["model"]["x"], state["model"]["y"]
-            self.done, self.gossip.clock, comm.notice = state["round"], state["clock"], state["notice"]
+            self.done, comm.notice, self.gossip.clocks = state["round"], state["notice"], Counter(state["clocks"])
             self.lower[k].load_state_dict(state["lower"])
             self.upper[k].load_state_dict(state["upper"])
             self.lower_step.load_state_dict(k, state["lower_step"])

@@ -10,6 +10,7 @@ masks, positions that only one side has are left alone, so that the mean over th
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -63,7 +64,8 @@ class Gossip:
         self.comm, self.topology, self.steps, self.dtype = comm, topology, steps, dtype
         q = math.sqrt(1 - topology.second_eigenvalue**2)
         self.momentum = (1 - q) / (1 + q) if chebyshev else 0.0
-        self.clock = 0  # mixings done; a topology that changes goes by it
+        # Mixings done of each variable: each meets all matrices of a changing graph in turn, whatever else is mixed.
+        self.clocks: Counter[str] = Counter()
         self.error: dict[str, Values] = {}  # what rounding has left, by variable and worker
         self._told: dict[tuple[int, int], Tensor | None] = {}  # (sender, receiver) -> mask that the receiver has
         self._known: dict[tuple[int, int], Tensor] = {}  # (receiver, sender) -> the sender's mask
@@ -89,8 +91,8 @@ class Gossip:
                 is, for tests, and without masks.
             kind: what it is, for the byte counters.
             masks: bool, of the same shape: only there are values sent and mixed.
-            variable: which of those that share a kind it is, since what rounding has left belongs to one of them; None:
-                the only one.
+            variable: which of those that share a kind it is, since what rounding has left, and the turn of a graph that
+                changes, belong to one of them; None: the only one.
         """
         current = dict(values)
         steps: Mapping[int, Tensor | float] = dict.fromkeys(values, 0.0)
@@ -115,7 +117,7 @@ class Gossip:
             own[k] = value
             ready: dict[bool, bytes] = {}  # the same message for all who know the mask, and one for all who do not
             outgoing[k] = {}
-            for j in self.topology.weights(k, self.clock):
+            for j in self.topology.weights(k, self.clocks[variable]):
                 is_known = mask is None or self._told.get((k, j)) is mask
                 if is_known not in ready:
                     ready[is_known] = self._encode(k, wanted, mask, is_known)
@@ -132,13 +134,13 @@ class Gossip:
         out: Values = {}
         for k, value in values.items():
             out[k] = torch.zeros_like(value)
-            weights = self.topology.weights(k, self.clock)
+            weights = self.topology.weights(k, self.clocks[variable])
             for j in sorted(incoming.get(k, {})):
                 difference = self._decode(k, j, incoming[k][j], value, masks is not None) - own[k]
                 if masks is not None:  # filled, since infinity times zero is not zero
                     difference.masked_fill_(~(self._known[k, j] & masks[k]), 0.0)
                 out[k].add_(difference, alpha=weights[j])
-        self.clock += 1
+        self.clocks[variable] += 1
         return out
 
     def _encode(self, k: int, value: Tensor, mask: Tensor | None, is_known: bool) -> bytes:
@@ -150,7 +152,7 @@ class Gossip:
         def packed(format: str) -> Message:
             # int8 rounds at random. Numbers of this worker and mixing alone: equal in every form of a message, however
             # the workers are spread over processes, and when a run is resumed.
-            generator = torch.Generator().manual_seed(mix_seed(k, self.clock))
+            generator = torch.Generator().manual_seed(mix_seed(k, self.clocks.total()))
             return pack(value, mask, format, dtype=dtype, generator=generator)
 
         message = packed("dense" if mask is None else "values" if is_known else "auto")

@@ -79,7 +79,7 @@ class TrackedStep:
         change = {k: g - self.gradient[k] for k, g in gradients.items()}
         variable = f"trackers of {self.kind}"
         if self.tracking == "cta":
-            mixed = self.gossip.mix(self.tracker, "trackers", masks, variable)
+            mixed = self.gossip.mix({k: self.tracker[k] for k in gradients}, "trackers", masks, variable)
             self.tracker = {k: u + change[k] for k, u in mixed.items()}
         else:
             moved = {k: self.tracker[k] + change[k] for k in gradients}
