@@ -133,8 +133,9 @@ def pack(
             kernels are built; or a mapping from names to tensors; or a model, of which the ``weight`` of each module
             that has a ``mask`` too is taken, and nothing else: no bias, no normalization, no dense layer. A message of
             all floating tensors of a model, masked weights at their masks and the others whole, is
-            ``pack({name: t for name, t in model.state_dict().items() if t.is_floating_point()}, model)``, which
-            ``unpack(message, out=other.state_dict())`` writes into another model.
+            ``pack({n: t for n, t in model.state_dict().items() if t.is_floating_point() and not
+            n.endswith("mask_scores")}, model)``, which ``unpack(message, out=other.state_dict())`` writes into another
+            model, whose masks and scores stay its own.
         mask: bool, of the shape of ``values``; a mapping or a model where that is one, in which tensors without a mask
             may be missing. None: that of the model, else everything is sent.
         format: how positions are written. ``values``: not at all, the receiver has the mask, which is verified by its

@@ -85,12 +85,13 @@ def _linear_flops(input_shape: list[int], weight_shape: list[int], _out_shape: l
     return 2 * math.prod(input_shape[:-1]) * math.prod(weight_shape)
 
 
-# Ops of convolutions and linear layers (attention's products of activations are bmm, and not among them), and what
-# their dense twin costs where that differs from what the op itself says it executes.
+# Ops of convolutions and linear layers (bmm too, where one factor is a weight: in attention both are activations), and
+# what their dense twin costs where that differs from what the op itself says it executes.
 _DENSE_TWINS: dict[Any, Callable[..., int] | None] = {
     torch.ops.aten.convolution: None,
     torch.ops.aten.mm: None,
     torch.ops.aten.addmm: None,
+    torch.ops.aten.bmm: None,
     torch.ops.sparsebilevel.masked_conv2d: conv_flop_count,
     torch.ops.sparsebilevel.masked_linear: _linear_flops,
 }
@@ -204,13 +205,15 @@ class _FlopRecorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         op = func._overloadpacket
         if op in _DENSE_TWINS:
-            executed = flop_registry[op](*args, **kwargs, out_val=out)
-            twin = _DENSE_TWINS[op]
-            dense = executed if twin is None else twin(list(args[0].shape), list(args[1].shape), list(out.shape))
             # The factors of a product, past the bias of addmm.
             factors = args[1:3] if op is torch.ops.aten.addmm else args[:2]
             stores = [t.untyped_storage()._cdata for t in factors]
             name = next((self.names[store] for store in reversed(stores) if store in self.names), "")
+            if op is torch.ops.aten.bmm and not name:
+                return out
+            executed = flop_registry[op](*args, **kwargs, out_val=out)
+            twin = _DENSE_TWINS[op]
+            dense = executed if twin is None else twin(list(args[0].shape), list(args[1].shape), list(out.shape))
             before = self.flops.get(name, (0, 0))
             self.flops[name] = (before[0] + int(dense), before[1] + int(executed))
         return out

@@ -66,7 +66,8 @@ def export_model(
         format: one of ``FORMATS``; see the module's documentation. None goes by the suffix, and ``.pth`` and ``.pt``
             are ``dense``.
         input_shape: (C, H, W) of one sample, for ``onnx`` and ``sliced``; by default that of the run's data.
-        client: of a federated run, the device whose smaller network is written; None for the server's.
+        client: of a federated run, the device whose smaller network is written; None for the server's. Its state dict
+            fits what :func:`sparsebilevel.federated.load_network` gives for that client.
 
     Returns:
         ``output`` as a path.

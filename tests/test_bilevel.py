@@ -1113,9 +1113,10 @@ def test_an_upper_batch_without_a_finite_gradient_changes_nothing():
 def test_frozen_layers_of_bip_need_a_pace():
     model = sparse_net(0.8, init="dense")
     model[0].requires_grad_(False)
-    for parameters in (model.parameters(), model[1:].parameters()):
+    for opt in (torch.optim.Adam(model.parameters(), 0.1), torch.optim.SGD(model[1:].parameters(), 0.1)):
         with pytest.raises(ValueError, match="'0' is frozen, which gives its scores no pace; give score_lr, or leave"):
-            sb.BiP(model, torch.optim.SGD(list(parameters), 0.1))
+            sb.BiP(model, opt)
+    assert sb.BiP(model, torch.optim.SGD(model.parameters(), 0.1)).current_score_lr("0") == 0.1
     bip = sb.BiP(model, torch.optim.SGD(model[1:].parameters(), 0.1), score_lr=0.1)
     before = bip.weights["0"].scores.clone()
     bip.upper_step(lambda: compute_loss(model, 0))

@@ -232,3 +232,23 @@ def test_sparse_kernels_execute_what_the_mask_keeps(monkeypatch):
         expected = second["flops_theoretical"] if backend == "sparse" else second["flops_dense"]
         assert second["flops_executed"] == expected
     assert second["flops_theoretical"] < second["flops_dense"]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_on_inputs_that_are_not_contiguous(bias):
+    """torch takes bmm there where no gradient is asked for."""
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 32, bias=bias)
+
+        def forward(self, x):
+            y = self.linear(x.flatten(2).transpose(1, 2))
+            return y @ y.transpose(1, 2)  # of activations, which do not count
+
+    for device in (None, "cpu"):
+        found = costs.count_costs(Tokens(), (8, 8, 8), device)
+        assert found.flops_dense == found.layers[0]["flops_dense"] == 2 * 64 * 8 * 32
+    sparse = sb.sparsify(Tokens(), 0.5)
+    assert costs.count_costs(sparse, (8, 8, 8)).flops_theoretical == 64 * 8 * 32

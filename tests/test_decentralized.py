@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -462,6 +464,17 @@ def test_complete_graph_is_synchronous_averaging():
         assert_close(v, central, rtol=1e-12, atol=1e-12)
 
 
+def test_the_example_of_the_document_reaches_the_solution():
+    document = (Path(__file__).parent.parent / "docs" / "decentralized.md").read_text()
+    (code,) = re.findall(r"\*\*Of your own\.\*\*.*?```python\n(.*?)```", document, re.DOTALL)
+    x, y = torch.randn(8, 40, 20), torch.randn(8, 40)
+    scope = {"torch": torch, "x": x, "y": y}
+    exec(code, scope)
+    rows = x.reshape(-1, 20)
+    solution = torch.linalg.solve(rows.T @ rows / 320 + 0.1 * torch.eye(20), rows.T @ y.reshape(-1) / 320)
+    assert all((w - solution).norm() < 1e-3 * solution.norm() for w in scope["weights"].values())
+
+
 def test_one_worker_takes_plain_steps_bit_for_bit():
     oracle, p = Quadratic(), torch.zeros(4, dtype=torch.float64)
     step = TrackedStep(Gossip(LocalCommunicator(1), make_topology("ring", 1)), "atc", "x")
@@ -472,3 +485,16 @@ def test_one_worker_takes_plain_steps_bit_for_bit():
         p = p - 0.05 * oracle((p,), indices, 0)
     assert torch.equal(values[0], p)
     assert math.isfinite(p.sum())
+
+
+def test_a_matrix_of_numpy_and_a_stack_of_matrices():
+    pair = torch.full((2, 2), 0.5, dtype=torch.float64)
+    assert torch.equal(Topology(pair.numpy()).matrices[0], pair)
+    assert len(Topology(torch.stack([pair, pair])).matrices) == 2
+
+
+def test_masks_of_values_that_are_sent_as_they_are():
+    gossip = Gossip(LocalCommunicator(2), make_topology("ring", 2))
+    values = {k: torch.ones(3, dtype=torch.float64) for k in range(2)}
+    with pytest.raises(ValueError, match="masks are not allowed with values of float64"):
+        gossip.mix(values, "x", {k: torch.ones(3, dtype=torch.bool) for k in range(2)})

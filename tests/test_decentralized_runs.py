@@ -349,6 +349,31 @@ def test_step_sizes_go_to_zero_along_a_cosine():
     assert make_run(schedule="constant")._cosine(5, 6) == 1
 
 
+@pytest.mark.parametrize("kind", ["one logit", "regression", "vectors"])
+def test_accuracies_are_those_of_classifiers(kind):
+    outputs = 3 if kind == "vectors" else 1
+    x, y = torch.randn(80, 6), torch.randn(80, outputs) if kind == "vectors" else torch.randn(80)
+    module = nn.Sequential(nn.Linear(6, outputs), *([] if kind == "vectors" else [nn.Flatten(0)]))
+    if kind == "one logit":
+        module, y = module[0], (y > 0).long()
+
+    def loss(output, target):
+        if kind == "one logit":
+            return nn.functional.binary_cross_entropy_with_logits(output[:, 0], target.float())
+        return nn.functional.mse_loss(output, target)
+
+    parts = [torch.arange(k, 60, 4) for k in range(4)]
+    problem = Problem(Objective(module, loss), Samples(x[:60], y[:60]), parts, Samples(x[60:], y[60:]))
+    run = make_run(problem=problem, budget=100)
+    with pytest.raises(RuntimeError, match=r"the mean model is gathered by evaluate\(\)"):
+        run.final_weights()
+    run.round()
+    row = run.evaluate()
+    assert math.isfinite(row["test_loss"])
+    assert "test_acc" not in row
+    assert run.final_weights().shape == (run.size,)
+
+
 @pytest.mark.parametrize("graph", ["ring", "one-peer"])
 def test_workers_agree_on_scores_that_they_share(graph, monkeypatch):
     seen, mix = [], Gossip.mix

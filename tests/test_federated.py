@@ -611,6 +611,43 @@ def test_values_that_are_not_finite_are_left_out():
     assert messages == ["round 1 (weights): client 1 is left out: not finite: weights, momentum"]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda reply: reply | {"weights": torch.full((1,), 1e3)},
+            "weights is not of the shape and dtype of the request",
+        ),
+        (lambda reply: reply | {"statistics": torch.ones(1)}, "statistics is not of the shape"),
+        (lambda reply: reply | {"momentum": reply["momentum"][:-1]}, "momentum is not of the shape"),
+        (lambda reply: reply | {"weights": reply["weights"].double()}, "weights is not of the shape and dtype"),
+        (lambda reply: {n: v for n, v in reply.items() if n != "momentum"}, "the reply has no momentum"),
+        (lambda reply: reply | {"loss": "low"}, "loss is not a number"),
+        (lambda reply: None, "the reply is a NoneType"),
+    ],
+)
+def test_replies_that_do_not_fit_are_left_out(change, message):
+    messages = []
+    run, clean = make_run("fedavg", norm="batch", report=messages.append), make_run("fedavg", norm="batch")
+    inner, other = run.exchange, clean.exchange
+    run.exchange = lambda requests: {k: change(r) if k == 1 else r for k, r in inner(requests).items()}
+    clean.exchange = lambda requests: {k: "no answer" if k == 1 else r for k, r in other(requests).items()}
+    run.round()
+    clean.round()
+    assert run.failures == [0, 1, 0, 0]
+    assert message in messages[0]
+    assert torch.equal(run.weights, clean.weights)
+    assert torch.equal(run.statistics, clean.statistics)
+
+
+def test_what_is_written_to_the_servers_vectors_holds():
+    run = make_run("fedavg")
+    run.round()
+    before = run.evaluate()["server_acc"]
+    run.weights.zero_()
+    assert run.evaluate()["server_acc"] != before
+
+
 def test_a_round_with_too_few_clients_is_repeated():
     run = make_run("fedavg", sample=2, min_clients=2)
     calls = []

@@ -17,6 +17,7 @@ from sparsebilevel.federated.models import (
     GatePoint,
     StandardizedConv2d,
     apply_gates,
+    check_gate_points,
     find_gate_points,
     gate_sizes,
     layers_changed_by_slicing,
@@ -417,3 +418,34 @@ def test_devices_learn_nothing_where_the_server_is_closed():
     merged.sum().backward()
     assert_close(device.grad, torch.tensor([1.0, 0.0, 0.6, 0.0]))
     assert_close(server.grad, torch.tensor([0.3, 1.0, 0.3, 1.0]))
+
+
+class Repeated(nn.Module):
+    """Runs its two convolutions three times."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 4, 3, padding=1)
+
+    def forward(self, x):
+        for _ in range(3):
+            x = x + self.conv2(self.conv1(x).relu())
+        return x
+
+
+def test_a_convolution_counts_as_often_as_it_runs():
+    model, point = Repeated(), GatePoint("block", "conv1", (), "conv2")
+    costs = GateCosts(model, [point], (4, 8, 8))
+    gates = torch.arange(16) < 4
+    small = slice_gates(model, [point], gates)
+    assert costs.true_flops(gates) == count_costs(small, (4, 8, 8)).flops_dense
+    assert costs.true_total == count_costs(model, (4, 8, 8)).flops_dense
+
+
+def test_gate_points_that_cannot_be_are_named():
+    point = GatePoint("block", "conv1", (), "conv2")
+    with pytest.raises(ValueError, match="points has 'conv1' as producer more than once; a channel has one gate"):
+        check_gate_points(Repeated(), [point, point], (4, 8, 8))
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(8, 2, 1))
+    with pytest.raises(ValueError, match=r"points\[0\] \('twice': '0' to '2'\)"):
+        check_gate_points(model, [GatePoint("twice", "0", ("1",), "2")], (1, 8, 8))

@@ -193,9 +193,14 @@ def test_one_client_is_bip():
     assert (run.weights[~run.pruner.mask] == 0).all()
 
 
+def test_nothing_is_said_of_masks_that_bidst_draws(caplog):
+    alone("bidst", mask_interval=4)
+    assert not caplog.records
+
+
 def test_one_client_is_bidst():
     run = alone("bidst", mask_interval=4)
-    model = sparsify(make_net(), 0.9, "erk", init="dense")
+    model = sparsify(make_net(), 0.9, "erk", seed=run.settings.seed)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
     rounds = run.phases[0].rounds
     bidst = BiDST(model, optimizer, update_freq=4, update_end=rounds)
@@ -208,7 +213,7 @@ def test_one_client_is_bidst():
             bidst.step()
         assert_equal_states(run, model, optimizer)
         masks.add(run.pruner.mask.numpy().tobytes())
-    assert len(masks) == 1 + (rounds - 1) // 4
+    assert 5 < len(masks) <= 1 + (rounds - 1) // 4  # a change late in the run may leave all as it is
 
 
 @pytest.mark.parametrize("average", ["mean", "mime_lite", "mime"])

@@ -487,9 +487,9 @@ class Decentralized:
     # -- where it stands
 
     def evaluate(self) -> dict[str, Any] | None:
-        """A row of figures, at the process of worker 0; None elsewhere.
+        """A row of figures, at the process of worker 0; None elsewhere. All processes must call it.
 
-        ``upper_loss`` and ``test_acc`` (and ``test_auc`` of two classes) are those of the mean of the workers,
+        ``upper_loss`` and, of classifiers, ``test_acc`` (``test_auc`` of two classes) are those of the workers' mean,
         binarized to the asked sparsity, the former as a mean over the workers' data; ``local_loss`` is that of each
         worker's own model on its own data; ``sparsity`` is what the mean model really has, of the positions with a
         mask; ``mask_sparsity`` the zeros in the workers' relaxed masks; ``mask_agreed`` whether those have become one
@@ -566,12 +566,15 @@ class Decentralized:
     def final_mask(self) -> Tensor:
         """Bool ``[d]`` of the mean model of the last `evaluate`: what the asked sparsity leaves."""
         d = self.maskable
+        if not hasattr(self, "mean_x"):
+            raise RuntimeError("the mean model is gathered by evaluate(), at the process of worker 0 alone")
         return binarize(self._scores(self.mean_x[:d], self.mean_y[:d]), self.kept)
 
     def final_weights(self) -> Tensor:
         """Effective weights ``[P]`` of the mean model of the last `evaluate`, under `final_mask`."""
+        mask = self.final_mask()
         z = self.mean_x * self.mean_y
-        return torch.cat([z[: self.maskable] * self.final_mask(), z[self.maskable :]])
+        return torch.cat([z[: self.maskable] * mask, z[self.maskable :]])
 
     # -- checkpoints, one for each worker
 

@@ -64,7 +64,8 @@ class Estimator:
         name: one of `ESTIMATORS`.
         size: number of the worker's samples.
         gradient: of the function.
-        batch_size: samples of a mini-batch; at most those that there are.
+        batch_size: samples of a mini-batch, drawn with replacement (of ``finite`` and ``saga`` without: they have fixed
+            batches); at most as many as there are.
         seed: of the batches. Batch number t follows from it and t alone.
         rho: of ``storm`` and ``finite``.
         period: of ``svrg`` and ``spider``; 0 means one epoch.

@@ -90,10 +90,13 @@ class Gossip:
             values: ``{worker: tensor}`` of equal shapes, for all living workers of this process. float64 is sent as it
                 is, for tests, and without masks.
             kind: what it is, for the byte counters.
-            masks: bool, of the same shape: only there are values sent and mixed.
+            masks: bool, of the same shape: only there are values sent and mixed. One is known by its object: a changed
+                mask must be a new one, and the same one need not be sent again.
             variable: which of those that share a kind it is, since what rounding has left, and the turn of a graph that
                 changes, belong to one of them; None: the only one.
         """
+        if masks is not None and any(v.dtype == torch.float64 for v in values.values()):
+            raise ValueError("masks are not allowed with values of float64, which are sent as they are")
         current = dict(values)
         steps: Mapping[int, Tensor | float] = dict.fromkeys(values, 0.0)
         for _ in range(self.steps):

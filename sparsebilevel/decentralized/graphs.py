@@ -13,6 +13,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,7 +178,7 @@ class Topology:
     """
 
     def __init__(self, matrices: Tensor | Sequence[Tensor]) -> None:
-        given = [matrices] if isinstance(matrices, Tensor) else list(matrices)
+        given: list[Any] = [matrices] if getattr(matrices, "ndim", 0) == 2 else list(matrices)  # NumPy's arrays too
         if not given:
             raise ValueError("matrices is empty; expected at least one mixing matrix")
         self.matrices = [check_mixing_matrix(matrix) for matrix in given]

@@ -63,7 +63,7 @@ class Objective:
     Dropout is on, with masks that follow from the key of the evaluation, as all that torch draws in it.
 
     Args:
-        module: its parameters are the initial weights.
+        module: its parameters are the initial weights. Its output is one tensor, a row a sample.
         loss: ``loss(output, target)``, the mean over a batch.
         masked: names or glob patterns of the parameters that have a mask, or one; None: all with two or more
             dimensions.
@@ -156,7 +156,8 @@ class Problem:
         objective: the network and its loss; its module moves to ``device``.
         train: all training samples.
         parts: for each worker, the positions of its samples in ``train``: a tensor or a sequence of integers.
-        test: for the figures.
+        test: for the figures. There are accuracies of networks that give scores ``[n, classes]``, where targets are
+            classes ``[n]``, whole numbers.
         eval_samples: at most so many of a worker's samples tell its loss in a report.
         prepare: makes the network's input of a batch of ``inputs``; default: uint8 becomes float32.
         device: where networks compute. Samples are drawn on the CPU, so that they do not depend on it.
@@ -219,12 +220,13 @@ class Problem:
         return self.objective.loss(output, targets).item() if output.isfinite().all() else math.inf
 
     def test(self, z: Tensor) -> dict[str, float]:
-        """``test_loss``, ``test_acc``, and ``test_auc`` with two classes."""
+        """``test_loss``; of a classifier ``test_acc`` too, and ``test_auc`` with two classes."""
         output, targets = self._outputs(z, self.test_set.inputs), self.test_set.targets
-        out = {
-            "test_loss": self._loss(output, targets),
-            "test_acc": (output.argmax(1) == targets).float().mean().item(),
-        }
+        out = {"test_loss": self._loss(output, targets)}
+        is_classifier = output.dim() == 2 and output.shape[1] > 1 and targets.dim() == 1
+        if not is_classifier or targets.is_floating_point():
+            return out
+        out["test_acc"] = (output.argmax(1) == targets).float().mean().item()
         if output.shape[1] == 2:
             out["test_auc"] = area_under_curve(output[:, 1] - output[:, 0], targets == 1)
         return out

@@ -51,7 +51,8 @@ class Clients:
         hypernetwork: the server's, for its structure; None where the method has none.
         device: where they compute; ``data`` is there too. Messages are on the CPU.
 
-    Requests, by ``kind``, all with ``weights`` [P] and ``statistics`` [B] of the network, the ``channels`` (bool [G])
+    Requests, by ``kind``, all with ``weights`` [P] and ``statistics`` [B] of the network (its parameters one after the
+    other, and its floating buffers), the ``channels`` (bool [G])
     that are left of it, and which of these have open ``gates``, a bool each. What is absent is all of them.
 
     - ``weights``: ``local_steps`` steps from batch number ``position`` on, with ``momentum`` [P], ``lr`` and for Mime

@@ -45,15 +45,6 @@ except ImportError as error:
 # Record of a tensor by its name in a message; the others are in "arrays", where Flower's own strategies have theirs.
 _RECORDS = {"gates": "gates", "channels": "gates", "learning": "gates", "hypernetwork": "hypernetwork"}
 _PACKED, _BITS = "sparsebilevel.pack", "sparsebilevel.bits"  # ways to serialize an array, beside Flower's
-# What a reply has by the kind of the request; see `Clients`.
-_REPLIES = {
-    "weights": ("weights", "statistics", "loss", "correct", "count"),
-    "gradient": ("gradient",),
-    "hypernetwork": ("hypernetwork", "loss", "accuracy", "server_penalty", "device_penalty"),
-    "energy": ("energy",),
-    "scores": ("effective", "loss"),
-    "evaluate": ("correct", "count"),
-}
 _POLL = 1.0  # seconds between looks for nodes
 _log = logging.getLogger("flwr")
 
@@ -423,34 +414,7 @@ class DWNPStrategy(Strategy):
                 kind = "evaluate" if request["kind"] == "evaluate" else "train"
                 messages[k] = Message(to_records(request, arrays), self._nodes[k], kind, ttl=self.timeout)
                 outcomes[k] = f"no reply within {self.timeout} s"
-        for k, outcome in self._send(messages).items():
-            outcomes[k] = outcome if isinstance(outcome, str) else self._checked(requests[k], outcome)
-        return outcomes
-
-    def _checked(self, request: Content, reply: Content) -> Content | str:
-        """The reply, or what is wrong with it: a device may run anything."""
-        needed = list(_REPLIES[request["kind"]])
-        if request["kind"] == "weights" and self.settings.average == "mean":
-            needed.append("momentum")
-        if "learning" in request:
-            needed.append("effective")
-        if missing := [name for name in needed if name not in reply]:
-            return f"the reply has no {', '.join(missing)}"
-        like = request | {"gradient": request["weights"]}
-        if "energy" in needed:
-            assert self.federation is not None
-            assert self.federation.costs is not None
-            like["energy"] = torch.zeros(sum(self.federation.costs.sizes), dtype=torch.float64)
-        for name in needed:
-            given, expected = reply[name], like.get(name)
-            if self.settings.unstructured and isinstance(given, Tensor) and given.dtype == torch.uint8:
-                continue  # packed under a mask, which `Federation` compares
-            if isinstance(expected, Tensor):
-                if not isinstance(given, Tensor) or (given.shape, given.dtype) != (expected.shape, expected.dtype):
-                    return f"the reply's {name} is not of the shape and dtype of the request's"
-            elif not isinstance(given, (int, float)):
-                return f"the reply's {name} is not a number"
-        return reply
+        return outcomes | self._send(messages)
 
     # -- Flower's rounds ----------------------------------------------------------------------------------------------
 

@@ -251,6 +251,9 @@ def check_gate_points(model: nn.Module, points: Sequence[GatePoint], input_shape
         model, points: a network and its gate points.
         input_shape: (C, H, W) of one sample.
     """
+    producers = [point.producer for point in points]
+    if twice := sorted({name for name in producers if producers.count(name) > 1}):
+        raise ValueError(f"points has {', '.join(map(repr, twice))} as producer more than once; a channel has one gate")
     sizes, start = gate_sizes(model, points), 0
     exact = not layers_changed_by_slicing(model, points)
     weight = next(model.parameters())
@@ -263,7 +266,7 @@ def check_gate_points(model: nn.Module, points: Sequence[GatePoint], input_shape
         what = f"points[{i}] ({point.name!r}: {point.producer!r} to {point.consumer!r})"
         try:
             sliced = slice_gates(twin, points, gates)(x)
-        except (RuntimeError, AttributeError, ValueError) as error:
+        except (RuntimeError, AttributeError, ValueError, IndexError) as error:
             why = str(error).splitlines()[0]
             raise ValueError(f"{what}: the network does not run without one of its channels: {why}") from error
         if exact:
@@ -276,13 +279,13 @@ def check_gate_points(model: nn.Module, points: Sequence[GatePoint], input_shape
 
 
 def forward_positions(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
-    """Output positions (height times width) of every convolution for one sample ``(C, H, W)``, by name."""
+    """Output positions (height times width) of every convolution, of all its calls for one sample ``(C, H, W)``."""
     positions: dict[str, int] = {}
     twin = copy.deepcopy(model).eval()
 
     def note(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            positions[name] = output.shape[2] * output.shape[3]
+            positions[name] = positions.get(name, 0) + output.shape[2] * output.shape[3]
 
         return hook
 

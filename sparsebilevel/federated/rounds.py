@@ -44,6 +44,15 @@ Exchange = Callable[[Mapping[int, Message]], Mapping[int, Message | str]]
 
 # Second words of a seed, one for each purpose; the clients' are in `client`.
 _SAMPLE, _LOT = 4, 5
+# What a reply has by the kind of the request; see `Clients`.
+_REPLIES = {
+    "weights": ("weights", "statistics", "loss", "correct", "count"),
+    "gradient": ("gradient",),
+    "hypernetwork": ("hypernetwork", "loss", "accuracy", "server_penalty", "device_penalty"),
+    "energy": ("energy",),
+    "scores": ("effective", "loss"),
+    "evaluate": ("correct", "count"),
+}
 _DRAWS = {"hypernetwork": 1, "scores": 2}  # a round of weights may go with rounds of these, of other clients
 
 
@@ -86,7 +95,9 @@ class Federation:
         report: gets messages for people, about clients that were left out.
 
     Attributes:
-        model: the server's network; after pruning the smaller one.
+        weights, statistics, momentum: the server's, as `Clients` describes vectors; what is written there holds.
+        model: the network that they are loaded into, after pruning the smaller one; what is written there is lost.
+        exchange: may be replaced. A reply that lacks something, or does not fit, is left out with a message.
         gates: what was pruned: bool ``[G]`` of the server and ``[clients, G]`` of the devices; None before.
         done: rounds so far; ``phase`` the index of the current phase, ``phase_round`` the rounds done in it.
         sent, received: bytes of the tensors in messages of training by kind, down to the clients whose work was used
@@ -96,6 +107,7 @@ class Federation:
     """
 
     weights: Tensor
+    statistics: Tensor
     momentum: Tensor
 
     def __init__(
@@ -298,6 +310,8 @@ class Federation:
         for k, request in requests.items():
             outcome = outcomes.get(k, "no reply")
             if not isinstance(outcome, str):
+                outcome = self._checked(request, outcome)
+            if not isinstance(outcome, str):
                 outcome = self._open(request, outcome)
             if not isinstance(outcome, str):
                 odd = [n for n, v in outcome.items() if isinstance(v, Tensor) and not v.isfinite().all()]
@@ -319,6 +333,32 @@ class Federation:
     def _seal(self, request: Message) -> Message:
         """What travels: with an unstructured mask vectors are packed."""
         return request if self.pruner is None else pack_masked(request, self.pruner.mask, positions=True)
+
+    def _checked(self, request: Message, reply: Any) -> Message | str:
+        """The reply, or what is wrong with it: a device may run anything."""
+        if not isinstance(reply, dict):
+            return f"the reply is a {type(reply).__name__}"
+        needed = list(_REPLIES[request["kind"]])
+        if request["kind"] == "weights" and self.settings.average == "mean":
+            needed.append("momentum")
+        if "learning" in request:
+            needed.append("effective")
+        if missing := [name for name in needed if name not in reply]:
+            return f"the reply has no {', '.join(missing)}"
+        like = request | {"gradient": request["weights"]}
+        if "energy" in needed:
+            assert self.costs is not None
+            like["energy"] = torch.zeros(sum(self.costs.sizes), dtype=torch.float64)
+        for name in needed:
+            given, expected = reply[name], like.get(name)
+            if self.settings.unstructured and isinstance(given, Tensor) and given.dtype == torch.uint8:
+                continue  # packed under a mask, which is compared when it is opened
+            if isinstance(expected, Tensor):
+                if not isinstance(given, Tensor) or (given.shape, given.dtype) != (expected.shape, expected.dtype):
+                    return f"the reply's {name} is not of the shape and dtype of the request's"
+            elif not isinstance(given, (int, float)):
+                return f"the reply's {name} is not a number"
+        return reply
 
     def _open(self, request: Message, reply: Message) -> Message | str:
         """The reply with its vectors whole, or what is wrong with it."""

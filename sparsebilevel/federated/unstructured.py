@@ -103,7 +103,7 @@ class Pruner:
     """The server's part: a method of the library at work on the server's weights, fed with the clients' gradients.
 
     Args:
-        model: the dense network; is changed (its layers get masks, all open at first).
+        model: the dense network; is changed (its layers get masks, all open at first but BiDST's).
         settings: of the federation; the method is one of `UNSTRUCTURED`.
         rounds: of weights before the mask is fixed, after which BiDST changes it no more.
 
@@ -115,7 +115,8 @@ class Pruner:
     def __init__(self, model: nn.Module, settings: Settings, rounds: int) -> None:
         self.settings, self.rounds = settings, rounds
         check_prunable(model)
-        sparsify(model, settings.sparsity, _distribution(settings), init="dense")
+        init: Any = "random" if settings.method == "bidst" else "dense"  # BiDST starts at once
+        sparsify(model, settings.sparsity, _distribution(settings), init=init, seed=settings.seed)
         self.flat = MaskedModule(model)
         self.method: Sparsifier | None = None
         self.momentum = torch.zeros_like(self.flat.values)

@@ -200,12 +200,13 @@ class _BiLevel(Sparsifier):
         self._refuse_maximize()
         if self.score_lr is not None and self.implicit_scale is not None:
             return
-        held = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         for name, masked in self.weights.items():
             frozen = not masked.weight.requires_grad
             if masked.is_dense or (frozen and not self._learns_under_frozen_weights):
                 continue
-            if frozen or id(masked.weight) not in held:
+            group = next((g for g in groups if any(p is masked.weight for p in g["params"])), None)
+            if group is None or (frozen and "dampening" not in group):  # but for SGD, steps say what the pace is
                 missing = " and ".join(n for n in ("score_lr", "implicit_scale") if getattr(self, n) is None)
                 raise ValueError(
                     f"{name!r} is {'frozen' if frozen else 'in no optimizer'}, which gives its scores no pace; give "
