@@ -454,7 +454,7 @@ class BiP(_BiLevel):
                 if scale != 1:
                     grads = {name: g / scale for name, g in grads.items()}
                 if max_norm is not None:
-                    factor = self._clipping(max_norm, scale)
+                    factor = self._clip_factor(max_norm, scale)
                     grads = {name: g * factor for name, g in grads.items()}
                 if scaler is None or not _not_finite(grads):
                     self.upper_step_with(grads)
@@ -465,7 +465,7 @@ class BiP(_BiLevel):
                 masked.collect("none")
         return loss.detach()
 
-    def _clipping(self, max_norm: float, scale: float) -> Tensor:
+    def _clip_factor(self, max_norm: float, scale: float) -> Tensor:
         """The factor by which ``clip_grad_norm_`` would shrink the gradients that the parameters have now."""
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         if (ranks := _world_size()) > 1:  # the closure may not have gone through DDP
