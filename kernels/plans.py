@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import native
 
@@ -125,11 +126,15 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 class _Memory:
-    """Supports by the content of the tensors that they are made from, the least recently used forgotten."""
+    """Supports by the content of the tensors that they are made from.
+
+    Those whose tensors are gone are forgotten when the next one is made, and beyond ``capacity`` the least recently
+    used. A storage says when it is gone; a weak reference to a tensor would keep torch from swapping it.
+    """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._kept: OrderedDict[tuple, tuple[list[Tensor], Any]] = OrderedDict()
+        self._kept: OrderedDict[tuple, tuple[list[Tensor], Any, list[StorageWeakRef]]] = OrderedDict()
         self._lock = threading.Lock()
 
     def find(self, make: type[Support], *tensors: Tensor) -> Any:
@@ -142,8 +147,11 @@ class _Memory:
                 return kept[1]
         copies = [t.clone() for t in tensors]
         made = make(*copies)
+        owners = [StorageWeakRef(t.untyped_storage()) for t in tensors]
         with self._lock:
-            self._kept[key] = copies, made
+            for gone in [k for k, (*_, of) in self._kept.items() if any(owner.expired() for owner in of)]:
+                del self._kept[gone]
+            self._kept[key] = copies, made, owners
             while len(self._kept) > self._capacity:
                 self._kept.popitem(last=False)
         return made

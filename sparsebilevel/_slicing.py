@@ -127,6 +127,15 @@ def _pads(layer: nn.Module) -> bool:
     return any(p != 0 for p in layer.padding)
 
 
+def _writes_in_place(node: fx.Node, module: nn.Module | None) -> bool:
+    if module is not None:
+        return getattr(module, "inplace", False)
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    is_asked = node.kwargs.get("inplace") is True or any(argument is True for argument in node.args[1:])
+    return node.target is operator.iadd or is_asked
+
+
 class _Analysis:
     """Walks the graph once forward, then removes channels until no more can go."""
 
@@ -146,12 +155,14 @@ class _Analysis:
             and all(uses[id(p)] == 1 and p.numel() for p in m._parameters.values() if p is not None)
         }
         self.values: dict[fx.Node, _Value] = {}
+        self.memory: dict[fx.Node, fx.Node] = {}  # of a node that shares its tensor's memory: the first that had it
         self.mixers: list[_Mixer] = []
         self.channelwise: list[tuple[nn.Module, _Space]] = []  # batch norms and depth-wise convolutions
         for node in graph.graph.nodes:
             value = self._visit(node)
             if value is not None:
                 self.values[node] = value
+                self._note_memory(node, value)
         self._remove()
 
     # -- forward ------------------------------------------------------------------------------------------------------
@@ -180,6 +191,18 @@ class _Analysis:
                 return None
         self._protect(node)
         return None
+
+    def _note_memory(self, node: fx.Node, value: _Value) -> None:
+        """What is written in place is what every later reader of that memory sees."""
+        source = node.args[0] if node.args else None
+        module = self.modules[node.target] if node.op == "call_module" else None
+        is_written = _writes_in_place(node, module)
+        if isinstance(source, fx.Node) and (is_written or isinstance(module, _SAME) or value.repeat > 1):
+            self.memory[node] = first = self.memory.get(source, source)
+            if is_written:
+                for other, known in self.values.items():
+                    if self.memory.get(other, other) is first:
+                        self.values[other] = dataclasses.replace(known, constant=value.constant)
 
     def _visit_module(self, node: fx.Node, module: nn.Module, value: _Value | None) -> _Value | None:
         if isinstance(module, (nn.Conv2d, nn.Linear)) and id(module) in self.cuttable:

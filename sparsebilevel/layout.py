@@ -22,7 +22,7 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -781,6 +781,25 @@ def _filled(result: Any, values: dict[torch.fx.Node, Any]) -> Any:
     return torch.fx.map_arg(result, values.__getitem__)
 
 
+def _state_of(
+    node: torch.fx.Node, of_node: Mapping[torch.fx.Node, nn.Module | None], modules: Mapping[str, nn.Module]
+) -> Any:
+    """What a node changes or reads besides its operands, and so must do in the order of the program.
+
+    Those are statistics of normalizations, also where a forward reads such a buffer itself, and the random generator.
+    """
+    module = of_node[node]
+    if node.op == "get_attr":
+        module = modules.get(str(node.target).rpartition(".")[0])
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return id(module) if module.training else None
+    if isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU)) and module.training:
+        return "random"
+    if node.op == "call_function" and "dropout" in getattr(node.target, "__name__", ""):
+        return "random"
+    return None
+
+
 class _Plan:
     """A traced graph cut into parts, which run one after the other: segments in lines, and what is between them."""
 
@@ -798,6 +817,7 @@ class _Plan:
                 leads_to_lines.add(node)
         in_lines: set[torch.fx.Node] = set()
         levels: dict[torch.fx.Node, int] = {}  # how often the way to a node has left the lines
+        latest: dict[Any, torch.fx.Node] = {}  # the node that used a state last
         for node in graph.nodes:
             kind = kinds[node]
             from_lines = any(a in in_lines and kinds[a] != "mean" for a in node.all_input_nodes)
@@ -806,6 +826,12 @@ class _Plan:
                 in_lines.add(node)
             left = [a in in_lines and (kinds[a] == "mean" or node not in in_lines) for a in node.all_input_nodes]
             levels[node] = max((levels[a] + out for a, out in zip(node.all_input_nodes, left, strict=True)), default=0)
+            if (state := _state_of(node, of_node, modules)) is not None:  # no part may come before an earlier use
+                if (before := latest.get(state)) is not None:
+                    # Of one level, what is between the segments is carried out first.
+                    after = before in in_lines and node not in in_lines
+                    levels[node] = max(levels[node], levels[before] + after)
+                latest[state] = node
             _check_writes(node, of_node)
         self._inputs = [node for node in graph.nodes if node.op == "placeholder"]
         (output,) = (node for node in graph.nodes if node.op == "output")

@@ -34,7 +34,7 @@ from .kernels.gpu_products import structure_of, window_of
 from .kernels.gradient import runs_directly
 from .kernels.measurements import Window
 from .kernels.reference import effective_weight
-from .masks import NM, Pattern, Unstructured, global_masks, parse_pattern, random_mask
+from .masks import NM, Channel, Filter, Pattern, Unstructured, global_masks, parse_pattern, random_mask
 from .schedules import first_that_fits, layer_counts, layer_patterns
 
 Support = Literal["none", "active", "search", "all"]
@@ -782,6 +782,26 @@ def _warn_of_single_groups(
         )
 
 
+def _warn_of_ends(
+    model: nn.Module, weights: Mapping[str, Tensor], counts: Mapping[str, int], patterns: Mapping[str, Pattern]
+) -> None:
+    """What a network gives out is classes, and what it takes in colours: channels that it can hardly do without."""
+    ends = [
+        m.weight
+        for m in model.modules()
+        if isinstance(m, tuple(_SPARSE_CLASSES)) and m._parameters.get("weight") is not None
+    ]
+    for kind, at, axis, what in ((Filter, -1, 0, "outputs"), (Channel, 0, 1, "inputs")):
+        name = list(weights)[at]
+        size = weights[name].shape[axis]
+        if isinstance(patterns[name], kind) and counts[name] < size and len(ends) > 1 and weights[name] is ends[at]:
+            warnings.warn(
+                f"pattern {patterns[name]} takes {size - counts[name]} of the {size} {what} of {name!r}, the "
+                f"{'last' if at else 'first'} layer; leave it out (exclude=) if the network needs them",
+                stacklevel=3,
+            )
+
+
 def _warn_of_attention(model: nn.Module, included: set[int] | None, excluded: set[int]) -> None:
     names = [
         name
@@ -896,6 +916,11 @@ def sparsify(
     patterns = layer_patterns(parsed, shapes, dense_layers) | dict.fromkeys(dense_layers, Unstructured())
     counts = layer_counts(shapes, sparsity, distribution, patterns, dense_layers)
     _warn_of_single_groups(shapes, sparsity, patterns, dense_layers)
+    _warn_of_ends(model, weights, counts, patterns)
+    for name, own in patterns.items():
+        asked = sparsity.get(name) if isinstance(sparsity, Mapping) else None
+        if isinstance(own, NM) and asked not in (None, float(own.sparsity)):
+            warnings.warn(f"{own} fixes the sparsity of {name!r} at {float(own.sparsity):g}, not {asked}", stacklevel=2)
     masks, first = _initial_masks(weights, counts, patterns, init, distribution == "global", dense, seed)
     if rescale:
         for name, weight in weights.items():

@@ -37,8 +37,9 @@ CONVENTIONS = (
     "validation chose, where there was validation data. "
     "Figures after ± are standard deviations over seeds (n - 1)."
 )
-# Beside RUN_FIELDS: repetitions of one experiment may differ in these.
+# Repetitions of one experiment may differ in these; those that ended early are no repetitions.
 _REPETITION_FIELDS = {*RUN_FIELDS, "seed", "init_from", "eval_freq", "checkpoint_freq", "versions", "resolved"}
+_REPETITION_FIELDS -= {"max_steps"}
 # Of these a comparison of methods is made; all other fields should be equal in its rows.
 _METHOD_FIELDS = set().union(*METHOD_OPTIONS.values())
 _OWN_FIELDS = {*_REPETITION_FIELDS, "method", "sparsity", *_METHOD_FIELDS}
@@ -212,7 +213,10 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
         rivals = [g for g in ordered if g.subject == group.subject and g.config["method"] == group.config["method"]]
         values = {name: group.config.get(name) for name in _distinguishing(rivals)}
         shown = {name: value for name, value in values.items() if value != _DEFAULTS.get(name)}
-        details = ", ".join(f"{name}={_short(value)}" for name, value in shown.items())
+        told = [f"{name}={_short(value)}" for name, value in shown.items()]
+        if group.config.get("init_from") and not all(g.config.get("init_from") for g in rivals):
+            told.append("init_from")
+        details = ", ".join(told)
         group.label = group.config["method"] + (f" ({details})" if details else "")
     return ordered
 
@@ -287,9 +291,11 @@ def _row(group: Group, dense: Group | None) -> list[str]:
         change = f"{100 * (statistics.fmean(accuracy) - statistics.fmean(baseline)):+.2f}"
     by_layer = group.config.get("layer_sparsity")
     complete = sum(run.result is not None for run in group.runs)
+    seeds = len({run.config.get("seed") for run in group.runs})
+    count = str(complete) if complete == len(group.runs) else f"{complete} of {len(group.runs)}"
     return [
         group.label,
-        str(complete) if complete == len(group.runs) else f"{complete} of {len(group.runs)}",
+        count if seeds == len(group.runs) else f"{count} runs, {seeds} seed{'s' * (seeds > 1)}",
         "-" if group.is_dense else f"{group.config.get('sparsity', 0):g}{', by layer' * bool(by_layer)}",
         "-" if group.is_dense else _mean(group.values("costs", "sparsity") or group.values("sparsity"), "{:.4f}"),
         _mean(group.values("costs", "compression"), "{:.2f}x"),

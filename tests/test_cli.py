@@ -402,6 +402,18 @@ def test_bench_of_a_run_needs_no_data(tmp_path, capsys):
     assert "sparsity 0.9000 over 5 weights" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "flags", [("--sparsity", "0.5"), ("--pattern", "filter"), ("--image-size", "32"), ("--num-classes", "7")], ids=str
+)
+def test_bench_of_a_run_takes_no_flags_of_a_model(tmp_path, capsys, flags):
+    (tmp_path / "config.json").write_text("{}")
+    name = flags[0].strip("-").replace("-", "_")
+    assert f"is not allowed with a run, which has its own: {tmp_path}" in (
+        message := refused(capsys, "bench", tmp_path, *flags)
+    )
+    assert f"{name}=" in message
+
+
 def test_bench_of_a_run_without_masks(tmp_path, capsys):
     cli.main(["train", "--method", "dense", "--arch", "mlp", *TINY, "--output-dir", str(tmp_path)])
     message = refused(capsys, "bench", tmp_path)

@@ -533,3 +533,36 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_lost(run, tmp_path):
     with pytest.raises(ValueError, match=r"out\.pth cannot be read"):
         load_sliced(target)
     assert target.read_text() == "old"
+
+
+class PreActivation(nn.Module):
+    """The activation writes into what the skip reads."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.first, self.second = kind, nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.relu, self.same = nn.ReLU(inplace=True), nn.Identity()
+
+    def activate(self, x):
+        return {"module": self.relu, "function": lambda x: nn.functional.relu(x, True), "method": torch.relu_}[
+            self.kind
+        ](x)
+
+    def forward(self, x):
+        alias = self.same(x)
+        y = self.activate(x)
+        return alias + self.second(self.relu(self.first(y)))
+
+
+@pytest.mark.parametrize("kind", ["module", "function", "method"])
+def test_slices_of_networks_that_write_in_place(kind):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1), PreActivation(kind), PreActivation(kind)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)),
+    )
+    sb.sparsify(net, 0.5, pattern="filter", exclude="5", seed=0)
+    x = torch.randn(2, 3, 8, 8)
+    small = slice_model(net.eval(), x)
+    torch.testing.assert_close(small(x), net(x), rtol=1e-4, atol=1e-5)
+    assert sum(p.numel() for p in small.parameters()) < 0.9 * sum(p.numel() for p in net.parameters())

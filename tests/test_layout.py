@@ -1491,3 +1491,70 @@ def test_a_model_is_gone_with_its_last_reference(layout):
         assert alive() is None
     finally:
         gc.enable()
+
+
+class SharedHead(nn.Module):
+    """One head on two levels of a pyramid, of which the second needs the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.top, self.side = nn.Conv2d(16, 16, 3, 2, 1), nn.Conv2d(16, 16, 1)
+        self.conv, self.norm = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.out = nn.Conv2d(16, 6, 3, padding=1)
+
+    def forward(self, x):
+        small = self.top(x)
+        large = self.side(x) + nn.functional.interpolate(small, scale_factor=2.0)
+        return [self.out(self.norm(self.conv(p)).relu()) for p in (large, small)]
+
+
+class ReadsStatistics(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+
+    def forward(self, x):
+        before = self.norm.running_var * 1.0
+        y = self.norm(self.conv(x))
+        return y.mean((2, 3)), before, self.norm.running_mean * 1.0, self.norm.num_batches_tracked + 0.0
+
+
+class TwoDraws(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.a, self.b = nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 4), nn.Linear(16, 4)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        late = self.drop(self.a(self.conv(x).mean((2, 3))))
+        return [
+            late + self.drop(self.b(x.mean((2, 3)))) + nn.functional.dropout(x.mean((2, 3))[:, :4], 0.5, self.training)
+        ]
+
+
+@pytest.mark.parametrize("layout", ["lines", "channels_last"])
+@pytest.mark.parametrize("network", [SharedHead, ReadsStatistics, TwoDraws])
+def test_states_change_in_the_order_of_the_program(network, layout):
+    """Statistics of a normalization that is used twice or read, and random draws."""
+    torch.manual_seed(0)
+    plain = sb.sparsify(network(), 0.9, seed=0)
+    optimized = sb.optimize_for_cpu(copy.deepcopy(plain), layout=layout)
+    for seed in range(3):
+        x = torch.randn(32, 16, 8, 8)
+        outputs = []
+        for model in (plain, optimized):
+            torch.manual_seed(seed)
+            outputs.append(model(x))
+        for a, b in zip(*outputs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for (name, a), b in zip(plain.named_buffers(), optimized.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_supports_go_with_their_masks():
+    plans.release_memory()
+    for _ in range(3):
+        model = sb.sparsify(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1)), 0.9)
+        model(torch.randn(16, 64, 8, 8)).sum().backward()
+        assert len(plans._memory._kept) <= 3  # the first one of the next model sweeps
+        del model

@@ -1085,3 +1085,29 @@ def test_assigned_scores_are_float32():
     assert model[0].weight.dtype == torch.bfloat16
     assert model[0].mask_scores.dtype == torch.float32
     assert torch.equal(model[0].mask_scores, state["0.mask_scores"].float())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("filter", r"pattern Filter\(\) takes 5 of the 10 outputs of '2', the last layer; leave it out"),
+        ("channel", r"pattern Channel\(\) takes 1 of the 3 inputs of '0', the first layer; leave it out"),
+    ],
+)
+def test_channels_of_the_ends_are_not_lost_in_silence(pattern, message):
+    def net():
+        return nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 10, 1))
+
+    with pytest.warns(UserWarning, match=message):
+        sb.sparsify(net(), 0.5, pattern=pattern)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sb.sparsify(net(), 0.5, pattern=pattern, exclude=["0", "2"])
+        sb.sparsify(net(), {"0": 0, "2": 0, "*": 0.5}, pattern=pattern)
+        sb.sparsify(nn.Sequential(nn.Linear(4, 4)), 0.5, pattern=pattern)
+
+
+def test_a_sparsity_of_its_own_that_a_pattern_overrides_is_said():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with pytest.warns(UserWarning, match=r"NM\(n=2, m=4\) fixes the sparsity of '0' at 0.5, not 0.9"):
+        sb.sparsify(net, {"0": 0.9, "*": 0.9}, pattern={"0": "nm:2:4", "*": "unstructured"})

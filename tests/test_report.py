@@ -165,6 +165,22 @@ def test_labels_say_what_differs_and_no_more(fabricate):
     ]
 
 
+def test_runs_of_one_seed_are_no_seeds(fabricate):
+    runs = [fabricate(f"s{seed}", seed=seed) for seed in (0, 1)]
+    assert seeds_of(runs) == "2"
+    runs += [fabricate(f"again{i}", seed=1, init_from=f"other{i}.pth") for i in (0, 1)]
+    labels = {group.label: len(group.runs) for group in group_runs(map(read_run, runs))}
+    assert labels == {"rigl": 2, "rigl (init_from)": 2}
+    assert seeds_of(runs[2:]) == "2 runs, 1 seed"
+    cut = fabricate("cut", seed=2, max_steps=50)
+    assert [len(group.runs) for group in group_runs(map(read_run, [*runs[:2], cut]))] == [2, 1]
+
+
+def seeds_of(runs):
+    """What stands under "seeds", in the first row."""
+    return re.split(r"\s{2,}", print_table(runs).splitlines()[2].strip())[1]
+
+
 def test_incomplete_runs_are_listed_and_do_not_count(fabricate, tmp_path):
     fabricate("full", seed=0, accuracy=0.9)
     fabricate("cut", seed=1, accuracy=0.1, complete=False, epochs=2)

@@ -208,7 +208,7 @@ def test_rewinding_to_an_initialization_that_was_not_trained_from_is_named(tmp_p
 def test_pruning_an_untrained_network_is_named(tmp_path, caplog):
     train(make_config(tmp_path / "trained", method="omp", pretrain_epochs=1, epochs=1))
     train(
-        make_config(tmp_path / "next", method="omp", epochs=1, init_from=str(tmp_path / "trained" / "checkpoint.pth"))
+        make_config(tmp_path / "next", method="omp", epochs=1, init_from=str(tmp_path / "trained"))  # its last one
     )
     assert "prunes a trained network" not in caplog.text
     train(make_config(tmp_path / "untrained", method="omp", max_steps=1))

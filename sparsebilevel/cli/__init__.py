@@ -111,12 +111,12 @@ def make_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
 
     bench = command("bench", run_bench, "Measure every sparse layer, and a training step, against the dense network.")
     bench.add_argument("model", help="name of a model, or folder of a run")
-    bench.add_argument("--sparsity", type=float, default=0.9, help="fraction of zeros")
-    bench.add_argument("--distribution", default="uniform", help="uniform, er, erk or global")
-    bench.add_argument("--pattern", default="unstructured", help="as for train")
+    bench.add_argument("--sparsity", type=float, help="fraction of zeros of a named model [0.9]")
+    bench.add_argument("--distribution", help="uniform, er, erk or global [uniform]")
+    bench.add_argument("--pattern", help="as for train [unstructured]")
     bench.add_argument("-b", "--batch-size", type=int, default=64, help="samples in a batch")
     bench.add_argument("--image-size", type=int, help="height and width of the images")
-    bench.add_argument("--num-classes", type=int, default=10, help="size of the output")
+    bench.add_argument("--num-classes", type=int, help="size of the output [10]")
     bench.add_argument("--device", default="auto", help="cpu, cuda or auto")
     bench.add_argument("--threads", type=int, help="CPU threads")
     bench.add_argument(

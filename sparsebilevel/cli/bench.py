@@ -25,12 +25,12 @@ _SIZES = {
 
 def bench(
     model: str,
-    sparsity: float = 0.9,
-    distribution: str = "uniform",
-    pattern: str = "unstructured",
+    sparsity: float | None = None,
+    distribution: str | None = None,
+    pattern: str | None = None,
     batch_size: int = 64,
     image_size: int | None = None,
-    num_classes: int = 10,
+    num_classes: int | None = None,
     device: str = "auto",
     threads: int | None = None,
     tune: str | None = None,
@@ -41,7 +41,7 @@ def bench(
 
     Args:
         model: a name (then the masks are random, at ``sparsity``) or the folder of a run (then they are its own).
-        sparsity, distribution, pattern, num_classes: of a named model.
+        sparsity, distribution, pattern, num_classes: of a named model; by default 0.9, uniform, unstructured and 10.
         batch_size: images in a batch.
         image_size: their height and width, of a named model; by default what it was made for.
         device, threads: where to measure.
@@ -58,10 +58,16 @@ def bench(
         torch.set_num_threads(threads)
     place = choose_device(device)
     if Path(model, "config.json").exists():
+        asked = {"sparsity": sparsity, "distribution": distribution, "pattern": pattern, **sizes}
+        for name in ("sparsity", "distribution", "pattern", "image_size", "num_classes"):
+            if asked[name] is not None:
+                raise ValueError(f"{name}={asked[name]!r} is not allowed with a run, which has its own: {model}")
         network, shape, num_classes = _from_run(Path(model))
     else:
+        num_classes = 10 if num_classes is None else num_classes
         network, shape = _from_name(model, num_classes, image_size)
-        sparsify(network, sparsity, distribution, pattern, seed=0)
+        share = 0.9 if sparsity is None else sparsity
+        sparsify(network, share, distribution or "uniform", pattern or "unstructured", seed=0)
     network.to(place)
     masks = Static(network)
     x = torch.randn(batch_size, *shape, device=place)

@@ -79,13 +79,14 @@ def _sync_folder(path: Path) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. A bare state dict comes back as ``{"model": ...}``.
+    """Read a checkpoint, or that of a run's folder, onto the CPU. A bare state dict comes back as ``{"model": ...}``.
 
     Raises:
         FileNotFoundError: no such file.
         CheckpointError: truncated, damaged, or something else than a checkpoint.
     """
     path = Path(path)
+    path = path / "checkpoint.pth" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     if damage := _find_damage(path):
