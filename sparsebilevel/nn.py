@@ -785,7 +785,10 @@ def _warn_of_single_groups(
 def _warn_of_ends(
     model: nn.Module, weights: Mapping[str, Tensor], counts: Mapping[str, int], patterns: Mapping[str, Pattern]
 ) -> None:
-    """What a network gives out is classes, and what it takes in colours: channels that it can hardly do without."""
+    """What a network gives out is classes, and what it takes in colours: channels that it can hardly do without.
+
+    ``patterns`` has not those of layers whose pattern was asked for by their names.
+    """
     ends = [
         m.weight
         for m in model.modules()
@@ -794,7 +797,7 @@ def _warn_of_ends(
     for kind, at, axis, what in ((Filter, -1, 0, "outputs"), (Channel, 0, 1, "inputs")):
         name = list(weights)[at]
         size = weights[name].shape[axis]
-        if isinstance(patterns[name], kind) and counts[name] < size and len(ends) > 1 and weights[name] is ends[at]:
+        if isinstance(patterns.get(name), kind) and counts[name] < size and len(ends) > 1 and weights[name] is ends[at]:
             warnings.warn(
                 f"pattern {patterns[name]} takes {size - counts[name]} of the {size} {what} of {name!r}, the "
                 f"{'last' if at else 'first'} layer; leave it out (exclude=) if the network needs them",
@@ -916,7 +919,8 @@ def sparsify(
     patterns = layer_patterns(parsed, shapes, dense_layers) | dict.fromkeys(dense_layers, Unstructured())
     counts = layer_counts(shapes, sparsity, distribution, patterns, dense_layers)
     _warn_of_single_groups(shapes, sparsity, patterns, dense_layers)
-    _warn_of_ends(model, weights, counts, patterns)
+    named = parsed if isinstance(parsed, dict) else {}
+    _warn_of_ends(model, weights, counts, {name: own for name, own in patterns.items() if name not in named})
     for name, own in patterns.items():
         asked = sparsity.get(name) if isinstance(sparsity, Mapping) else None
         if isinstance(own, NM) and asked not in (None, float(own.sparsity)):
