@@ -1089,6 +1089,14 @@ def test_what_is_no_clipping_leaves_the_gradient_alone():
         masked.weight.grad = dense.view_as(masked.weight)
         assert bidst._clipping(masked, at, active, grad) == 1
     assert bidst._clipping(masked, at, active, torch.zeros_like(grad)) == 1
+    dense[at] = 0.5 * grad
+    masked.weight.grad = dense.view_as(masked.weight)
+    assert bidst._clipping(masked, at, active, grad) == pytest.approx(0.5)
+    dense[at[::2]] *= 0.5  # another direction
+    assert bidst._clipping(masked, at, active, grad) == 1
+    tiny = 1e-18 * grad  # whose squares would vanish if they were multiplied
+    dense[at] = 0.5 * tiny
+    assert bidst._clipping(masked, at, active, tiny) == pytest.approx(0.5)
     bidst.step_with({n: torch.zeros(w.layers[0].support_positions.numel()) for n, w in bidst.weights.items()})
 
 

@@ -720,14 +720,17 @@ class BiDST(_BiLevel):
     def _clipping(masked: MaskedWeight, positions: Tensor, active: Tensor, grad: Tensor) -> Tensor | float:
         """How much of ``G`` the loop has left of it in ``weight.grad``, which is ``m * G`` before it is clipped.
 
-        Scores are to go at the pace of the weights, and so by the gradient that these are stepped with.
+        Scores are to go at the pace of the weights, and so by the gradient that these are stepped with. What is not a
+        multiple of ``G`` is no clipping; torch's Nesterov steps, for one, may leave their own direction there.
         """
         if masked.weight.grad is None:
             return 1.0
         whole = torch.where(active, grad, 0)
         left = torch.where(active, masked.weight.grad.reshape(-1)[positions].to(whole.dtype), 0)
-        share = (whole * left).sum() / (whole * whole).sum()
-        return torch.where((share > 0) & (share < 1), share, 1)  # whatever else it is, is no clipping
+        product = (whole * left).sum()
+        share = product / whole.square().sum()
+        is_multiple = share * (product / left.square().sum()) > 0.999  # the squared cosine of their angle
+        return torch.where(is_multiple & (share > 0) & (share < 1), share, 1)
 
     def _noise(self, like: Tensor) -> Tensor:
         noise = torch.rand(like.shape, generator=self.generator, dtype=torch.float32, device="cpu")
