@@ -27,6 +27,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._pytree import tree_leaves
 
+from .layout import written_by
 from .nn import densify
 
 __all__ = ["slice_model"]
@@ -127,15 +128,6 @@ def _pads(layer: nn.Module) -> bool:
     return any(p != 0 for p in layer.padding)
 
 
-def _writes_in_place(node: fx.Node, module: nn.Module | None) -> bool:
-    if module is not None:
-        return getattr(module, "inplace", False)
-    if node.op == "call_method":
-        return str(node.target).endswith("_")
-    is_asked = node.kwargs.get("inplace") is True or any(argument is True for argument in node.args[1:])
-    return node.target is operator.iadd or is_asked
-
-
 class _Analysis:
     """Walks the graph once forward, then removes channels until no more can go."""
 
@@ -195,9 +187,11 @@ class _Analysis:
     def _note_memory(self, node: fx.Node, value: _Value) -> None:
         """What is written in place is what every later reader of that memory sees."""
         source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or source not in self.values:
+            return
         module = self.modules[node.target] if node.op == "call_module" else None
-        is_written = _writes_in_place(node, module)
-        if isinstance(source, fx.Node) and (is_written or isinstance(module, _SAME) or value.repeat > 1):
+        is_written = source in written_by(node, module)
+        if is_written or isinstance(module, _SAME) or value.repeat != self.values[source].repeat:  # flattened
             self.memory[node] = first = self.memory.get(source, source)
             if is_written:
                 for other, known in self.values.items():

@@ -722,8 +722,8 @@ def _name(node: torch.fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
-def _written(node: torch.fx.Node, module: nn.Module | None) -> list[torch.fx.Node]:
-    """Values that it writes to."""
+def written_by(node: torch.fx.Node, module: nn.Module | None) -> list[torch.fx.Node]:
+    """Values that a node, of this module, writes to."""
     if module is not None:
         return node.all_input_nodes[:1] if getattr(module, "inplace", False) else []
     if node.op not in ("call_function", "call_method"):
@@ -745,7 +745,7 @@ def _sharing_memory(node: torch.fx.Node, of_node: dict[torch.fx.Node, nn.Module 
             is_new = bool(module._parameters) or _KINDS.get(type(module), "same") != "same"
         else:
             is_new = _name(value) in _NEW and "out" not in value.kwargs
-        if not is_new or _written(value, module):
+        if not is_new or written_by(value, module):
             # Other arguments of a method are sizes and the like; of a function there may be views of each.
             of_first = value.op == "call_method" or value.target in (operator.getitem, getattr)
             found += [a for a in value.all_input_nodes[: 1 if of_first else None] if a not in found]
@@ -754,7 +754,7 @@ def _sharing_memory(node: torch.fx.Node, of_node: dict[torch.fx.Node, nn.Module 
 
 def _check_writes(node: torch.fx.Node, of_node: dict[torch.fx.Node, nn.Module | None]) -> None:
     """ValueError if the node writes to what others may read, for they would read something else in another order."""
-    for written in _written(node, of_node[node]):
+    for written in written_by(node, of_node[node]):
         for value in _sharing_memory(written, of_node):
             if len(value.users) > 1:
                 raise ValueError(f"{node.name} writes to a tensor that others read")
@@ -764,7 +764,7 @@ def _check_writes(node: torch.fx.Node, of_node: dict[torch.fx.Node, nn.Module | 
 
 def _writes_outside(node: torch.fx.Node, of_node: dict[torch.fx.Node, nn.Module | None]) -> bool:
     """Whether it writes to an argument of the forward, a parameter or a buffer, which others see."""
-    values = [v for written in _written(node, of_node[node]) for v in _sharing_memory(written, of_node)]
+    values = [v for written in written_by(node, of_node[node]) for v in _sharing_memory(written, of_node)]
     return any(value.op in ("placeholder", "get_attr") for value in values)
 
 
@@ -972,14 +972,14 @@ class InLayout(nn.Module):
     _graphs: _Graphs | None = None  # in __dict__
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _Unfinished, (), (_as_written(self), _layout_of(self))
+        return _Unfinished, (), (_aswritten_by(self), _layout_of(self))
 
     def __copy__(self) -> Any:
-        return _Unfinished().enter(copy.copy(_as_written(self)), _layout_of(self))
+        return _Unfinished().enter(copy.copy(_aswritten_by(self)), _layout_of(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         new = memo[id(self)] = _Unfinished()
-        return new.enter(copy.deepcopy(_as_written(self), memo), _layout_of(self))
+        return new.enter(copy.deepcopy(_aswritten_by(self), memo), _layout_of(self))
 
 
 class _Unfinished(nn.Module):
@@ -1010,7 +1010,7 @@ def _layout_of(model: InLayout) -> str | None:
     return None if model._graphs is None else model._graphs.layout
 
 
-def _as_written(model: InLayout) -> nn.Module:
+def _aswritten_by(model: InLayout) -> nn.Module:
     """One of its own class that holds the same, which copies and saves it as that class does."""
     plain = nn.Module.__new__(model._plain_class)  # not all make another in their own __new__
     plain.__dict__.update({k: v for k, v in model.__dict__.items() if k != "_graphs"})

@@ -35,7 +35,7 @@ CONVENTIONS = (
     "Step is measured: time of a training step of the dense network / of the sparse one (above 1: faster than dense). "
     'Accuracy is top-1 on the test set after the last epoch; "selected" is the test accuracy at the epoch that '
     "validation chose, where there was validation data. "
-    "Figures after ± are standard deviations over seeds (n - 1)."
+    "Figures after ± are standard deviations over the runs of a row (n - 1), one a seed where nothing else is said."
 )
 # Repetitions of one experiment may differ in these; those that ended early are no repetitions.
 _REPETITION_FIELDS = {*RUN_FIELDS, "seed", "init_from", "eval_freq", "checkpoint_freq", "versions", "resolved"}

@@ -544,7 +544,7 @@ class PreActivation(nn.Module):
         self.relu, self.same = nn.ReLU(inplace=True), nn.Identity()
 
     def activate(self, x):
-        return {"module": self.relu, "function": lambda x: nn.functional.relu(x, True), "method": torch.relu_}[
+        return {"module": self.relu, "function": lambda x: nn.functional.relu(x, True), "method": lambda x: x.relu_()}[
             self.kind
         ](x)
 
