@@ -7,6 +7,7 @@ made when the first product asks for it, and again when weight or mask have chan
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import weakref
 from collections.abc import Sequence
@@ -272,7 +273,18 @@ def _may_keep(weight: Tensor, mask: Tensor) -> bool:
         and weight not in _in_graphs
         and not (weight.is_inference() or mask.is_inference())  # these count no versions
         and not gpu.is_capturing(weight.device)
+        and not _is_sharding()
     )
+
+
+def _is_sharding() -> bool:
+    """Whether ``fully_shard`` (FSDP2) is used in this process.
+
+    It frees weights and gathers them again, often at the same address and always without counting their versions up;
+    and who shards weights would not have whole copies of them kept.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and bool(fsdp.FSDPModule.__subclasses__())  # it makes a class of each that it wraps
 
 
 def _refresh(asked: _Copy) -> None:

@@ -127,10 +127,10 @@ class _Found:
 
 def _fit(weight: Tensor, grad: Tensor, state: Sequence[Tensor]) -> bool:
     """Whether the fused steps take them: float32 on the CPU, of the same strides, without gaps."""
-    if grad.layout is not torch.strided or grad.dtype is not torch.float32 or not grad.is_cpu:
+    if not _is_plain(weight, grad) or not grad.is_cpu:
         return False
     strides = grad.stride()
-    if weight.dtype is not torch.float32 or weight.stride() != strides:
+    if weight.stride() != strides:
         return False
     for tensor in state:  # no all(...): this runs for every parameter at every step
         if tensor.stride() != strides:
@@ -139,7 +139,16 @@ def _fit(weight: Tensor, grad: Tensor, state: Sequence[Tensor]) -> bool:
 
 
 def _is_plain(weight: Tensor, grad: Tensor) -> bool:
-    return weight.dtype is torch.float32 and grad.dtype is torch.float32 and grad.layout is torch.strided
+    """Whether both are float32 and strided, and the weight is none of the subclasses (DTensor) without fused steps."""
+    return (
+        type(weight) in _PLAIN
+        and weight.dtype is torch.float32
+        and grad.dtype is torch.float32
+        and grad.layout is torch.strided
+    )
+
+
+_PLAIN = (nn.Parameter, Tensor)
 
 
 class _Pair(NamedTuple):

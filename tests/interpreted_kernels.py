@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
@@ -320,6 +321,23 @@ def test_the_optimizer_writes_the_copy_that_is_used():
         w.grad = torch.ones_like(w)
         optimizer.step()
     assert apply_mask_module.kept_copy(w, m).dtype == torch.bfloat16
+
+
+def test_no_copies_are_kept_where_weights_are_sharded(monkeypatch):
+    """Gathered anew, they lie where they lay, and no version counts up."""
+
+    class FSDPModule:
+        pass
+
+    class FSDPLinear(FSDPModule):  # as fully_shard makes one, which stays for the rest of the process
+        pass
+
+    monkeypatch.setattr(torch.distributed.fsdp, "FSDPModule", FSDPModule)
+    w, m = torch.randn(16, 8), torch.rand(16, 8) < 0.5
+    compute_copy(w, m, torch.float32)
+    with torch.autograd._unsafe_preserve_version_counter(w):
+        w.mul_(2)
+    assert torch.equal(compute_copy(w, m, torch.float32), torch.where(m, w, 0))
 
 
 def test_copies_are_given_back_when_a_model_goes_elsewhere(launches):

@@ -1,9 +1,10 @@
-"""Sparse models under DistributedDataParallel: two processes over gloo."""
+"""Sparse models under DistributedDataParallel and fully_shard: two processes over gloo."""
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
@@ -169,3 +170,43 @@ def test_weights_and_scores_that_share_a_gradient(tmp_path):
             assert_close(a, b)
     for a, b in zip(others[0], plain, strict=True):
         assert torch.equal(a, b)
+
+
+def work_sharded(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    trained = []
+    for make in (torch.optim.SGD, sb.optim.SGD, sb.optim.AdamW):
+        models = [build_with_fixed_masks() for _ in range(2)]
+        fully_shard(models[0][0], mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+        fully_shard(models[0], mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+        for model, ranks in zip(models, ([rank], [0, 1]), strict=True):
+            optimizer = make(model.parameters(), lr=0.1)
+            for step in range(3):
+                optimizer.zero_grad()
+                model(torch.cat([batch(2 * step + r) for r in ranks])).square().mean().backward()
+                optimizer.step()
+        trained.append(
+            [[p.full_tensor() for p in models[0].parameters()], [p.detach() for p in models[1].parameters()]]
+        )
+        assert torch.equal(models[0].state_dict()["0.mask"], models[1][0].mask)
+    with pytest.raises(ValueError, match=r"the weight of '0' .* is a DTensor; .* use DistributedDataParallel"):
+        sb.SET(models[0], optimizer)
+    if rank == 0:
+        torch.save(trained, f"{folder}/trained.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def build_with_fixed_masks():
+    torch.manual_seed(0)
+    return sb.sparsify(nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)), 0.5, seed=0)
+
+
+def test_fixed_masks_under_fully_shard(tmp_path):
+    torch.multiprocessing.spawn(work_sharded, (str(tmp_path),), nprocs=2)
+    start = [p.detach() for p in build_with_fixed_masks().parameters()]
+    for sharded, alone in torch.load(tmp_path / "trained.pt"):
+        assert all((a - b).abs().max() > 1e-3 for a, b in zip(alone, start, strict=True))
+        for a, b in zip(sharded, alone, strict=True):
+            assert_close(a, b)
