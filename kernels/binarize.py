@@ -60,9 +60,14 @@ def binarize(
     hint: Tensor | None = None,
 ) -> Any:
     """:func:`sparsebilevel.binarize` of single scores: arguments, results and errors are described and typed there."""
-    tensors = [s.detach() if s.requires_grad else s for s in ([scores] if isinstance(scores, Tensor) else scores)]
     names = named(scores, names)
-    dims = [dim] if isinstance(dim, int) else None if dim is None else list(dim)
+    tensors = [s.detach() if s.requires_grad else s for s in ([scores] if isinstance(scores, Tensor) else scores)]
+    dims: list[int] | None = None
+    if dim is not None:
+        along: Any = [dim] if isinstance(dim, numbers.Integral) else dim
+        if isinstance(along, str) or not all(isinstance(d, numbers.Integral) for d in along):
+            raise TypeError(f"dim must be an integer or integers, got {dim!r}")
+        dims = [int(d) for d in along]
     if isinstance(k, Tensor) and (k.numel() != 1 or k.dtype == torch.bool or k.is_floating_point() or k.is_complex()):
         raise TypeError(f"k must be an integer or a tensor of one, got {k.dtype} of shape {list(k.shape)}")
     if not isinstance(k, (int, Tensor, torch.SymInt)) and isinstance(k, numbers.Integral):  # NumPy's
@@ -77,7 +82,7 @@ def binarize(
                 "hint must be torch.int32 of shape [2] on the scores' device, "
                 f"got {hint.dtype} of shape {list(hint.shape)} on {hint.device}"
             )
-    if native.watched() or any(type(s) not in native.PLAIN for s in tensors):
+    if native.watched() or any(type(s) not in native.PLAIN or s.is_meta for s in tensors):
         held = k if isinstance(k, Tensor) else torch.full((), k, dtype=torch.int64, device="cpu")
         found = _binarize(tensors, held, dims, words, "\n".join(names)) if tensors else []
     else:  # without the dispatcher, which costs as much as some ten thousand scores
@@ -91,6 +96,9 @@ def binarize(
 
 def named(scores: Tensor | Sequence[Tensor], names: Sequence[str] | None) -> Sequence[str]:
     """What messages call each tensor: ``names``, checked, or names by its place."""
+    if not isinstance(scores, Tensor):
+        if not isinstance(scores, Sequence) or not all(isinstance(s, Tensor) for s in scores):
+            raise TypeError(f"scores must be a tensor or a list of tensors, got {type(scores).__name__}")
     if names is None:
         return ["scores"] if isinstance(scores, Tensor) else [f"scores[{i}]" for i in range(len(scores))]
     count = 1 if isinstance(scores, Tensor) else len(scores)
@@ -122,6 +130,9 @@ def _empty(scores: Tensor, words: bool) -> list[Tensor]:
     return parts
 
 
+_FLOATS = torch.float32, torch.float64, torch.float16, torch.bfloat16
+
+
 def _select(
     scores: Sequence[Tensor],
     k: int | Tensor,
@@ -131,8 +142,9 @@ def _select(
     hint: Tensor | None = None,
 ) -> list[Tensor]:
     for name, s in zip(names, scores, strict=True):
-        if not s.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {s.dtype}")
+        if s.dtype not in _FLOATS:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
+            raise TypeError(f"{name} must be floating point ({allowed}), got {s.dtype}")
     if len({s.device for s in scores}) > 1:
         raise ValueError(f"scores must be on one device, got {', '.join(sorted({str(s.device) for s in scores}))}")
     if dim is not None:
@@ -143,7 +155,7 @@ def _select(
     gpu = cuda if cuda.available(device) and cuda.takes(dtype, total) else None
     k = _as_read(k, device, gpu)
     if isinstance(k, int) and not 0 <= k <= total:
-        of = f"scores of shape {list(scores[0].shape)}" if len(scores) == 1 else f"{len(scores)} tensors of scores"
+        of = f"{names[0]} of shape {list(scores[0].shape)}" if len(scores) == 1 else f"{len(scores)} tensors of scores"
         raise ValueError(f"k must be in [0, {total}] for {of}, got {k}")
     if not scores:
         return []
@@ -181,6 +193,8 @@ def _select(
 def _select_rows(scores: Tensor, k: int | Tensor, dim: Sequence[int], words: bool, name: str) -> list[Tensor]:
     """`_select` in each slice of one tensor along dimensions ``dim``."""
     shape = scores.shape
+    if not shape:
+        raise ValueError(f"{name} is a scalar, which has no dimension; got dim={list(dim)}")
     if not dim or any(not -len(shape) <= d < len(shape) for d in dim):
         raise ValueError(
             f"dim must be in [{-len(shape)}, {len(shape) - 1}] for {name} of shape {list(shape)}, got {list(dim)}"

@@ -17,7 +17,14 @@ from torch.autograd import Function
 from . import gpu, native, plans, reference
 from .apply_mask import compute_copy
 from .dispatch import library_is_best, takes_onednn, waits_for_host
-from .gradient import Needs, check_masked_operands, distribute_gradient, is_left_to_torch, runs_directly
+from .gradient import (
+    Needs,
+    check_masked_operands,
+    distribute_gradient,
+    is_left_to_torch,
+    refuse_tangents,
+    runs_directly,
+)
 from .split_gradient import gather_support, split_one
 
 _SMALL = 1 << 14  # elements up to which plain torch, in fewer calls, is faster
@@ -117,6 +124,7 @@ def layer_weight(
     if not (is_traced or runs_directly(input, weight, mask)) or not library_is_best(device):
         return None
     check_masked_operands(weight, mask, mask_scores, grad_sink, positions)
+    refuse_tangents(weight, mask_scores)
     dtype = weight.dtype
     if dtype != torch.float64 and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)

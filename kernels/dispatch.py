@@ -129,8 +129,9 @@ def choose_product(
     forced = _forced()
     ours = gpu.available(device) and dtype in (torch.float32, torch.bfloat16, torch.float16)
     file = gpu.setting("SPARSEBILEVEL_MEASUREMENTS"), measurements.generation()
+    fuses = ours and gpu.fuses_exactly(dtype, device)
     return _choose_product(
-        forced, file, ours, product, dtype, device, rows, weight_shape, structure, dense_grad, window
+        forced, file, ours, fuses, product, dtype, device, rows, weight_shape, structure, dense_grad, window
     )
 
 
@@ -139,6 +140,7 @@ def _choose_product(
     forced: str,
     file: tuple[str, int],
     ours: bool,
+    fuses: bool,
     product: str,
     dtype: torch.dtype,
     device: torch.device,
@@ -156,7 +158,7 @@ def _choose_product(
     candidates: list[tuple[float, Backend, int]] = []  # (time or, where nothing was measured, fraction of dense)
     how = "measured on this device" if measured else "by an estimate, not measured on this device"
     dense = measured.get("dense", 1.0)
-    if ours and forced in ("auto", "fused") and (measured.get("fused") or forced == "fused"):
+    if fuses and forced in ("auto", "fused") and (measured.get("fused") or forced == "fused"):
         candidates.append((measured.get("fused", 1.0), Backend("fused", f"masked product in one kernel, {how}"), 0))
     if forced in ("auto", "block"):
         for block, kept in tiles:

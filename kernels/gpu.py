@@ -64,6 +64,20 @@ def has_large_tiles(capability: tuple[int, int]) -> bool:
     return (9, 0) <= capability < (12, 0)
 
 
+def precision(dtype: torch.dtype) -> str:
+    """How float32 is multiplied, in Triton's words: as torch's own products are told to."""
+    is_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 raises where this was set
+    return "tf32" if dtype == torch.float32 and is_tf32 else "ieee"
+
+
+def fuses_exactly(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products that take the mask in Triton are as exact as asked for.
+
+    For sm_100 and its like Triton 3.6 compiles those of float32 to products of TF32 even where "ieee" asks for others.
+    """
+    return dtype != torch.float32 or precision(dtype) == "tf32" or not (10, 0) <= capability(device) < (12, 0)
+
+
 @functools.cache
 def processors(device: torch.device) -> int:
     """How many multiprocessors the device has; some, of what is no GPU."""

@@ -170,7 +170,7 @@ def _choose_conv(
     """
     window = window_of(weight, geometry)
     if window is None:
-        matrix = all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
+        matrix = all(m.is_contiguous(memory_format=torch.channels_last) and m.shape[1] > 1 for m in maps)
         # As maps in another order it was not measured, and there are no kernels for it.
         window, tiles = (None, True) if matrix else (Window((1, 1)), False)
     else:
@@ -272,9 +272,13 @@ def _drops_tiles(mask: Tensor) -> bool:
 
 
 def _takes_conv(weight: Tensor, mask: Tensor, *maps: Tensor) -> bool:
+    """Whether the kernels of convolutions take them, whose results are in channels_last.
+
+    Maps of one channel are in that order and in NCHW, in which torch returns what it makes of them.
+    """
     from . import triton_conv2d
 
-    return triton_conv2d.takes(weight, mask, *maps)
+    return all(m.shape[1] > 1 for m in maps) and triton_conv2d.takes(weight, mask, *maps)
 
 
 def _is_plain(weight: Tensor, mask: Tensor) -> bool:

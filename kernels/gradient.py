@@ -63,7 +63,13 @@ def check_masked_operands(
         if grad_sink.shape != expected:
             where = "the weight's" if positions is None else "that of positions"
             raise ValueError(f"grad_sink has shape {list(grad_sink.shape)}; expected {list(expected)}, {where}")
-    if forward_ad._current_level >= 0:  # torch would drop the tangents without a word
+
+
+def refuse_tangents(*operands: Tensor | None) -> None:
+    """Refuse forward-mode differentiation, whose tangents torch would drop here without a word."""
+    if forward_ad._current_level < 0:
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in operands):
         raise NotImplementedError("masked ops have no forward-mode derivative; use reverse mode, or densify the model")
 
 

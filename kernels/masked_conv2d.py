@@ -20,6 +20,7 @@ from .gradient import (
     check_product,
     distribute_gradient,
     eager_function,
+    refuse_tangents,
     register_autocast,
 )
 from .plans import Geometry
@@ -224,6 +225,7 @@ def masked_conv2d(
         ValueError: operands whose shapes or dtypes do not fit, naming the argument.
     """
     check_masked_operands(weight, mask, mask_scores, grad_sink, positions)
+    refuse_tangents(input, weight, bias, mask_scores)
     if input.dim() not in (3, 4):
         raise ValueError(f"input has shape {list(input.shape)}; expected [B, C, H, W] or [C, H, W]")
     check_product(input, weight, bias)

@@ -19,6 +19,7 @@ from .gradient import (
     check_product,
     distribute_gradient,
     eager_function,
+    refuse_tangents,
     register_autocast,
 )
 from .plans import Geometry
@@ -187,6 +188,7 @@ def masked_linear(
         ValueError: operands whose shapes or dtypes do not fit, naming the argument.
     """
     check_masked_operands(weight, mask, mask_scores, grad_sink, positions)
+    refuse_tangents(input, weight, bias, mask_scores)
     if input.shape[-1:] != weight.shape[1:]:
         raise ValueError(f"input has shape {list(input.shape)}; its last size must be {weight.shape[1]}, the weight's")
     check_product(input, weight, bias)

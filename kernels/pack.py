@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,8 +130,8 @@ def pack(
 
     Args:
         values: a tensor of any shape and strides, float32, float16 or bfloat16, on the CPU, or on a GPU where the CUDA
-            kernels are built; or a mapping from names to tensors; or a model, of which the ``weight`` of each module
-            that has a ``mask`` too is taken, and nothing else: no bias, no normalization, no dense layer. A message of
+            kernels are built; or a mapping from names to tensors; or a model, of which the ``weight`` of each sparse
+            layer is taken, and nothing else: no bias, no normalization, no dense layer. A message of
             all floating tensors of a model, masked weights at their masks and the others whole, is
             ``pack({n: t for n, t in model.state_dict().items() if t.is_floating_point() and not
             n.endswith("mask_scores")}, model)``, which ``unpack(message, out=other.state_dict())`` writes into another
@@ -144,7 +144,8 @@ def pack(
             smallest of all but the first, for each tensor.
         dtype: of the values in the message; None keeps that of the tensor. ``torch.int8`` scales them by the largest
             magnitude, at least 1.5e-36, and rounds stochastically, so that the mean of many messages is exact to
-            float32's rounding. What is on the grid stays there: a float32 tensor that came out of an int8 message goes
+            float32's rounding (where they are unpacked into 16 bits, the nearest number is written: for the mean give a
+            float32 ``out``). What is on the grid stays there: a float32 tensor that came out of an int8 message goes
             through the next one, of the same mask and block, unchanged.
         block: with int8, how many values share a scale; 0 for all of a tensor.
         generator: of the random numbers of int8.
@@ -229,14 +230,20 @@ def unpack(
     named, parts = _read(data, max_bytes)
     masks, outs = _by_name(mask, "mask", masks=True), _by_name(out, "out")
     lent = _by_name(out, "out", masks=True) if isinstance(out, nn.Module) and mask is None else {}
-    if out is not None and isinstance(out, Tensor) == named:
-        raise PackError(
-            f"out is a {type(out).__name__}; the message holds {'named tensors' if named else 'one tensor'}"
-        )
+    for what, given in (("out", out), ("mask", mask)):
+        if given is not None and isinstance(given, Tensor) == named:
+            raise PackError(
+                f"{what} is a {type(given).__name__}; the message holds {'named tensors' if named else 'one tensor'}"
+            )
+    if mode == "accumulate":
+        _check_apart([entry.name for entry, _ in parts], outs)
     read = []
     for entry, payload in parts:
         target = None if out is None else _checked_out(entry, outs)
         known = masks.get(entry.name)
+        if mask is not None and known is None and entry.format not in ("values", "dense"):
+            has = ", ".join(masks) or "nothing"
+            raise PackError(f"mask has no {entry.name!r}, which the message has at positions; mask has: {has}")
         if known is None and entry.format in ("values", "dense"):  # others bring masks that may be new
             known = lent.get(entry.name)
         bits = _read_positions(entry, payload, known)
@@ -248,7 +255,7 @@ def unpack(
     with torch.no_grad():
         for entry, payload, bits, target in read:
             raw = payload[_padded(entry.index_bytes) :]
-            tensor = torch.empty(entry.shape, dtype=entry.dtype) if target is None else target
+            tensor = torch.empty(entry.shape, dtype=entry.dtype, device="cpu") if target is None else target
             _write_values(entry, raw, bits, tensor, mode, alpha)
             tensors[entry.name] = tensor
             if return_mask and bits is not None:  # which was seen above
@@ -269,9 +276,10 @@ def _by_name(argument: Any, what: str, masks: bool = False) -> dict[str, Tensor]
     """Tensors by their names; that of a single one is empty."""
     if argument is None:
         return {}
-    if isinstance(argument, nn.Module):
-        modules = [(n, m) for n, m in argument.named_modules() if isinstance(getattr(m, "mask", None), Tensor)]
-        argument = {f"{n}.weight" if n else "weight": m.mask if masks else m.weight for n, m in modules}
+    if isinstance(argument, nn.Module):  # a weight that several layers share goes under the first of its names
+        sparse = {id(m.weight): (n, m) for n, m in reversed([*argument.named_modules()]) if _is_sparse(m)}
+        layers = reversed(sparse.values())
+        argument = {f"{n}.weight" if n else "weight": m.mask if masks else m.weight for n, m in layers}
     named: Mapping[str, Any] = argument if isinstance(argument, Mapping) else {"": argument}
     for name, tensor in named.items():
         item = f"{what}[{name!r}]" if named is argument else what
@@ -284,6 +292,32 @@ def _by_name(argument: Any, what: str, masks: bool = False) -> dict[str, Tensor]
         if masks and tensor.dtype != torch.bool:
             raise PackError(f"{item} is {tensor.dtype}; expected torch.bool")
     return dict(named)
+
+
+def _is_sparse(module: Any) -> bool:
+    """Whether a module has a weight and its mask, which others, as for causal attention, have not."""
+    mask, weight = module._buffers.get("mask"), getattr(module, "weight", None)
+    return (
+        isinstance(mask, Tensor)
+        and mask.dtype == torch.bool
+        and isinstance(weight, Tensor)
+        and weight.shape == mask.shape
+    )
+
+
+def _check_apart(names: Sequence[str], outs: Mapping[str, Tensor]) -> None:
+    """Refuse to add to what two names of a message stand for, as tied weights do in a state dict."""
+    found: dict[int, str] = {}
+    for name in names:
+        out = outs.get(name)
+        if out is None or not out.numel():
+            continue
+        first = found.setdefault(out.data_ptr(), name)
+        if first != name:
+            raise PackError(
+                f"out has {first!r} and {name!r} in the same memory, to which mode 'accumulate' would add twice; pack "
+                "one of them"
+            )
 
 
 def _of(entry: Entry) -> str:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from . import gpu
 from .block_sparse import Geometry
+from .gpu import precision
 from .triton_conv2d import empty_maps
-from .triton_matmul import add_in_turn, block_c, load_tile, operand, operands, precision, start, upcast
+from .triton_matmul import add_in_turn, block_c, load_tile, operand, operands, start, upcast
 
 if TYPE_CHECKING:
     from .block_sparse import TileList

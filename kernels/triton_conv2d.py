@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .block_sparse import Geometry
-from .gpu import capability, has_large_tiles, launch
-from .triton_matmul import block_c, precision, upcast
+from .gpu import capability, fuses_exactly, has_large_tiles, launch, precision
+from .triton_matmul import block_c, upcast
 
 # Pixels, and channels of the result; the registers of the addresses leave no room for more.
 BLOCK_T, BLOCK_M = 128, 64
@@ -198,9 +198,7 @@ def empty_maps(size: Sequence[int], like: Tensor) -> Tensor:
 
 def takes(weight: Tensor, *maps: Tensor) -> bool:
     """Whether all lie in channels_last, in numbers that 32 bits hold, and are multiplied as exactly as asked for."""
-    # For sm_100 Triton 3.6 compiles these kernels to products of TF32 even where "ieee" asks for those of float32.
-    is_exact = maps[-1].dtype == torch.float32 and precision(torch.float32) == "ieee"
-    if is_exact and (10, 0) <= capability(weight.device) < (12, 0):
+    if not fuses_exactly(maps[-1].dtype, weight.device):
         return False
     tensors = (weight, *maps)
     return weight.numel() < 1 << 31 and all(

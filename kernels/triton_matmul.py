@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import gpu
-from .gpu import launch
+from .gpu import launch, precision
 
 # Rows and features of the output, and what is summed at a time. Registers and shared memory: tests/test_triton.py.
 BLOCK_T, BLOCK_M, BLOCK_C = 128, 128, 64
@@ -240,12 +240,6 @@ def _weight_grad(
 
 
 # -- launches ----------------------------------------------------------------------------------------------------------
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: as torch's own products are told to."""
-    is_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 raises where this was set
-    return "tf32" if dtype == torch.float32 and is_tf32 else "ieee"
 
 
 def block_c(dtype: torch.dtype) -> int:

@@ -5,7 +5,10 @@ Conventions, as they must stand beside every figure (Blalock et al. 2020, arXiv 
 - FLOPs are of one forward pass of one sample, two a multiply-add, of convolutions and linear layers only.
 - The compression ratio counts *all* parameters, biases and normalisation included; a fraction of zeros is never one.
 - A sparse layer stores what its mask keeps, whatever the values are; in a dense convolution or linear layer, weights
-  that are exactly zero count as removed (a densified network costs what the sparse one does); all else is stored.
+  that are exactly zero count as removed (a densified network has the parameters and theoretical FLOPs of the sparse
+  one; bits of masks count in the size of the latter alone); all else is stored.
+- Products are known by torch's operators. Of batched ones (``bmm``, ``baddbmm``) those with a weight count; products of
+  two activations do in ``mm`` and ``addmm`` alone, those of matrices and vectors and of ``nn.Bilinear`` nowhere.
 """
 
 from __future__ import annotations
@@ -85,16 +88,27 @@ def _linear_flops(input_shape: list[int], weight_shape: list[int], _out_shape: l
     return 2 * math.prod(input_shape[:-1]) * math.prod(weight_shape)
 
 
-# Ops of convolutions and linear layers (bmm too, where one factor is a weight: in attention both are activations), and
-# what their dense twin costs where that differs from what the op itself says it executes.
+def _lstm_flops(input_shape: list[int], weight_shape: list[int], out_shape: list[int]) -> int:
+    """Of all steps: the input by its weight, and the state by its own, ``[4 H, H]``."""
+    rows = math.prod(input_shape[:-1])
+    return 2 * rows * (math.prod(weight_shape) + weight_shape[0] * out_shape[-1])
+
+
+# Ops of convolutions and linear layers (batched ones too, where a factor is a weight: in attention both are
+# activations), and what their dense twin costs where that differs from what the op itself says it executes.
 _DENSE_TWINS: dict[Any, Callable[..., int] | None] = {
     torch.ops.aten.convolution: None,
     torch.ops.aten.mm: None,
     torch.ops.aten.addmm: None,
     torch.ops.aten.bmm: None,
+    torch.ops.aten.baddbmm: None,
+    torch.ops.aten.mkldnn_rnn_layer: _lstm_flops,  # an LSTM on a CPU
     torch.ops.sparsebilevel.masked_conv2d: conv_flop_count,
     torch.ops.sparsebilevel.masked_linear: _linear_flops,
 }
+
+_WITH_BIAS = {torch.ops.aten.addmm, torch.ops.aten.baddbmm}  # before the factors
+_BATCHED = {torch.ops.aten.bmm, torch.ops.aten.baddbmm}
 
 
 @torch.no_grad()
@@ -205,15 +219,15 @@ class _FlopRecorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         op = func._overloadpacket
         if op in _DENSE_TWINS:
-            # The factors of a product, past the bias of addmm.
-            factors = args[1:3] if op is torch.ops.aten.addmm else args[:2]
+            factors = args[1:3] if op in _WITH_BIAS else args[:2]
             stores = [t.untyped_storage()._cdata for t in factors]
             name = next((self.names[store] for store in reversed(stores) if store in self.names), "")
-            if op is torch.ops.aten.bmm and not name:
+            if op in _BATCHED and not name:
                 return out
-            executed = flop_registry[op](*args, **kwargs, out_val=out)
-            twin = _DENSE_TWINS[op]
-            dense = executed if twin is None else twin(list(args[0].shape), list(args[1].shape), list(out.shape))
+            twin = _DENSE_TWINS[op] or flop_registry[op]
+            shapes = [list(t.shape) for t in (args[0], args[1], out[0] if isinstance(out, tuple) else out)]
+            executed = flop_registry[op](*args, **kwargs, out_val=out) if op in flop_registry else twin(*shapes)
+            dense = executed if _DENSE_TWINS[op] is None else twin(*shapes)
             before = self.flops.get(name, (0, 0))
             self.flops[name] = (before[0] + int(dense), before[1] + int(executed))
         return out

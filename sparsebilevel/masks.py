@@ -37,6 +37,10 @@ def check_sparsity(sparsity: float | Fraction, name: str = "sparsity") -> Fracti
     return sparsity if isinstance(sparsity, Fraction) else as_fraction(float(sparsity))
 
 
+def _is_whole(count: int) -> bool:
+    return isinstance(count, numbers.Integral) and not isinstance(count, bool) and count >= 1
+
+
 def _sum(scores: Tensor, dims: int | tuple[int, ...]) -> Tensor:
     """In float32 at least: in 16 bits the sums of many groups would be equal."""
     return scores.sum(dims, dtype=torch.promote_types(scores.dtype, torch.float32))
@@ -122,8 +126,8 @@ class _Slices(Pattern):
     multiple: int = 1
 
     def __post_init__(self) -> None:
-        if self.multiple < 1:
-            raise ValueError(f"multiple={self.multiple} is not allowed; expected at least 1")
+        if not _is_whole(self.multiple):
+            raise ValueError(f"multiple={self.multiple} is not allowed; expected a whole number, at least 1")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({'' if self.multiple == 1 else f'multiple={self.multiple}'})"
@@ -177,10 +181,8 @@ class Block(Pattern):
 
     def __post_init__(self) -> None:
         for name in ("bh", "bw"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is not allowed; a block has at least one row and column"
-                )
+            if not _is_whole(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed; expected a whole number, at least 1")
 
     def _grid(self, shape: Sequence[int]) -> tuple[int, int, int]:
         return -(-shape[0] // self.bh), -(-shape[1] // self.bw), math.prod(shape[2:])
@@ -211,8 +213,8 @@ class NM(Pattern):
     m: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n < self.m:
-            raise ValueError(f"NM(n={self.n}, m={self.m}) is not allowed; expected 1 <= n < m")
+        if not (_is_whole(self.n) and _is_whole(self.m) and self.n < self.m):
+            raise ValueError(f"NM(n={self.n}, m={self.m}) is not allowed; expected whole numbers, 1 <= n < m")
 
     @property
     def sparsity(self) -> Fraction:
@@ -237,6 +239,7 @@ class NM(Pattern):
 
     def _violations(self, mask: Tensor) -> Tensor:
         """Kept positions of runs with more than ``n`` of them; none if all are kept, as before pruning."""
+        self.num_groups(mask.shape)
         per_run = mask.movedim(1, -1).unflatten(-1, (-1, self.m)).sum(-1, keepdim=True)
         crowded = (per_run > self.n).expand(*per_run.shape[:-1], self.m).flatten(-2).movedim(-1, 1)
         return mask & crowded & ~mask.all()
@@ -408,12 +411,9 @@ def global_masks(scores: Mapping[str, Tensor], k: int, pattern: Pattern | None =
         )
         # The best group of every layer is safe; the rest compete for what is left.
         best = [int(g.argmax()) for g in groups.values()]
-        rest = [g.clone() for g in groups.values()]
-        for g, i in zip(rest, best, strict=True):
-            g[i] = -math.inf
-        kept = kernels.binarize(rest, k - len(groups))
-        for mask, i in zip(kept, best, strict=True):
-            mask[i] = True
+        rest = [torch.cat([g[:i], g[i + 1 :]]) for g, i in zip(groups.values(), best, strict=True)]
+        others = kernels.binarize(rest, k - len(groups))
+        kept = [torch.cat([mask[:i], mask.new_ones(1), mask[i:]]) for mask, i in zip(others, best, strict=True)]
     return {name: pattern.expand(mask, scores[name].shape) for name, mask in zip(groups, kept, strict=True)}
 
 
@@ -421,6 +421,9 @@ def random_mask(shape: Sequence[int], k: int, pattern: Pattern, generator: torch
     """Mask of exactly ``k`` groups drawn without replacement. Drawn on the CPU: the same on every device."""
     if isinstance(pattern, NM):
         return pattern.mask(torch.rand(tuple(shape), generator=generator, device="cpu"))
-    chosen = torch.zeros(pattern.num_groups(shape), dtype=torch.bool, device="cpu")
+    groups = pattern.num_groups(shape)
+    if not 0 <= k <= groups:
+        raise ValueError(f"k={k} is not allowed; a weight of shape {list(shape)} has {groups} groups")
+    chosen = torch.zeros(groups, dtype=torch.bool, device="cpu")
     chosen[torch.randperm(chosen.numel(), generator=generator, device="cpu")[:k]] = True
     return pattern.expand(chosen, shape)

@@ -48,6 +48,10 @@ torch.fx.wrap("_count_and_normalize")
 class SparseMaskedModule(nn.Module):
     """What :class:`SparseMaskedLinear` and :class:`SparseMaskedConv2d` share: the mask and the gradient it needs.
 
+    Code that reads ``weight`` past the forward does not see the mask: of torch's own modules ``nn.MultiheadAttention``,
+    for whose projections these layers must not stand in, and in inference ``nn.TransformerEncoderLayer``, unless
+    :func:`sparsify` or a method has seen the model.
+
     Attributes:
         weight: the stored weight theta. Where the mask is False the forward does not see it.
         mask: bool buffer of the weight's shape.
@@ -195,8 +199,11 @@ class SparseMaskedModule(nn.Module):
 
     @property
     def sparsity(self) -> float:
-        """Fraction of zeros in the mask as it is now."""
-        return 0.0 if self.mask.is_meta or not self.mask.numel() else 1.0 - self.mask.sum().item() / self.mask.numel()
+        """Fraction of zeros in the mask as it is now; on the meta device as its pattern counts them."""
+        if self.mask.is_meta:
+            groups = self.pattern.num_groups(self.mask.shape)
+            return 1.0 - self.num_kept / groups if groups else 0.0
+        return 1.0 - self.mask.sum().item() / self.mask.numel() if self.mask.numel() else 0.0
 
     @property
     def backends(self) -> dict[str, Backend]:
@@ -343,6 +350,9 @@ class SparseMaskedModule(nn.Module):
             state_dict[prefix + "mask_scores"] = self.mask_scores
         self._let_go()
         super()._load_from_state_dict(state_dict, prefix, *args)
+        missing: list[str] = args[2]
+        if self.mask.is_meta and prefix + "mask" in missing:  # no checkpoint of a dense model has one
+            missing.remove(prefix + "mask")
         if self.mask.is_meta and not self.weight.is_meta:  # assign=True has brought the weight, and nobody a mask
             self.mask = torch.empty_like(self.mask, device=self.weight.device)
             self._draw_first_mask()
@@ -651,6 +661,8 @@ def _check_positions(positions: Tensor, numel: int) -> None:
 
 
 def _attach_random_mask(layer: Any, sparsity: float, pattern: Pattern) -> Any:
+    if isinstance(pattern, NM) and sparsity not in (0, float(pattern.sparsity)):  # 0 by default
+        warnings.warn(f"{pattern} fixes the sparsity at {float(pattern.sparsity):g}, not {sparsity}", stacklevel=3)
     kept = layer_counts({"weight": layer.weight.shape}, sparsity, "uniform", pattern)["weight"]
     layer._add_mask(torch.ones_like(layer.weight, dtype=torch.bool), pattern, kept)
     layer.reset_mask()
@@ -936,7 +948,7 @@ def sparsify(
         if owner in first:
             module._first_mask = first[owner]
     model._ddp_params_and_buffers_to_ignore = _LeftToMethods(model)  # type: ignore[assignment]
-    _close_fast_paths(model)
+    close_fast_paths(model)
     return model
 
 
@@ -1020,10 +1032,12 @@ class _LeftToMethods:
 _FAST_PATHS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
 
 
-def _close_fast_paths(model: nn.Module) -> None:
+def close_fast_paths(model: nn.Module) -> None:
+    """Let encoder layers run what is in them; again where layers were put there by hand."""
     for module in model.modules():
         for cls, switch in _FAST_PATHS.items():
-            if isinstance(module, cls) and any(True for _ in sparse_layers(module)):
+            is_open = isinstance(module, cls) and "_open_fast_path" not in module.__dict__
+            if is_open and any(True for _ in sparse_layers(module)):
                 module.__dict__["_open_fast_path"] = getattr(module, switch)
                 setattr(module, switch, False)
 

@@ -1321,10 +1321,30 @@ def test_float32_is_multiplied_as_torch_is_told():
     try:
         for name in ("tf32", "ieee"):
             matmul.fp32_precision = name
-            assert triton_matmul.precision(torch.float32) == name
-            assert triton_matmul.precision(torch.bfloat16) == "ieee"
+            assert gpu.precision(torch.float32) == name
+            assert gpu.precision(torch.bfloat16) == "ieee"
     finally:
         matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_nothing_is_fused_where_triton_multiplies_less_exactly(forced, monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSEBILEVEL_MEASUREMENTS", str(tmp_path / "times.json"))
+    names = [measurements.key("forward", dtype, 64, 64, 64) for dtype in (torch.float32, torch.bfloat16)]
+    measurements.save(DEVICE, dict.fromkeys(names, {"dense": 2.0, "fused": 1.0}))
+    if forced:
+        monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "fused")
+
+    def chosen(dtype):
+        return choose_product("forward", dtype, DEVICE, 64, (64, 64), Structure())[0].name
+
+    monkeypatch.setattr(gpu, "precision", lambda dtype: "ieee")
+    for capability, name in (((9, 0), "fused"), ((10, 0), "dense"), ((10, 3), "dense"), ((12, 0), "fused")):
+        monkeypatch.setattr(gpu, "capability", lambda device, capability=capability: capability)
+        assert (chosen(torch.float32), chosen(torch.bfloat16)) == (name, "fused")
+    monkeypatch.setattr(gpu, "capability", lambda device: (10, 0))
+    monkeypatch.setattr(gpu, "precision", lambda dtype: "tf32")
+    assert chosen(torch.float32) == "fused"
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -1710,6 +1730,8 @@ def test_results_lie_in_memory_as_the_compiler_is_told(backend, kind, monkeypatc
         dy = torch.randn(2, 40, 5, 5).contiguous(memory_format=of_dy)
         for wanted in needs:
             compare(ops.masked_conv2d_backward, (dy, x, w, m, None, *geometry, wanted))
+    x, w = torch.randn(2, 1, 5, 5), torch.randn(40, 1, side, side)  # both in NCHW and in channels_last
+    compare(ops.masked_conv2d, (x, w, torch.rand(w.shape) < 0.5, None, None, None, None, *geometry))
 
 
 @pytest.fixture

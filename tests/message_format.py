@@ -100,6 +100,7 @@ def read(message, known_mask=None):
     magic, crc, version, flags, tensors, size, zero = struct.unpack_from("<4sIHHIQQ", message)
     require(magic == b"SBPK" and version == 1 and flags in (0, 1) and zero == 0 and size == len(message))
     require(crc == checksum(message[8:]) and (flags or tensors == 1))
+    require(known_mask is None or not flags)  # one mask for named tensors
     entries, offset, dense_bytes = [], 32, 0
     for _ in range(tensors):
         require(offset + 40 <= size)

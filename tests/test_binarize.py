@@ -266,7 +266,7 @@ def test_k_may_be_an_integer_of_numpy(dtype):
 
 
 def test_other_refusals():
-    with pytest.raises(TypeError, match=r"scores must be floating point, got torch\.int64"):
+    with pytest.raises(TypeError, match=r"scores must be floating point \(.*\), got torch\.int64"):
         binarize(torch.arange(3), 1)
     with pytest.raises(ValueError, match=r"k must be in \[0, 0\] for 0 tensors of scores, got 1"):
         binarize([], 1)
@@ -391,7 +391,7 @@ def test_groups_have_words(backend):
 
 def test_groups_refuse():
     scores = torch.randn(4, 6)
-    with pytest.raises(ValueError, match=r"k must be in \[0, 4\] for scores of shape \[4\], got 5"):
+    with pytest.raises(ValueError, match=r"k must be in \[0, 4\] for scores summed by filter of shape \[4\], got 5"):
         sb.binarize(scores, 5, pattern="filter")
     with pytest.raises(ValueError, match=r"k=3 is not allowed with pattern NM\(n=1, m=2\)"):
         sb.binarize(scores, 3, pattern="nm:1:2")
@@ -463,3 +463,38 @@ def test_compiles_without_graph_breaks():
     x = torch.randn(4, 25)
     k = torch.tensor(7)
     assert torch.equal(torch.compile(layer, fullgraph=True)(x, scores, k), layer(x, scores, k))
+
+
+def test_on_the_meta_device():
+    scores = torch.empty(4, 8, device="meta")
+    for mask in (binarize(scores, 3), binarize(scores, 3, dim=1), sb.binarize(scores, pattern="nm:2:4")):
+        assert mask.is_meta
+        assert (mask.shape, mask.dtype) == ((4, 8), torch.bool)
+    found = binarize([scores, scores], 3, words=True)
+    assert [part.shape for part in found[1]] == [(4, 8), (1,), (2,)]
+
+
+@pytest.mark.parametrize(
+    ("scores", "arguments", "error", "message"),
+    [
+        ({"fc": torch.ones(3)}, {}, TypeError, "scores must be a tensor or a list of tensors, got dict"),
+        (np.ones(3), {}, TypeError, "scores must be a tensor or a list of tensors, got ndarray"),
+        (torch.ones(3).to(torch.float8_e4m3fn), {}, TypeError, r"\(float32, .*\), got torch.float8_e4m3fn"),
+        (torch.ones(3), {"dim": "0"}, TypeError, "dim must be an integer or integers, got '0'"),
+        (torch.tensor(1.0), {"dim": 0}, ValueError, r"scores is a scalar, which has no dimension; got dim=\[0\]"),
+        (
+            torch.ones(4, 8),
+            {"k": 3, "pattern": "block:4x4", "names": ["fc"]},
+            ValueError,
+            r"k must be in \[0, 2\] for fc summed by block of shape \[2\], got 3",
+        ),
+    ],
+)
+def test_more_of_what_is_refused(scores, arguments, error, message):
+    with pytest.raises(error, match=message):
+        sb.binarize(scores, **{"k": 1} | arguments)
+
+
+def test_numpy_integers_are_dimensions():
+    scores = torch.rand(4, 8)
+    assert torch.equal(binarize(scores, 2, dim=np.int64(1)), binarize(scores, 2, dim=1))

@@ -252,3 +252,32 @@ def test_linear_layers_on_inputs_that_are_not_contiguous(bias):
         assert found.flops_dense == found.layers[0]["flops_dense"] == 2 * 64 * 8 * 32
     sparse = sb.sparsify(Tokens(), 0.5)
     assert costs.count_costs(sparse, (8, 8, 8)).flops_theoretical == 64 * 8 * 32
+
+
+def test_recurrent_layers_cost_the_same_on_every_device():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.LSTM(8, 12, 2, batch_first=True, bidirectional=True)
+            self.fc = nn.Linear(24, 5)
+
+        def forward(self, x):
+            return self.fc(self.rnn(x)[0][:, -1])
+
+    steps, directions = 6, 2
+    by_hand = 2 * steps * directions * (4 * 12 * (8 + 12) + 4 * 12 * (24 + 12)) + 2 * 24 * 5
+    for device in (None, "cpu"):
+        assert costs.count_costs(Network(), (6, 8), device).flops_dense == by_hand
+
+
+def test_batched_products_with_a_weight_count():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.ones(3, 8, 4)), nn.Parameter(torch.ones(3, 1, 4))
+
+        def forward(self, x):  # [B, 3, 8]
+            y = torch.baddbmm(self.bias, x.movedim(1, 0), self.weight)
+            return torch.baddbmm(y, y, y.new_ones(3, 4, 4)).sum()  # of activations
+
+    assert costs.count_costs(Experts(), (3, 8)).flops_dense == 2 * 3 * 8 * 4

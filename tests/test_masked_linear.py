@@ -213,6 +213,10 @@ def test_forward_mode_is_refused_rather_than_dropped():
         masked_linear(forward_ad.make_dual(x, x), w, m, b)
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(lambda x: masked_linear(x, w, m, b), (x,), (x,))
+    y = masked_linear(x, w, m, b)  # which no tangent reaches
+    v = torch.randn(2, 4, dtype=y.dtype)
+    _, tangent = torch.func.jvp(lambda v: F.linear(masked_linear(x, w, m, b), v), (v,), (2 * v,))
+    assert_close(tangent, F.linear(y, 2 * v))
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import pytest
@@ -141,7 +142,7 @@ def test_nm_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="6 input channels, not a multiple of m=4"):
         NM(2, 4).mask(torch.zeros(3, 6))
     for n, m in ((0, 4), (4, 4), (5, 4), (-1, 2)):
-        with pytest.raises(ValueError, match=rf"NM\(n={n}, m={m}\) is not allowed; expected 1 <= n < m"):
+        with pytest.raises(ValueError, match=rf"NM\(n={n}, m={m}\) is not allowed; expected whole numbers, 1 <= n < m"):
             NM(n, m)
 
 
@@ -296,3 +297,28 @@ def test_global_masks_know_nothing_of_multiples():
 def test_sparsity_outside_its_range(value):
     with pytest.raises(ValueError, match=r"sparsity=.* is not allowed; expected a number in \[0, 1\)"):
         check_sparsity(value)
+
+
+def test_global_masks_keep_the_count_where_scores_are_minus_infinity():
+    scores = {"b": torch.tensor([5.0, 6.0] + [-math.inf] * 4), "a": torch.full((4,), -math.inf)}
+    with pytest.warns(UserWarning, match="layers 'a' would lose all weights"):
+        masks = global_masks(scores, 6)
+    assert masks["b"].tolist() == [True] * 5 + [False]
+    assert masks["a"].tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("make", [lambda: Block(2.0, 2), lambda: Block(0, 2), lambda: Filter(1.5), lambda: NM(2.0, 4)])
+def test_sizes_of_patterns_are_whole_numbers(make):
+    with pytest.raises(ValueError, match="expected (a )?whole numbers?, "):
+        make()
+
+
+@pytest.mark.parametrize("k", [-3, 17])
+def test_random_masks_of_counts_that_are_not_there(k):
+    with pytest.raises(ValueError, match=rf"k={k} is not allowed; a weight of shape \[4, 4\] has 16 groups"):
+        random_mask((4, 4), k, Unstructured())
+
+
+def test_runs_that_do_not_divide_the_inputs_are_named_by_the_check():
+    with pytest.raises(ValueError, match=r"weight of shape \[4, 6\] has 6 input channels, not a multiple of m=4"):
+        NM(2, 4).check(torch.ones(4, 6, dtype=torch.bool))

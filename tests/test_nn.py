@@ -494,10 +494,6 @@ def test_assign_loads_into_a_meta_model_and_moves_the_collection():
     assert torch.equal(empty(x), model(x))
     empty(x).sum().backward()
     assert empty[0].effective_grad.shape == (8, 5)
-    with torch.device("meta"):
-        empty = mlp()
-    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "0.mask", "2.mask"'):
-        empty.load_state_dict(mlp(0).state_dict(), assign=True)
 
 
 def test_ema_follows_weights_and_masks():
@@ -1112,3 +1108,43 @@ def test_a_sparsity_of_its_own_that_a_pattern_overrides_is_said():
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     with pytest.warns(UserWarning, match=r"NM\(n=2, m=4\) fixes the sparsity of '0' at 0.5, not 0.9"):
         sb.sparsify(net, {"0": 0.9, "*": 0.9}, pattern={"0": "nm:2:4", "*": "unstructured"})
+
+
+def test_layers_put_into_torchs_attention_by_hand(caplog):
+    block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0, batch_first=True)
+    block.linear1 = sb.SparseMaskedLinear(8, 16, sparsity=0.9)
+    block.self_attn.out_proj = sb.SparseMaskedLinear(8, 8, sparsity=0.5)
+    method = sb.SET(block, torch.optim.SGD(block.parameters(), lr=0.1), update_freq=10)
+    assert "'self_attn' is nn.MultiheadAttention, which reads the weight of its projection past" in caplog.text
+    method.release()
+    sb.Static(block, None)  # closes nothing twice
+    with torch.no_grad():
+        block.linear1.weight.fill_(1.0)  # values under the mask
+        block.eval()
+        x = torch.randn(2, 3, 8)
+        inference = block(x)
+    assert_close(inference, block(x))
+    assert sb.densify(block).activation_relu_or_gelu == 1
+
+
+def test_sparsity_on_the_meta_device_is_what_was_asked_for():
+    with torch.device("meta"):
+        model = mlp(0.75)
+    assert model[0].sparsity == 0.75
+    assert "sparsity=0.7500" in repr(model[0])
+
+
+def test_a_dense_checkpoint_loads_into_a_meta_model():
+    with torch.device("meta"):
+        model = mlp(0.5, seed=0)
+    dense = mlp(None)
+    model.load_state_dict(dense.state_dict(), assign=True)
+    assert torch.equal(model[0].mask, mlp(0.5, seed=0)[0].mask)
+    with pytest.raises(RuntimeError, match='Missing key.*"0.weight"'):
+        model.load_state_dict({name: t for name, t in dense.state_dict().items() if name != "0.weight"})
+
+
+def test_layers_made_by_hand_say_what_their_pattern_fixes():
+    with pytest.warns(UserWarning, match="fixes the sparsity at 0.5, not 0.9"):
+        layer = sb.SparseMaskedLinear(8, 4, sparsity=0.9, pattern="nm:2:4")
+    assert layer.sparsity == 0.5

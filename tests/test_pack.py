@@ -534,3 +534,53 @@ def test_refusals():
     with pytest.raises(PackError, match=r"message has version 2; this library reads 1"):
         unpack(signed(bytes(message)[:8] + b"\2" + bytes(message)[9:]))
     assert issubclass(PackError, ValueError)
+
+
+def test_masks_that_are_not_those_of_the_message():
+    scores = torch.randn(8, 8)
+    mask = scores > 1
+    named = pack({"fc.weight": scores}, {"fc.weight": mask})
+    with pytest.raises(PackError, match="mask has no 'fc.weight', which the message has at positions; mask has: mod"):
+        unpack(named, {"module.fc.weight": mask})
+    with pytest.raises(PackError, match="mask is a Tensor; the message holds named tensors"):
+        unpack(named, mask)
+    with pytest.raises(PackError, match="mask is a dict; the message holds one tensor"):
+        unpack(pack(scores, mask), {"fc.weight": mask})
+
+
+def test_tensors_are_made_on_the_cpu_whatever_the_default_device_is():
+    scores = torch.randn(8, 8)
+    with torch.device("meta"):
+        for message in (pack(scores, scores > 1), pack(scores)):
+            got = unpack(message)
+            assert got.device.type == "cpu"
+
+
+def test_nothing_is_added_twice_to_tied_weights():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    before = model[0].weight.detach().clone()
+    message = pack({name: torch.ones(4, 4) for name in model.state_dict()})
+    with pytest.raises(PackError, match=r"out has '0.weight' and '1.weight' in the same memory, .* would add twice"):
+        unpack(message, out=model.state_dict(), mode="accumulate")
+    assert torch.equal(model[0].weight, before)
+    unpack(message, out=model.state_dict())
+    sb.sparsify(model, 0.5)
+    message = pack(model)
+    assert [entry.name for entry in message.entries] == ["0.weight"]
+    weight = model[0].weight.detach().clone()
+    unpack(message, out=model, mode="accumulate")
+    assert torch.equal(model[0].weight, torch.where(model[0].mask, 2 * weight, weight))
+
+
+def test_buffers_called_mask_of_other_modules():
+    model = nn.Linear(16, 48)
+    attention = nn.Module()
+    attention.qkv = model
+    attention.register_buffer("mask", torch.ones(5, 5).tril().bool())  # causal
+    sb.sparsify(attention, 0.5)
+    message = pack(attention)
+    assert [entry.name for entry in message.entries] == ["qkv.weight"]
+    attention.qkv.weight.data.zero_()
+    unpack(message, out=attention)
+    assert attention.qkv.weight.count_nonzero() == 384

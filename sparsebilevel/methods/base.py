@@ -17,7 +17,7 @@ from torch.amp.grad_scaler import OptState
 
 from ..kernels import Backend, binarize, describe
 from ..masks import NM, Pattern, random_mask
-from ..nn import SparseMaskedModule, sparse_layers
+from ..nn import SparseMaskedModule, close_fast_paths, sparse_layers
 from ..schedules import UpdateSchedule, layer_counts
 
 if TYPE_CHECKING:
@@ -361,12 +361,17 @@ class Sparsifier:
             raise ValueError("model is in FullyShardedDataParallel, which methods do not support; use DDP")
         for name, module in self.model.named_modules():
             own = [] if isinstance(module, SparseMaskedModule) else module._parameters.values()
+            if isinstance(module, nn.MultiheadAttention) and isinstance(module.out_proj, SparseMaskedModule):
+                logger.warning(
+                    "%r is nn.MultiheadAttention, which reads the weight of its projection past the mask", name
+                )
             for masked in (by_weight[id(p)] for p in own if id(p) in by_weight):
                 logger.warning(
                     "%r (%s) shares the weight of %r and reads it without the mask: it loses what the mask drops and "
                     "trains what it hides; leave that layer out (exclude=), as sparsify does with those tied before",
                     *(name, type(module).__name__, masked.name),
                 )
+        close_fast_paths(self.model)
         if not by_weight:
             raise ValueError("model has no sparse layers; call sparsebilevel.sparsify(model, sparsity=...) first")
         return {masked.name: masked for masked in by_weight.values()}
