@@ -63,22 +63,53 @@ class Run:
     def is_dense(self) -> bool:
         return self.config["method"] == "dense"
 
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """What the configuration does not say; nothing in runs of older versions."""
+        return self.config.get("resolved") or {}
+
+    @property
+    def processes(self) -> int:
+        return self.resolved.get("processes", 1)
+
+    @property
+    def origin(self) -> dict[str, Any] | None:
+        """How the network of ``init_from`` was trained, but for its seed; None without one."""
+        if not self.config.get("init_from"):
+            return None
+        config = self.resolved.get("init_from_config")
+        return _recipe(_DEFAULTS | config) if config else {}
+
+    def repeats(self, other: Run) -> bool:
+        """Whether it is the other once more: of the same seed and start, with the same figures."""
+
+        def figures(run: Run) -> list[Any]:
+            rows = [run.result or {}, *run.epochs]
+            told = [{k: v for k, v in row.items() if not k.startswith(("time_", "bytes_"))} for row in rows]
+            return [run.config.get("seed"), run.config.get("init_from"), *told]
+
+        return self.result is not None and figures(self) == figures(other)
+
 
 @dataclasses.dataclass
 class Group:
-    """Runs whose configurations differ in the seed alone; ``label`` tells them from the others in a report."""
+    """Runs whose configurations differ in the seed alone; ``label`` tells them from the others in a report.
+
+    ``repeats`` are runs that are others once more: they are listed and do not count.
+    """
 
     runs: list[Run]
     label: str = ""
+    repeats: list[Run] = dataclasses.field(default_factory=list)
 
     @property
     def config(self) -> dict[str, Any]:
         return self.runs[0].config
 
     @property
-    def subject(self) -> tuple[str, str]:
-        """What was trained: (data set, architecture). Only groups of one subject are compared."""
-        return self.config["data"], self.config["arch"]
+    def subject(self) -> tuple[str, str, str]:
+        """What was trained: (data set, architecture, digest of the data). Only groups of one subject are compared."""
+        return self.config["data"], self.config["arch"], self.runs[0].resolved.get("data_digest", "")
 
     @property
     def is_dense(self) -> bool:
@@ -201,10 +232,10 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     """Put runs that differ in the seed alone together: dense first, then in order of method and sparsity."""
     groups: dict[str, Group] = {}
     for run in runs:
-        fields = {k: v for k, v in run.config.items() if k not in _REPETITION_FIELDS}
-        # Seeds may start from dense networks of their own.
-        key = json.dumps([fields, bool(run.config.get("init_from"))], sort_keys=True, default=str)
-        groups.setdefault(key, Group([])).runs.append(run)
+        # Seeds may start from dense networks of their own, of one recipe.
+        facts = [_recipe(run.config), run.origin, run.processes, run.resolved.get("data_digest")]
+        group = groups.setdefault(json.dumps(facts, sort_keys=True, default=str), Group([]))
+        (group.repeats if any(map(run.repeats, group.runs)) else group.runs).append(run)
     ordered = sorted(
         groups.values(),
         key=lambda g: (g.subject, not g.is_dense, g.config["method"], g.config.get("sparsity", 0)),
@@ -216,6 +247,13 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
         told = [f"{name}={_short(value)}" for name, value in shown.items()]
         if group.config.get("init_from") and not all(g.config.get("init_from") for g in rivals):
             told.append("init_from")
+        origins = [g.runs[0].origin or {} for g in rivals if g.config.get("init_from")]
+        odd = [
+            name for name, value in (group.runs[0].origin or {}).items() if any(o.get(name) != value for o in origins)
+        ]
+        told += [f"init_from {name}={_short((group.runs[0].origin or {})[name])}" for name in odd]
+        if len({g.runs[0].processes for g in rivals}) > 1:
+            told.append(f"{group.runs[0].processes} process{'es' * (group.runs[0].processes > 1)}")
         details = ", ".join(told)
         group.label = group.config["method"] + (f" ({details})" if details else "")
     return ordered
@@ -234,6 +272,11 @@ def _distinguishing(groups: list[Group]) -> list[str]:
         rest = [other for other in names if other != name]
         names = rest if classes(rest) == classes(names) else names
     return names
+
+
+def _recipe(config: dict[str, Any]) -> dict[str, Any]:
+    """What repetitions of an experiment have in common, as config.json has it."""
+    return json.loads(json.dumps({k: v for k, v in config.items() if k not in _REPETITION_FIELDS}, default=str))
 
 
 def _short(value: Any) -> str:
@@ -318,8 +361,10 @@ _RECIPE = (
 
 
 def _baseline(group: Group, members: list[Group]) -> Group | None:
-    """The dense runs that ``group`` is compared with: the only ones there are, or those of the same recipe."""
+    """The dense runs that ``group`` is compared with: those it started from, the only ones, or those of its recipe."""
     dense = [g for g in members if g.is_dense and g.values("test_acc")]
+    if origin := [g for g in dense if _recipe(g.config) == group.runs[0].origin]:
+        return origin[0]
     if len(dense) > 1:
         dense = [g for g in dense if all(g.config.get(name) == group.config.get(name) for name in _RECIPE)]
     return dense[0] if len(dense) == 1 else None
@@ -331,8 +376,15 @@ def _sections(groups: list[Group]) -> list[tuple[str, list[Group], list[list[str
     for subject in dict.fromkeys(group.subject for group in groups):
         members = [group for group in groups if group.subject == subject]
         rows = [_row(group, _baseline(group, members)) for group in members]
-        out.append((f"{subject[1]} on {subject[0]}", members, rows))
+        out.append((_title(members[0], groups), members, rows))
     return out
+
+
+def _title(group: Group, groups: list[Group]) -> str:
+    """Architecture and data, and where these lie if others have the same name."""
+    data, arch, _ = group.subject
+    others = {g.subject for g in groups if g.subject[:2] == (data, arch)}
+    return f"{arch} on {data}" + (f" in {group.config.get('data_path')}" if len(others) > 1 else "")
 
 
 def _notes(groups: list[Group]) -> list[str]:
@@ -340,11 +392,16 @@ def _notes(groups: list[Group]) -> list[str]:
     notes = []
     for subject in dict.fromkeys(group.subject for group in groups):
         members = [group for group in groups if group.subject == subject]
+        title = _title(members[0], groups)
         if not any(g.is_dense and g.values("test_acc") for g in members):
-            notes.append(f"{subject[1]} on {subject[0]}: no complete dense run is among these, so no change is given.")
+            notes.append(f"{title}: no complete dense run is among these, so no change is given.")
         names = dict.fromkeys(name for group in members for name in group.config if name not in _OWN_FIELDS)
-        if odd := [name for name in names if _differs(name, members)]:
-            notes.append(f"{subject[1]} on {subject[0]}: beside method and sparsity, rows differ in {', '.join(odd)}.")
+        odd = [name for name in names if _differs(name, members)]
+        odd += ["the number of processes"] * (len({run.processes for group in members for run in group.runs}) > 1)
+        if odd:
+            notes.append(f"{title}: beside method and sparsity, rows differ in {', '.join(odd)}.")
+    for run in (run for group in groups for run in group.repeats):
+        notes.append(f"{run.path} repeats another run, with the same figures, and does not count.")
     for run in (run for group in groups for run in group.runs if run.result is None):
         done = f"after epoch {run.epochs[-1]['epoch']}" if run.epochs else "before its first epoch ended"
         notes.append(f"{run.path} is incomplete ({done}) and not part of the figures.")
@@ -419,7 +476,8 @@ def make_report(
             figures.append(_figure_html(name, caption, picture))
         parts.append(f"<h2>{html.escape(title)}</h2>\n{_table_html(rows)}\n" + "\n".join(figures))
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in _notes(groups))
-    runs = "".join(f"<li>{html.escape(_describe(run))}</li>" for group in groups for run in group.runs)
+    listed = [run for group in groups for run in (*group.runs, *group.repeats)]
+    runs = "".join(f"<li>{html.escape(_describe(run))}</li>" for run in listed)
     write_text(
         page,
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Sparse training report</title>'

@@ -326,8 +326,11 @@ def test_close_values_have_folders_of_their_own(tmp_path, capsys):
     flags = ["--method", "static", "--arch", "mlp", *TINY, "--max-steps", "1", "--output-dir", str(tmp_path)]
     cli.main(["ablate", *flags, "--grid", "lr=0.1,0.10000001", "--grid", "exclude=1,1 3"])
     labels = ["default", "lr=0.1", "lr=0.10000001", "exclude=1", "exclude=1 3"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{label}-seed0" for label in labels)
-    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[2:]] == labels
+    folders = sorted(f"{label}-seed0" for label in labels if label != "lr=0.1")  # which is the default
+    assert sorted(path.name for path in tmp_path.iterdir()) == folders
+    rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == labels
+    assert [cell.strip() for cell in rows[0][1:] if cell] == [cell.strip() for cell in rows[1][1:] if cell]
 
 
 def test_report_and_export(tmp_path, capsys, monkeypatch):
@@ -441,3 +444,54 @@ def test_config_and_presets(capsys):
     assert "C++ extension" in capsys.readouterr().out
     cli.main(["presets"])
     assert "bidst-resnet50-imagenet" in capsys.readouterr().out
+
+
+def test_the_config_of_a_run_is_a_recipe_and_no_place(tmp_path, capsys):
+    first = [
+        "train",
+        "--method",
+        "static",
+        *TINY,
+        "--output-dir",
+        str(tmp_path / "a"),
+        "--overwrite",
+        "--max-steps",
+        "3",
+    ]
+    cli.main(first)
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["overwrite"]
+    args = cli.make_parser().parse_args(["train", "--config", str(tmp_path / "a" / "config.json")])
+    config = cli.config_from(args)
+    assert (config.method, config.overwrite, config.max_steps, config.output_dir) == (
+        "static",
+        False,
+        None,
+        "runs/train",
+    )
+
+
+def test_a_recipe_for_another_method(capsys):
+    args = cli.make_parser().parse_args(["train", "--preset", "bidst-digits", "--method", "static"])
+    config = cli.config_from(args)
+    config.validate()
+    assert (config.method, config.update_freq) == ("static", None)
+    assert "method=static has no update_freq" in capsys.readouterr().out
+    args = cli.make_parser().parse_args(["train", "--preset", "bidst-digits", "--update-freq", "none"])
+    assert cli.config_from(args).update_freq is None
+    args = cli.make_parser().parse_args(["train", "--preset", "bidst-digits", "--implicit", "none"])
+    assert cli.config_from(args).implicit == "none"
+    args = cli.make_parser().parse_args(["train", "--preset", "bidst-digits", "--method", "set", "--tau", "2"])
+    with pytest.raises(ValueError, match="tau=2.0: method set has no such option"):
+        cli.config_from(args).validate()
+
+
+def test_runs_that_diverge_do_not_end_an_ablation(tmp_path, capsys):
+    flags = ["--method", "static", *TINY, "--arch", "mlp", "--output-dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["ablate", *flags, "--grid", "lr=1e30,0.05"])
+    assert caught.value.code == 1
+    captured = capsys.readouterr()
+    assert "1 of 3 runs did not come to an end: lr=1e+30, seed 0" in captured.err
+    rows = {line.split("  ")[0]: line for line in captured.out.splitlines()}
+    assert rows["lr=1e+30"].split()[1] == "diverged"
+    assert (tmp_path / "lr=0.05-seed0" / "log.jsonl").exists()

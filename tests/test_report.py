@@ -327,3 +327,56 @@ def test_missing_matplotlib_says_what_to_install(fabricate, tmp_path, monkeypatc
     with pytest.raises(ImportError, match=r"sparsebilevel\[report\]"):
         make_report(folder, tmp_path / "out")
     assert "rigl" in print_table(folder)  # the table needs nothing
+
+
+def test_other_data_processes_and_origins_are_no_repetitions(fabricate):
+    """Each may be of the same configuration."""
+    facts = {"data_digest": "00000001", "processes": 1}
+
+    def grouped(**resolved):
+        runs = [fabricate(f"a{len(list(tmp))}", seed=0, data="imagefolder", data_path="one", resolved=facts)]
+        runs.append(fabricate(f"b{len(list(tmp))}", seed=1, data="imagefolder", **resolved))
+        tmp.append(runs)
+        return [group.label for group in group_runs(map(read_run, runs))], print_table(runs)
+
+    tmp = []
+    assert grouped(data_path="copy", resolved=facts)[0] == ["rigl"]
+    labels, table = grouped(data_path="two", resolved=facts | {"data_digest": "00000002"})
+    assert labels == ["rigl", "rigl"]
+    assert "resnet20 on imagefolder in one\n" in table
+    assert "resnet20 on imagefolder in two\n" in table
+    labels, table = grouped(data_path="one", resolved=facts | {"processes": 2})
+    assert labels == ["rigl (1 process)", "rigl (2 processes)"]
+    assert "rows differ in the number of processes." in table
+
+
+def test_networks_pruned_from_others_are_compared_with_those(fabricate):
+    dense = {
+        epochs: fabricate(f"dense{epochs}", "dense", 0, accuracy=epochs / 100, n_epochs=epochs) for epochs in (1, 50)
+    }
+    runs = [*dense.values()]
+    for epochs, folder in dense.items():
+        for seed in (0, 1):
+            config = json.loads((folder / "config.json").read_text()) | {"seed": 7 + seed}
+            resolved = {"init_from_config": config}
+            name = f"omp{epochs}-{seed}"
+            runs.append(fabricate(name, "omp", seed, accuracy=0.6, init_from=f"{folder}{seed}", resolved=resolved))
+    groups = {group.label: len(group.runs) for group in group_runs(map(read_run, runs))}
+    assert groups == {
+        "dense (n_epochs=1)": 1,
+        "dense (n_epochs=50)": 1,
+        "omp (init_from n_epochs=1)": 2,
+        "omp (init_from n_epochs=50)": 2,
+    }
+    rows = [line.split() for line in print_table(runs).splitlines() if line.startswith("  omp")]
+    assert ["+59.00" in row for row in rows] == [True, False]
+    assert ["+10.00" in row for row in rows] == [False, True]
+
+
+def test_copies_of_a_run_do_not_count(fabricate):
+    runs = [fabricate("one", seed=0, accuracy=0.8), fabricate("two", seed=1, accuracy=0.9)]
+    before = print_table(runs)
+    runs.append(fabricate("copy", seed=1, accuracy=0.9))
+    after = print_table(runs)
+    assert after.startswith(before.split("\n\n")[0])
+    assert f"{runs[2]} repeats another run, with the same figures, and does not count." in after

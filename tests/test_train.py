@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from small_training import batch, sgd, take_step, tiny_net
@@ -1240,3 +1241,93 @@ def test_a_gpu_is_chosen_by_its_index(name, index, monkeypatch):
     with process_group(name) as ranks:
         assert ranks.device == torch.device("cuda", index)
     assert chosen == [index]
+
+
+def test_numpys_numbers_and_paths_are_settings_that_can_be_saved(tmp_path):
+    config = make_config(
+        tmp_path / "run", method="rigl", lr=np.float64(0.05), batch_size=np.int64(64), sparsity=np.float32(0.5)
+    )
+    config.seed, config.quiet, config.update_freq = np.int32(3), np.bool_(True), 2  # also those that are set later
+    config.output_dir = tmp_path / "run"
+    train(config)
+    kinds = {name: type(value) for name, value in dataclasses.asdict(config).items()}
+    assert [kinds[name] for name in ("lr", "batch_size", "seed", "quiet")] == [float, int, int, bool]
+    assert (config.update_freq, config.output_dir) == ("2", str(tmp_path / "run"))
+    assert ckpt.load_checkpoint(tmp_path / "run")["config"] == dataclasses.asdict(config)
+    train(dataclasses.replace(config, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("data_path", 3.5), ("exclude", ("fc", 3)), ("nesterov", 1), ("opt", None)]
+)
+def test_settings_of_other_types_are_refused_before_anything_is_replaced(name, value, tmp_path):
+    config = make_config(tmp_path / "run", method="static")
+    train(config)
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    with pytest.raises((ValueError, FileNotFoundError), match=name if name != "data_path" else "3.5"):
+        train(dataclasses.replace(config, overwrite=True, data="mnist", **{name: value}))
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+def test_a_run_goes_on_with_its_own_data_alone(tmp_path):
+    for folder, seed in (("easy", 0), ("hard", 1), ("copy", 0)):
+        write_mnist(tmp_path / folder, seed)
+    config = make_config(tmp_path / "run", method="static", arch="mlp", data="mnist", data_path=str(tmp_path / "easy"))
+    config.batch_size = 16
+    train(dataclasses.replace(config, epochs=2, max_steps=1))
+    resumed = dataclasses.replace(config, epochs=2, resume=True)
+    with pytest.raises(
+        ValueError, match=r"resume: the run in .*run was trained on other data than mnist in data_path="
+    ):
+        train(dataclasses.replace(resumed, data_path=str(tmp_path / "hard")))
+    train(dataclasses.replace(resumed, data_path=str(tmp_path / "copy")))
+
+
+def write_mnist(folder, seed):
+    folder.mkdir()
+    rng = np.random.default_rng(seed)
+    for part, count in (("train", 80), ("t10k", 20)):
+        for name, code, shape in (("images-idx3", 3, (count, 28, 28)), ("labels-idx1", 1, (count,))):
+            values = rng.integers(0, 256 if code == 3 else 10, shape, np.uint8)
+            head = bytes([0, 0, 8, code]) + np.array(shape, ">i4").tobytes()
+            (folder / f"{part}-{name}-ubyte").write_bytes(head + values.tobytes())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks are those of POSIX systems")
+def test_two_processes_do_not_write_to_one_folder(tmp_path):
+    config = make_config(tmp_path / "run", method="static")
+    train(config)
+    code = f"import fcntl, os, time; d = os.open({str(tmp_path / 'run')!r}, os.O_RDONLY); fcntl.flock(d, fcntl.LOCK_EX)"
+    with subprocess.Popen([sys.executable, "-c", f"{code}; print(1, flush=True); time.sleep(60)"], stdout=-1) as other:
+        other.stdout.readline()
+        for changes in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(ValueError, match=r"output_dir='.*run': another process is writing a run there"):
+                train(dataclasses.replace(config, **changes))
+        other.kill()
+    train(dataclasses.replace(config, overwrite=True))
+
+
+def test_training_leaves_torch_as_it_was(tmp_path):
+    threads = torch.get_num_threads()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        train(make_config(tmp_path / "run", method="static", threads=threads + 1))
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_milestones_in_steps_are_said_where_they_are_too_early_to_be_meant(tmp_path, caplog):
+    config = make_config(tmp_path / "run", method="static", lr_scheduler="step", lr_milestones="1,2")
+    train(config)
+    assert "lr_milestones='1,2' are optimizer steps, all of them in the first epoch" in caplog.text
+    caplog.clear()
+    train(dataclasses.replace(config, lr_milestones="1ep,2ep", overwrite=True))
+    assert "lr_milestones" not in caplog.text
+
+
+def test_networks_that_images_are_too_small_for(tmp_path):
+    with pytest.raises(ValueError, match=r"arch='vgg19_bn_cifar' does not run on samples of shape 1x8x8: "):
+        train(make_config(tmp_path / "run", method="dense", arch="vgg19_bn_cifar"))
+    assert not (tmp_path / "run").exists()

@@ -181,7 +181,8 @@ def converter(name: str, kind: type, optional: bool) -> Callable[[str], Any]:
     read = parse_amount if name == "validation" else own.get(kind, kind)
 
     def convert(text: str) -> Any:
-        return None if optional and kind is not str and text == "none" else read(text)
+        is_unset = optional and text == "none" and name not in ("implicit", "rewind")  # of which it is a value
+        return None if is_unset else read(text)
 
     convert.__name__ = kind.__name__  # argparse's messages say "invalid int value"
     return convert
@@ -208,14 +209,19 @@ def config_from(args: argparse.Namespace) -> Config:
         values |= _stored_config(getattr(args, "output_dir", Config.output_dir))
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if hasattr(args, field.name)}
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    if "method" in given:  # of another one's recipe what it has no use for goes
+        foreign = Config(**values).options_unknown_to(given["method"])
+        dropped = {name: value for name, value in foreign.items() if name not in given}
+        values |= dropped
+        if dropped and not given.get("quiet"):
+            print(f"method={given['method']} has no {', '.join(dropped)}: left out")
     return Config(**check_fields(values | given, "configuration"))
 
 
 def _stored_config(folder: str) -> dict[str, Any]:
     """What the run in ``folder`` was started with, so that resuming it needs no flags; empty where there is no run."""
     path = Path(folder) / "config.json"
-    once = ("resume", "overwrite", "max_steps", "output_dir")
-    return {k: v for k, v in read_config(path).items() if k not in once} if path.exists() else {}
+    return read_config(path) if path.exists() else {}
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
@@ -288,7 +294,8 @@ def run_presets(args: argparse.Namespace) -> None:
     from ..training.presets import PRESETS
 
     for name, values in PRESETS.items():
-        print(f"{name:28} {' '.join(f'{k}={v}' for k, v in values.items() if k != 'exclude')}")
+        shown = {k: ",".join(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        print(f"{name:28} {' '.join(f'{k}={v}' for k, v in shown.items())}")
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:

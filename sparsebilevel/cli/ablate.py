@@ -10,7 +10,7 @@ from typing import Any
 
 from ..report import describe_changes
 from ..training.config import Config, field_types
-from ..training.loop import train
+from ..training.loop import TrainingError, train
 from . import converter
 from .tables import text_table
 
@@ -66,8 +66,11 @@ def ablate(
         grid: as on the command line; None is the method's usual ablation.
         seeds: every setting runs with each of them; None is the configuration's one seed.
 
+    A value that is the configuration's own is not trained again.
+
     Raises:
         ValueError: a value that is not allowed, or one that is given twice; nothing was trained.
+        TrainingError: runs diverged. All others are finished, and the table has been printed.
     """
     chosen = parse_grid(grid) if grid else usual_grid(config)
     settings: list[Setting] = [None, *((name, value) for name, values in chosen.items() for value in values)]
@@ -82,11 +85,26 @@ def ablate(
             run.validate()
             runs[name] = setting, run
     results: dict[Setting, list[dict[str, Any]]] = {}
+    trained: list[tuple[Config, dict[str, Any] | None]] = []
+    lost: list[str] = []
     for setting, run in runs.values():
+        same = [found for other, found in trained if not run.differences(dataclasses.asdict(other))]
+        label = f"{_label(setting)}, seed {run.seed}"
         if not config.quiet:
-            print(f"{_label(setting)}, seed {run.seed}", flush=True)
-        results.setdefault(setting, []).append(train(run))
+            print(f"{label}{': the same as a run before' * bool(same)}", flush=True)
+        try:
+            result = same[0] if same else train(run)
+        except TrainingError as error:  # grids are made to find where that is
+            print(f"{label}: {error}", flush=True)
+            lost.append(label)
+            result = None
+        trained.append((run, result))
+        results.setdefault(setting, [])
+        if result is not None:
+            results[setting].append(result)
     print(ablation_table(results))
+    if lost:
+        raise TrainingError(f"{len(lost)} of {len(runs)} runs did not come to an end: {'; '.join(lost)}")
     return results
 
 
@@ -104,6 +122,9 @@ def ablation_table(results: dict[Setting, list[dict[str, Any]]]) -> str:
     """Mean and standard deviation over seeds of the last epoch's accuracy, setting by setting."""
     rows = []
     for setting, runs in results.items():
+        if not runs:
+            rows.append((_label(setting), "diverged", "-", "-", "-"))
+            continue
         accuracies = [100 * run["test_acc"] for run in runs]
         spread = f" +- {statistics.stdev(accuracies):.2f}" if len(runs) > 1 else ""
         seconds = statistics.mean(run["time_total_s"] for run in runs)

@@ -12,7 +12,7 @@ from .._checks import LARGEST_WHOLE, check_whole
 from ..costs import measure_layers, measure_step, tune_layers
 from ..export import input_shape_of, load_network
 from ..kernels import measurements, native
-from ..training.build import create_network
+from ..training.build import check_runs, create_network
 from ..training.config import MOST_THREADS
 from ..training.runtime import choose_device
 
@@ -107,6 +107,7 @@ def _from_name(name: str, num_classes: int, image_size: int | None) -> tuple[tor
     wanted = getattr(network, "image_size", None)  # which vision transformers have
     if wanted not in (size, None):
         raise ValueError(f"image_size={size} is not allowed; {name} takes images of {wanted}x{wanted} only")
+    check_runs(network, name, (channels, size, size))
     return network, (channels, size, size)
 
 

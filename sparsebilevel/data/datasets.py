@@ -249,6 +249,9 @@ class Source(Protocol):
     def batches(self, indices: Sequence[Tensor], draws: Sequence[Tensor] | None) -> Iterator[Batch]:
         """One batch for each tensor of `indices`, augmented if `draws` gives each sample a random number below 2^31."""
 
+    def digest(self, crc: int) -> int:
+        """CRC-32, from that of what came before on, of the samples without their labels."""
+
 
 class TensorSource:
     """Images in memory, augmented and normalised a batch at a time on the device."""
@@ -271,6 +274,9 @@ class TensorSource:
             x = x.to(torch.float32, memory_format=self._memory_format).sub_(self._mean).div_(self._std)
             yield x, self._device_labels[index]
 
+    def digest(self, crc: int) -> int:
+        return zlib.crc32(self._images.cpu().contiguous().numpy().data, crc)
+
 
 class ReadySource:
     """Samples in memory that are what the network reads; there is no augmentation."""
@@ -283,6 +289,9 @@ class ReadySource:
         for index in indices:
             index = index.to(self._inputs.device, non_blocking=True)
             yield self._inputs[index], self._device_labels[index]
+
+    def digest(self, crc: int) -> int:
+        return zlib.crc32(self._inputs.cpu().contiguous().numpy().data, crc)
 
 
 def _shift_and_flip(x: Tensor, draws: Tensor, pad: int, flip: bool) -> Tensor:
@@ -364,3 +373,8 @@ class FolderSource:
         for x, y in loader:
             x = x.to(self._device, non_blocking=True, memory_format=self._memory_format)
             yield x, y.to(self._device, non_blocking=True)
+
+    def digest(self, crc: int) -> int:
+        """Of the names of the files, in place of what is in them."""
+        names = (Path(path).relative_to(self._folder.root).as_posix() for path, _ in self._folder.samples)
+        return zlib.crc32("\n".join(names).encode(), crc)

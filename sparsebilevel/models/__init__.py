@@ -76,6 +76,8 @@ def create_model(name: str, num_classes: int = 10, in_channels: int | None = Non
         raise ValueError(f"unknown model {name!r}; {hint} (any torchvision classification model is accepted too)")
     if in_channels not in (None, 3):
         raise ValueError(f"in_channels={in_channels}: torchvision's {name} takes 3 channels")
+    if name in ("googlenet", "inception_v3"):  # in training these give further outputs
+        kwargs = {"aux_logits": False, "init_weights": True} | kwargs
     return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **kwargs)
 
 

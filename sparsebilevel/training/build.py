@@ -40,7 +40,23 @@ def make_model(c: Config, data: Data, device: torch.device) -> nn.Module:
             f"image_size={c.image_size}: {c.arch} takes images of {wanted}x{wanted}, and those of {c.data} are "
             f"{size}x{size}; give image_size={wanted} (imagefolder and fake have one) or another arch"
         )
+    check_runs(model, c.arch, data.input_shape, device)
     return model.to(memory_format=torch.channels_last) if c.channels_last else model
+
+
+@torch.no_grad()
+def check_runs(model: nn.Module, arch: str, shape: Sequence[int], device: torch.device | None = None) -> None:
+    """Raise ValueError if samples of that shape are too small for the network ``arch``, or it gives no logits."""
+    model.eval()
+    try:
+        logits = model(torch.zeros(1, *shape, device=device))
+    except RuntimeError as error:
+        size = "x".join(map(str, shape))
+        raise ValueError(f"arch={arch!r} does not run on samples of shape {size}: {error}") from error
+    finally:
+        model.train()
+    if not isinstance(logits, torch.Tensor):
+        raise ValueError(f"arch={arch!r} returns a {type(logits).__name__}; expected logits")
 
 
 def make_optimizer(c: Config, model: nn.Module) -> torch.optim.Optimizer:

@@ -7,8 +7,11 @@ of the phase in which the method works (`parse_steps`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import numbers
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -141,7 +144,7 @@ class Config:
     lr_scheduler: str = option("cosine", "course of the learning rate", ("cosine", "step", "constant"))
     lr_warmup_epochs: float = option(0, "epochs of linear warm-up at the start of each phase")
     lr_min: float = option(0.0, "learning rate at which the cosine ends")
-    lr_milestones: str = option("0.5,0.75", "where the step schedule falls: epochs (80ep,120ep) or fractions")
+    lr_milestones: str = option("0.5,0.75", "where the step schedule falls: epochs (80ep,120ep), fractions or steps")
     lr_gamma: float = option(0.1, "factor by which it falls")
     pretrain_lr: float | None = option(None, "learning rate of pretraining; default: lr")
     pretrain_weight_decay: float | None = option(None, "weight decay of pretraining; default: weight decay")
@@ -211,10 +214,16 @@ class Config:
     measure: bool = option(True, "measure the time of a training step against the dense network at the end")
     tensorboard: bool = option(False, "write TensorBoard logs too")
     print_freq: int = option(100, "steps between lines where there is no progress bar")
-    quiet: bool = option(False, "print nothing but errors")
+    quiet: bool = option(False, "print nothing but warnings and errors")
+
+    def __post_init__(self) -> None:
+        """Turn NumPy's numbers, paths, and numbers for moments into what JSON and checkpoints hold."""
+        for name, (kind, _) in field_types().items():
+            setattr(self, name, _as_builtin(getattr(self, name), kind))
 
     def validate(self) -> None:
         """Raise ValueError at the first value that is not allowed; needs neither data nor model."""
+        self.__post_init__()  # fields may have been set since
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata["choices"]
             if choices and value is not None and value not in choices:
@@ -222,6 +231,7 @@ class Config:
             if value == "":
                 raise ValueError(f"{field.name}='' is not allowed; expected a text that is not empty")
         self._validate_numbers()
+        check_fields(dataclasses.asdict(self), "configuration")
         self._validate_method()
         if not (isinstance(self.sparsity, (int, float)) and 0 <= self.sparsity < 1):
             raise ValueError(f"sparsity={self.sparsity!r} is not allowed; expected a number in [0, 1)")
@@ -258,12 +268,8 @@ class Config:
                 check_number(name, value)
         for name in ("label_smoothing", "model_ema_decay"):
             check_number(name, getattr(self, name), most=1, without_most=True)
-        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
-            raise ValueError(f"clip_grad_norm={self.clip_grad_norm!r} is not allowed; expected a positive number")
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov=True needs momentum > 0")
-        for text in self.lr_milestones.split(","):
-            parse_steps("lr_milestones", text, 1, 1)
+        if self.clip_grad_norm is not None:
+            check_number("clip_grad_norm", self.clip_grad_norm, without_least=True)
 
     def _validate_method(self) -> None:
         for name in self.options_unknown_to(self.method):
@@ -275,6 +281,10 @@ class Config:
                 raise ValueError(f"pretrain_epochs={value}: method dense has nothing to pretrain for")
             takers = ", ".join(m for m, names in METHOD_OPTIONS.items() if name in names)
             raise ValueError(f"{name}={value!r}: method {self.method} has no such option ({takers})")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov=True needs momentum > 0")
+        for text in self.lr_milestones.split(","):
+            parse_steps("lr_milestones", text, 1, 1)
         if self.pretrain_epochs and self.init_from:
             raise ValueError(f"init_from={self.init_from!r} replaces pretraining; drop pretrain_epochs")
         if self.rescale and (self.method not in SCRATCH_METHODS or self.pretrain_epochs or self.init_from):
@@ -401,6 +411,21 @@ def parse_amount(text: str | float) -> float:
     return int(text) if str(text).strip().isdigit() else float(text)
 
 
+def _as_builtin(value: Any, kind: type) -> Any:
+    """``value`` of a builtin type, where that loses nothing."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if kind is tuple and isinstance(value, list):
+        return tuple(value)
+    if not isinstance(value, numbers.Number) and type(value).__name__ in ("bool_", "bool"):  # NumPy's is no number
+        return bool(value)
+    if type(value) in (bool, int, float) or not isinstance(value, numbers.Real):
+        return str(value) if kind is str and type(value) in (int, float) else value
+    value = int(value) if isinstance(value, numbers.Integral) else float(value)
+    return str(value) if kind is str else value
+
+
+@functools.cache
 def field_types() -> dict[str, tuple[type, bool]]:
     """``field -> (type, may be None)`` of `Config`; ``tuple`` stands for a tuple of strings."""
     out = {}
@@ -415,11 +440,16 @@ def field_types() -> dict[str, tuple[type, bool]]:
 def read_config(path: str | Path) -> dict[str, Any]:
     """Fields from a JSON file: written by hand, or the config.json of a run.
 
+    Of the config.json of a run its folder is left out, and whether that was resumed, overwritten or cut short.
+
     Raises:
         ValueError: no JSON object, or unknown fields.
     """
-    content = {k: v for k, v in read_json(path).items() if k not in ("versions", "resolved")}
-    return check_fields(content, str(path))
+    content = read_json(path)
+    of_run = {"versions", "resolved"}
+    if of_run & content.keys():  # then these say what became of that run, not what another is to do
+        of_run |= {"resume", "overwrite", "max_steps", "output_dir"}
+    return check_fields({k: v for k, v in content.items() if k not in of_run}, str(path))
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

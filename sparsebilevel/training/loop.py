@@ -99,16 +99,30 @@ def train(config: Config) -> dict[str, Any]:
     """
     config.validate()
     folder = RunFolder(config)
-    with process_group(config.device) as ranks, StopSignals() as stop:
+    with process_group(config.device) as ranks, StopSignals() as stop, _torch_settings():
         try:
             trainer = Trainer(config, folder, ranks, stop)
             result = trainer.run()
         except BaseException:
             folder.forget()
             raise
+        finally:
+            folder.release()
         if stop.signal:  # after the last step: whoever has more runs to do is to stop too
             raise Interrupted(stop.signal, folder.path, trainer.step)
         return result
+
+
+@contextlib.contextmanager
+def _torch_settings() -> Iterator[None]:
+    """Afterwards torch has the threads, and refuses the operations, that it did before."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
 class Trainer:
@@ -125,7 +139,8 @@ class Trainer:
                 check_tensorboard()
         if config.threads:
             torch.set_num_threads(config.threads)
-        torch.use_deterministic_algorithms(config.deterministic)
+        if config.deterministic:
+            torch.use_deterministic_algorithms(True)
         self.device = ranks.device
         self.data = make_data(config, ranks)
         self.loaders = {"train": self.data.train, "prune": self.data.train}
@@ -134,6 +149,7 @@ class Trainer:
             upper = upper if upper == "same" else parse_amount(upper)
             self.loaders["prune"], self.loaders["upper"] = self.data.split(upper, config.upper_batch_size)
         self.plan = make_plan(config, self.loaders)
+        self._warn_of_early_milestones()
 
         torch.manual_seed(config.seed)  # equal weights on all ranks
         self.model = make_model(config, self.data, self.device)
@@ -171,7 +187,9 @@ class Trainer:
                 return results[0]
         self.ranks.barrier()  # everybody has looked at the folder before it changes
         if self.ranks.is_main:
-            self.folder.open(self._resolved(), None if checkpoint is None else checkpoint["log_bytes"])
+            self.folder.open(
+                self._resolved(is_new=checkpoint is None), None if checkpoint is None else checkpoint["log_bytes"]
+            )
         total = min(sum(phase.steps for phase in self.plan), self.config.max_steps or math.inf)
         self.started = time.perf_counter() - self.elapsed
         self.progress = Progress(self._quiet(), int(total), self.step)
@@ -239,6 +257,15 @@ class Trainer:
                 "method %s prunes a trained network, and this one is at its initialization; give init_from, or "
                 "pretrain_epochs to train it first",
                 c.method,
+            )
+
+    def _warn_of_early_milestones(self) -> None:
+        """What papers give in epochs are steps here where no unit is given."""
+        counts = [int(text) for text in self.config.lr_milestones.split(",") if text.strip().isdigit()]
+        if self.config.lr_scheduler == "step" and counts and max(counts) < self.plan[0].steps_per_epoch:
+            logger.warning(
+                "lr_milestones=%r are optimizer steps, all of them in the first epoch of %d; epochs are written 80ep",
+                *(self.config.lr_milestones, self.plan[0].steps_per_epoch),
             )
 
     def _warn_of_another_initialization(self) -> None:
@@ -548,10 +575,14 @@ class Trainer:
             raise ValueError(f"rewind_step={self.config.rewind_step!r} is not allowed; the first cycle is too short")
         return arguments
 
-    def _resolved(self) -> dict[str, Any]:
+    def _resolved(self, is_new: bool) -> dict[str, Any]:
+        """What the configuration came to here, and what it does not say: processes, data, and the start of the run."""
         loop = {name: self.config.resolve(name) for name in ("score_lr_scheduler", "lower_steps", "upper_split")}
         method = {} if self.config.method == "dense" else self._method_arguments()
-        return method | {name: value for name, value in loop.items() if value is not None}
+        facts: dict[str, Any] = {"processes": self.ranks.world, "data_digest": self.data.digest()}
+        if is_new and self.config.init_from is not None:
+            facts["init_from_config"] = load_checkpoint(self.config.init_from).get("config") or {}
+        return method | {name: value for name, value in loop.items() if value is not None} | facts
 
     def _set_learning_rates(self, phase: Phase, phase_step: int) -> None:
         c = self.config

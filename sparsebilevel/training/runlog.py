@@ -16,6 +16,11 @@ from typing import Any
 
 from torch import nn
 
+try:
+    import fcntl
+except ImportError:  # not of a POSIX system
+    fcntl = None  # type: ignore[assignment]
+
 from ..nn import sparse_layers
 from .checkpoint import naming, remove_temporaries, write_text
 from .config import Config, read_json
@@ -33,6 +38,8 @@ def open_folder(
 ) -> None:
     """Make the folder of a command's run and write its ``config.json``; `RunFolder` is that of ``train``.
 
+    The folder is this process's to its end, or to `release_folder`.
+
     Args:
         output_dir: where to.
         config: what the run is, in values that JSON has.
@@ -44,12 +51,14 @@ def open_folder(
 
     Raises:
         OSError: the folder is not writable.
-        ValueError: it is not empty, or ``resume`` finds a run of another configuration or a damaged one.
+        ValueError: it is not empty, or ``resume`` finds a run of another configuration or a damaged one, or another
+            process is writing there.
     """
     if not output_dir:  # which would be the current folder, and `overwrite` removes a run from it
         raise ValueError("output_dir='' is not allowed; expected a text that is not empty")
     folder = Path(output_dir)
     check_writable(folder)
+    lock_folder(folder)
     path = folder / "config.json"
     if resume and path.exists():
         before = read_json(path)
@@ -80,6 +89,35 @@ def check_writable(folder: Path) -> None:
         raise OSError(f"output_dir={str(folder)!r} is not writable: {error.strerror or error}") from None
 
 
+def lock_folder(folder: Path) -> None:
+    """Keep other processes out of a folder, as far as the system can: a run that is started again may still run.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    if fcntl is None or folder.resolve() in _locked:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):  # a file system without locks is no reason not to train
+            raise ValueError(f"output_dir={str(folder)!r}: another process is writing a run there") from None
+    else:
+        _locked[folder.resolve()] = descriptor
+
+
+def release_folder(folder: Path) -> None:
+    """Let other processes have a folder again; the end of this one does so too."""
+    descriptor = _locked.pop(folder.resolve(), None)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+_locked: dict[Path, int] = {}  # open folders, which hold the locks
+
+
 class RunFolder:
     """The folder of a run. Nothing in it is touched before `open`, which a failed start never reaches."""
 
@@ -93,11 +131,14 @@ class RunFolder:
     def check(self) -> None:
         """Refuse a folder that cannot be written to, or that holds something and is neither resumed nor overwritten.
 
+        From here to `release` it is this process's.
+
         Raises:
             OSError: the folder is not writable.
-            ValueError: it is not empty, or holds a run of another configuration.
+            ValueError: it is not empty, or holds a run of another configuration, or another process writes to it.
         """
         check_writable(self.path)
+        lock_folder(self.path)
         if self.config.resume:
             self._check_same_config()
         elif not self.config.overwrite and any(self.path.iterdir()):
@@ -105,6 +146,10 @@ class RunFolder:
                 f"output_dir={str(self.path)!r} is not empty; give resume to continue its run, overwrite to replace "
                 "it, or another folder"
             )
+
+    def release(self) -> None:
+        """Let other processes have the folder."""
+        release_folder(self.path)
 
     def forget(self) -> None:
         """Remove the folder after a start that failed, if `check` made it and nothing came into it."""
@@ -132,18 +177,35 @@ class RunFolder:
             )
 
     def open(self, resolved: dict[str, Any], log_bytes: int | None = None) -> None:
-        """Start writing (None), or continue: what the log holds beyond ``log_bytes`` is done again, and cut off."""
+        """Start writing (None), or continue: what the log holds beyond ``log_bytes`` is done again, and cut off.
+
+        Raises:
+            ValueError: the run that goes on was trained on other data.
+        """
+        if log_bytes is not None:
+            resolved = self._resolved_before(resolved) | resolved
+        config = dataclasses.asdict(self.config) | {"versions": _versions(), "resolved": resolved}
+        text = json.dumps(config, indent=2) + "\n"  # what fails does so before anything is removed
         for path in (self.path / name for name in FILES):
             remove_temporaries(self.path, f".{path.name}.*")
             if log_bytes is None:
                 path.unlink(missing_ok=True)
-        config = dataclasses.asdict(self.config) | {"versions": _versions(), "resolved": resolved}
-        write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+        write_text(self.path / "config.json", text)
         self.log.touch()
         os.truncate(self.log, min(log_bytes or 0, self.log.stat().st_size))
         if self.config.tensorboard:
             last = max((row["step"] for row in read_log(self.path) if row["type"] == "epoch"), default=-1)
             self._board = _summary_writer(self.path, last + 1)  # as the log: what comes after is done again
+
+    def _resolved_before(self, resolved: dict[str, Any]) -> dict[str, Any]:
+        """What the run was resolved to when it began, which ``resolved`` must agree with on the data."""
+        before = read_json(self.path / "config.json").get("resolved", {})
+        if "data_digest" in before and before["data_digest"] != resolved["data_digest"]:
+            raise ValueError(
+                f"resume: the run in {self.path} was trained on other data than {self.config.data} in "
+                f"data_path={self.config.data_path!r}"
+            )
+        return before
 
     def log_bytes(self) -> int:
         """Length of the log now."""
@@ -167,6 +229,7 @@ class RunFolder:
         return rows[-1] if rows and rows[-1]["type"] == "result" else None
 
     def close(self) -> None:
+        self.release()
         if self._board is not None:
             self._board.close()
 
