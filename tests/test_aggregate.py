@@ -69,6 +69,7 @@ def test_devices_of_no_weight_and_integers():
         ([{"w": torch.ones(2)}], [], [1], "1 updates, 0 masks, 1 weights"),
         ([{"w": torch.ones(2)}], [{}], [-1], r"weights=\[-1\]"),
         ([{"w": torch.ones(2)}], [{}], [float("nan")], r"weights=\[nan\]"),
+        ([{"w": torch.ones(2)}], [{}], [float("inf")], r"weights=\[inf\]"),
         ([{}], [{}], [1], r"updates \[\] .* do not fit old, \['w'\]"),
         ([{"w": torch.ones(2)}], [{"v": torch.ones(2)}], [1], r"masks \['v'\] do not fit"),
         ([{"w": torch.ones(3)}], [{}], [1], r"w has shape \[3\]; expected \[2\]"),

@@ -1155,3 +1155,36 @@ def test_an_optimizer_that_makes_its_own_steps_gives_no_pace():
     opt.param_groups[0]["lr"] = None
     with pytest.raises(ValueError, match="SGD has lr=None, no step size; give score_lr and implicit_scale"):
         bidst.current_score_lr("3")
+
+
+def test_the_pace_is_that_of_the_active_weights():
+    """The state of an optimizer is zero where the mask is False, and has no part in the mean."""
+    model = sparse_net(0.9)
+    opt = torch.optim.Adam(model.parameters(), 0.01)
+    bidst = sb.BiDST(model, opt, implicit="none")
+    take_step(model, opt, bidst, 0)
+    for name, masked in bidst.weights.items():
+        square = opt.state[masked.weight]["exp_avg_sq"][masked.mask].mean() / (1 - 0.999)
+        assert float(bidst.current_score_lr(name)) == pytest.approx(0.01 / float(square) ** 0.5, rel=1e-3)
+
+
+def test_the_sizes_of_both_terms_are_means_over_the_weights():
+    model = sparse_net(0.5, init="dense")
+    bip = sb.BiP(model, sgd(model), lower_gradient="batch", implicit_scale=3.0)
+    grads = {name: torch.randn_like(masked.weight) for name, masked in bip.weights.items()}
+    terms = [
+        hypergradient(w.weight.detach(), w.mask, grads[name], formula="derived", scale=3.0)
+        for name, w in bip.weights.items()
+    ]
+    bip.upper_step_with({name: grad.clone() for name, grad in grads.items()})
+    found = bip.metrics()
+    for name, parts in zip(("direct", "implicit"), zip(*terms, strict=True), strict=True):
+        assert found[name] == pytest.approx(float(torch.cat([p.flatten() for p in parts]).abs().mean()), rel=1e-5)
+
+
+def test_nothing_is_said_of_an_adam_that_has_not_stepped_yet(caplog):
+    model = sparse_net(0.5, init="dense")
+    opt = torch.optim.Adam(model.parameters(), 1e-3)
+    bip = sb.BiP(model, opt)
+    take_step(model, opt, bip, 0)
+    assert not caplog.records

@@ -498,3 +498,141 @@ def test_masks_of_values_that_are_sent_as_they_are():
     values = {k: torch.ones(3, dtype=torch.float64) for k in range(2)}
     with pytest.raises(ValueError, match="masks are not allowed with values of float64"):
         gossip.mix(values, "x", {k: torch.ones(3, dtype=torch.bool) for k in range(2)})
+
+
+def test_the_torus_and_its_wrapped_ends():
+    adjacency = make_graph("torus", 12)  # 3 rows of 4
+    expected = torch.zeros(12, 12, dtype=torch.bool)
+    for r in range(3):
+        for c in range(4):
+            for other in ((r + 1) % 3 * 4 + c, (r - 1) % 3 * 4 + c, r * 4 + (c + 1) % 4, r * 4 + (c - 1) % 4):
+                expected[4 * r + c, other] = True
+    assert torch.equal(adjacency, expected)
+
+
+def test_random_graphs_have_the_asked_number_of_edges_and_follow_the_seed():
+    first, again, other = (make_graph("erdos-renyi", 60, probability=0.3, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.sum().item() / (60 * 59) == pytest.approx(0.3, abs=0.05)
+
+
+def test_lazy_weights_keep_half_of_the_own_value():
+    adjacency = make_graph("ring", 6)
+    matrix = mixing_matrix(adjacency)
+    assert_close(mixing_matrix(adjacency, "lazy"), (matrix + torch.eye(6, dtype=torch.float64)) / 2)
+    topology = make_topology("ring", 6, "lazy")
+    assert topology.weights(0, 0) == pytest.approx({1: 1 / 6, 5: 1 / 6})
+
+
+def test_one_worker_needs_no_peer():
+    assert make_topology("one-peer", 1).edges() == []
+
+
+def test_chebyshev_follows_its_formula():
+    topology = make_topology("ring", 8)
+    gossip = Gossip(LocalCommunicator(8), topology, steps=4, chebyshev=True)
+    values = torch.randn(8, 5, dtype=torch.float64)
+    q = math.sqrt(1 - topology.second_eigenvalue**2)
+    e, before, now = (1 - q) / (1 + q), values, values
+    for _ in range(4):
+        before, now = now, (1 + e) * topology.matrices[0] @ now - e * before
+    mixed = gossip.mix(dict(enumerate(values)), "x")
+    assert_close(torch.stack([mixed[k] for k in range(8)]), now)
+
+
+def test_what_rounding_has_left_goes_into_the_next_message():
+    """So a sum of messages is right, where each of them is not."""
+    gossip = Gossip(LocalCommunicator(2), make_topology("complete", 2), dtype=torch.bfloat16)
+    values = {0: torch.tensor([1.001]), 1: torch.tensor([0.0])}
+    received = [2 * gossip._changes(values, "x", None, "x")[1].item() for _ in range(50)]
+    assert len(set(received)) > 1
+    assert sum(received) / 50 == pytest.approx(1.001, abs=2e-4)
+
+
+def test_the_random_numbers_of_rounding_are_new_in_every_mixing():
+    gossip = Gossip(LocalCommunicator(2), make_topology("ring", 2), dtype=torch.int8)
+    value = torch.linspace(-1, 1, 100)
+    first = gossip._encode(0, value, None, True)
+    gossip.clocks["x"] += 1
+    assert gossip._encode(0, value, None, True) != first
+
+
+def test_spider_and_finite_follow_their_formulas():
+    oracle = Quadratic(samples=10)
+    points = [(torch.full((4,), 0.1 * t, dtype=torch.float64),) for t in range(12)]
+    spider, finite = Estimator("spider", 10, oracle, 3, period=5), Estimator("finite", 10, oracle, 3, rho=0.3)
+    batches = [torch.arange(b, 10, 4) for b in range(4)]
+    table = [torch.zeros(4, dtype=torch.float64) for _ in batches]
+    for t, p in enumerate(points):
+        oracle.keys.clear()
+        found = spider(p)
+        indices = torch.tensor(oracle.keys[0][0])
+        if t % 5 == 0:
+            value = oracle(p, torch.arange(10), 0)
+        else:
+            value = oracle(p, indices, 0) - oracle(points[t - 1], indices, 0) + value
+        assert_close(found, value)
+    for t, p in enumerate(points):
+        oracle.keys.clear()
+        found = finite(p)
+        chosen = oracle.keys[0][0][0]
+        now, mean = oracle(p, batches[chosen], 0), sum(len(b) * h for b, h in zip(batches, table, strict=True)) / 10
+        if t == 0:
+            estimate = now
+        else:
+            before = oracle(points[t - 1], batches[chosen], 0)
+            estimate = now - before + 0.7 * estimate + 0.3 * (before - table[chosen] + mean)
+        assert_close(found, estimate)
+        table[chosen] = now
+
+
+def test_the_keys_of_evaluations_differ():
+    oracle = Quadratic()
+    estimator = Estimator("sgd", oracle.size, oracle, 3)
+    for _ in range(5):
+        estimator((torch.zeros(4, dtype=torch.float64),))
+    assert len({key for _, key in oracle.keys}) == 5
+
+
+def test_both_orders_of_tracking_follow_their_formulas():
+    topology = make_topology("ring", 4)
+    matrix = topology.matrices[0]
+    for tracking in ("cta", "atc"):
+        step = TrackedStep(Gossip(LocalCommunicator(4), topology), tracking, "x")
+        x, u, old = torch.randn(4, 3, dtype=torch.float64), torch.zeros(4, 3).double(), torch.zeros(4, 3).double()
+        for _ in range(3):
+            v = torch.randn(4, 3, dtype=torch.float64)
+            found = step(dict(enumerate(x)), dict(enumerate(v)), 0.1)
+            u = matrix @ u + v - old if tracking == "cta" else matrix @ (u + v - old)
+            x, old = (matrix @ x - 0.1 * u if tracking == "cta" else matrix @ (x - 0.1 * u)), v
+            assert_close(torch.stack([found[k] for k in range(4)]), x)
+
+
+@pytest.mark.parametrize("tracking", ["cta", "atc"])
+def test_steps_under_masks_stay_in_them(tracking):
+    step = TrackedStep(Gossip(LocalCommunicator(4), make_topology("ring", 4)), tracking, "x")
+    masks = {k: torch.arange(20) % 4 != k for k in range(4)}
+    values = start = {k: torch.randn(20) for k in range(4)}
+    for _ in range(3):
+        gradients = {k: torch.randn(20) for k in range(4)}
+        values = step(values, gradients, 0.1, masks)
+    for k in range(4):
+        assert torch.equal(values[k][~masks[k]], start[k][~masks[k]])
+        assert not torch.isclose(values[k][masks[k]], start[k][masks[k]]).any()
+        assert_close(step.tracker[k][~masks[k]], gradients[k][~masks[k]])  # nobody else has a part in it there
+        assert not torch.isclose(step.tracker[k][masks[k]], gradients[k][masks[k]]).any()
+
+
+def test_repetitions_and_headers_are_counted():
+    comm = LocalCommunicator(2)
+    comm.exchange({0: {1: b"12345"}, 1: {0: b"123"}}, "x")
+    header = (comm.sent["x"] - 8) // 2
+    assert comm.sent == {"x": 8 + 2 * header}
+    assert header == 28
+    tries = []
+    comm.tamper = lambda sender, receiver, payload: tries.append(1) or (payload if len(tries) > 3 else b"?")
+    assert comm.exchange({0: {1: b"12345"}, 1: {}}, "y") == {0: {}, 1: {0: b"12345"}}
+    assert comm.sent["y"] == 4 * (header + 5)
+    comm.fail(1)
+    assert comm.lost == {1}

@@ -1056,3 +1056,57 @@ def test_without_worker_0_all_end_and_resume(tmp_path):
     last = rows(tmp_path / "run")[-1]
     assert last["workers"] == 4
     assert last["mask_agreed"]
+
+
+def test_the_algorithms_are_what_the_document_says():
+    made = {name: Settings(**choice) for name, choice in ALGORITHMS.items()}
+    assert made["d-svrgda-clip-update"].clip == "update"
+    assert made["d-svrgda-clip-mask"].clip == "mask"
+    assert {name for name, s in made.items() if s.inner_steps == 10} == {
+        *("bilevel-storm", "d-f2bsa-10", "d-sgd", "d-sgd-tracking", "magnitude-after", "magnitude-during")
+    }
+    assert made["d-sgd"].tracking == "none"
+    for name in ("d-sgd-tracking", "magnitude-after", "magnitude-during"):
+        assert made[name].tracking == "atc"
+
+
+@pytest.mark.parametrize("search", [0.25, 0.8])
+def test_the_budget_is_met_however_long_the_search_is(search):
+    run = make_run(budget=1500, search=search)
+    for _ in range(run.rounds):
+        run.round()
+    assert run.evaluate()["evaluations"] == pytest.approx(1500, rel=0.1)
+
+
+@pytest.mark.parametrize("regularizer", ["l1", "group"])
+def test_the_regularizer_pushes_the_mask_down(regularizer):
+    """One step on the mask from a hypergradient of zero is one along the regularizer alone."""
+    run = make_run(
+        "bilevel-penalty", workers=1, regularizer=regularizer, strength=0.3, constraint="box", normalize="none"
+    )
+    d, k = run.maskable, 0
+    run.upper = {k: lambda point: torch.zeros(d)}
+    x = torch.rand(run.size).clamp(0.2, 0.8)
+    run.x, run.done = {k: x}, 1
+    run._mask_step()
+    expected = (x[:d] - run.settings.mask_lr * run._regularizer_gradient(x[:d])).clamp(0, 1)
+    assert_close(run.x[k][:d], expected)
+    assert run.regularizer(run.x[k][:d]) < run.regularizer(x[:d])
+
+
+def test_the_l1_regularizer_is_in_the_reported_loss():
+    run = make_run(regularizer="l1", strength=0.5)
+    plain = make_run()
+    figures = [each.evaluate()["upper_loss"] for each in (run, plain)]
+    assert run.regularizer(run.x[0][: run.maskable]) == pytest.approx(0.5 * run.maskable)
+    assert figures[0] - figures[1] == pytest.approx(0.5 * run.maskable, rel=1e-4)
+
+
+def test_the_reported_loss_is_that_of_the_pruned_network():
+    run = make_run(sparsity=0.8)
+    run.round()
+    row, z = run.evaluate(), run.final_weights()
+    assert torch.count_nonzero(z[: run.maskable]) == run.kept
+    losses = [run.problem.local_loss(k, z) for k in range(4)]
+    assert row["upper_loss"] == pytest.approx(sum(losses) / 4)
+    assert run.problem.local_loss(0, run.mean_x * run.mean_y) != pytest.approx(losses[0])

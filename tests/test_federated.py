@@ -13,13 +13,14 @@ from torch.testing import assert_close
 
 from sparsebilevel.cli import main
 from sparsebilevel.costs import count_costs
-from sparsebilevel.data import load_data
+from sparsebilevel.data import load_data, make_seed
 from sparsebilevel.data.partition import matching_partition, partition
 from sparsebilevel.export import export_model
 from sparsebilevel.federated import GatePoint, Hypernetwork, find_gate_points, load_network, set_norm
 from sparsebilevel.federated.aggregate import aggregate_masked
+from sparsebilevel.federated.hypernetwork import merge_gates, sample_gates
 from sparsebilevel.federated.local import FlatModule, adamw, full_gradient, sgd, train_weights
-from sparsebilevel.federated.models import check_gate_points
+from sparsebilevel.federated.models import apply_gates, check_gate_points
 from sparsebilevel.federated.rounds import Federation, FederationError, make_federation
 from sparsebilevel.federated.settings import METHODS, UNSTRUCTURED, Settings
 from sparsebilevel.models.resnet import resnet_cifar
@@ -962,3 +963,100 @@ def test_a_damaged_config_is_named(tmp_path, capsys):
         with pytest.raises(SystemExit):
             main([*COMMAND, "--output-dir", str(tmp_path), "--resume"])
         assert f"config.json {reason}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("dwnp", {}), ("dwnp", {"detach_server": False}), ("fedosp", {}), ("dwnp", {"noise": "gumbel", "soft": True})],
+)
+def test_a_device_trains_the_hypernetwork_by_adamw_on_its_own_loss(method, options):
+    """Two rounds of one of three clients, step by step: batches, noise, penalties, decay and what is reported."""
+    options |= {"hyper_steps": 2, "hyper_weight_decay": 0.1, "strength": 3.0, "hyper_part": 1.0, "server_flops": 0.5}
+    run = make_run(method, 3, budgets=[0.4, 0.3, 0.5], **options)
+    s, clients, personal = run.settings, run.exchange.clients, method == "dwnp"
+    network, model = copy.deepcopy(run.hyper.module), copy.deepcopy(run.model).eval()
+    optimizer = torch.optim.AdamW(network.parameters(), 0.01, weight_decay=0.1)
+    stream, state = clients.hyper_loaders[1].stream(), torch.zeros(3, run.hyper.values.numel())
+    state[0] = run.hyper.values
+    for turn in range(2):
+        request = run._request("hypernetwork", 1, None) | {"hypernetwork": state, "lr": 0.01, "turn": turn}
+        reply = clients(1, request | {"position": 2 * turn, "step": 2 * turn})
+        state, sums = (
+            reply["hypernetwork"],
+            dict.fromkeys(("loss", "accuracy", "server_penalty", "device_penalty"), 0.0),
+        )
+        for i in range(2):
+            x, y = next(stream)
+            logits = network(torch.tensor([0, 2] if personal else [0]))
+            noise = torch.Generator().manual_seed(make_seed(s.seed, 3, turn, 1, i))
+            hard = sample_gates(logits, s.temperature, s.noise, True, noise)
+            used = sample_gates(logits, s.temperature, s.noise, False, noise) if s.soft else hard
+            with apply_gates(model, run.points, merge_gates(*used) if personal else used[0]):
+                output = model(x)
+            loss = F.cross_entropy(output, y)
+            penalties = [(run.costs.ratio(hard[0]) / (0.5 if personal else 0.3)).log().clamp(min=0)]
+            if personal:
+                outer = hard[0].detach() if s.detach_server else hard[0]
+                penalties.append((run.costs.ratio(merge_gates(outer, hard[1])) / 0.3).log().clamp(min=0))
+            optimizer.zero_grad()
+            (loss + 3.0 * sum(penalties)).float().backward()
+            optimizer.step()
+            sums["loss"] += loss.item()
+            sums["accuracy"] += (output.argmax(1) == y).float().mean().item()
+            for name, penalty in zip(("server_penalty", "device_penalty"), penalties, strict=False):
+                sums[name] += penalty.item()
+        assert sums["server_penalty"] > 0
+        assert_close(state[0], torch.cat([p.detach().reshape(-1) for p in network.parameters()]), rtol=1e-3, atol=1e-5)
+        for name, value in sums.items():
+            assert reply[name] == pytest.approx(value, rel=1e-4), name
+
+
+def test_the_rate_of_the_hypernetwork_falls_at_half_of_its_phase():
+    run = make_run("fedosp", epochs=1, finetune_epochs=0, search_epochs=8)
+    rates = [row["hyper_lr"] for row in finish(run) if "hyper_lr" in row]
+    half = -(-len(rates) // 2)
+    assert rates == pytest.approx([0.02] * half + [0.002] * (len(rates) - half))
+
+
+def test_kept_channels_are_means_over_the_devices():
+    run = make_run()
+    gates = torch.rand(4, sum(run.costs.sizes)) < 0.5
+    run.client_gates = lambda: gates
+    figures = run.evaluate()
+    parts = [part.float().sum(1).mean().item() for part in gates.split(run.costs.sizes, 1)]
+    assert figures["device_kept"] == pytest.approx(parts)
+    assert figures["union_kept"] == [int(part.any(0).sum()) for part in gates.split(run.costs.sizes, 1)]
+
+
+def test_a_round_is_repeated_with_clients_drawn_anew():
+    run, taken = make_run("fedavg", sample=2, retries=5), []
+
+    def busy(kind, round, client):
+        taken.append(client)
+        raise RuntimeError("busy")
+
+    run.exchange.fault = busy
+    with pytest.raises(FederationError, match="in 6 attempts"):
+        run.round()
+    assert len(set(zip(taken[::2], taken[1::2], strict=True))) > 1
+
+
+def test_statistics_of_normalization_follow_the_clients():
+    run = make_run("fedavg", 3, norm="batch", data=make_data(3))
+    exchange, replies, start = run.exchange, {}, run.statistics.clone()
+    run.exchange = lambda requests: replies.update(exchange(requests)) or replies
+    run.round()
+    assert (run.statistics - start).abs().max() > 0.01
+    assert_close(run.statistics, torch.stack([reply["statistics"] for reply in replies.values()]).mean(0))
+
+
+def test_full_gradients_are_those_of_the_devices_own_gates():
+    run = make_run("dwnp", average="mime", weight_decay=0.1)
+    gates = torch.rand(4, sum(run.costs.sizes)) < 0.7
+    clients, model = run.exchange.clients, copy.deepcopy(run.model)
+    found = clients(2, run._request("gradient", 2, gates))["gradient"]
+    x, y = next(iter(clients.loaders[2].source.batches([clients.loaders[2].indices], None)))
+    with apply_gates(model, run.points, gates[2].float()):
+        F.cross_entropy(model(x), y).backward()
+    expected = torch.cat([p.grad.reshape(-1) for p in model.parameters()]) + 0.1 * run.weights
+    assert_close(found, expected, rtol=1e-3, atol=1e-5)

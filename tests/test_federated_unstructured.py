@@ -503,3 +503,44 @@ def test_standardized_weights_end_in_one_line(tmp_path, capsys):
     assert end.value.code == 2
     assert "have standardized weights" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_upper_loss_is_that_of_all_batches_and_clients():
+    run = make_run("bip", 3, norm="batch", mask_start=0.0, mask_batches=3)
+    run.evaluate()  # which leaves the clients' network in evaluation mode
+    losses = []
+
+    def watch(kind, round, client):
+        model, stream = copy.deepcopy(run.model).train(), run.exchange.clients.upper_loaders[client].stream()
+        batches = [next(stream) for _ in range(3)]
+        losses.extend(F.cross_entropy(model(x), y).item() for x, y in batches)
+
+    run.exchange.fault = watch
+    row = run._mask_round(run.phases[0])
+    assert len(losses) == 9
+    assert row["upper_loss"] == pytest.approx(sum(losses) / 9, rel=1e-5)
+
+
+def test_effective_gradients_are_means_over_all_passes():
+    """Mime has two a step, at the first step at the same weights."""
+    found = []
+    for average in ("mime_lite", "mime"):
+        run = make_run("bidst", average=average, local_steps=1)
+        request = run._request("weights", 0, None) | {"lr": 0.05, "position": 0, "momentum": run.momentum}
+        request |= {"learning": run.pruner.learning(), "correction": torch.zeros_like(run.weights)}
+        replies, _ = run._ask("weights", {0: request})
+        found.append(replies[0]["effective"])
+    assert found[0].abs().max() > 0
+    assert_close(*found)
+
+
+def test_closed_weights_that_are_frozen_stay():
+    model = make_net()
+    model[3].weight.requires_grad_(False)
+    settings = Settings("bip", **{**QUICK, "weight_decay": 0.1, "mask_start": 0.0})
+    run = make_federation(model, [], *make_data(), [1.0] * 4, settings)
+    start, frozen = run.weights.clone(), ~run.flat.trained
+    for _ in range(3):
+        run.round()
+    assert (frozen & ~run.pruner.mask).any()
+    assert torch.equal(run.weights[frozen], start[frozen])

@@ -1623,3 +1623,65 @@ def test_a_model_that_was_densified_in_place_is_named():
     sb.densify(model, inplace=True)
     with pytest.raises(RuntimeError, match=r"the model of Static was densified in place; call release\(\) before"):
         static.step()
+
+
+def test_nm_masks_are_drawn_within_their_runs():
+    model = sparse_net(0.5, init="dense", pattern=NM(1, 2))
+    static = sb.Static(model, sgd(model))
+    for masked in static.weights.values():
+        assert (masked.mask.movedim(1, -1).reshape(-1, 2).sum(1) == 1).all()
+
+
+def test_hydra_leaves_frozen_what_was_frozen():
+    model = sparse_net(0.8, init="dense")
+    model[1].requires_grad_(False)
+    hydra = sb.HYDRA(model, sgd(model))
+    assert not any(p.requires_grad for p in model.parameters())
+    hydra.finish()
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == {"1.weight", "1.bias"}
+
+
+def test_a_refused_state_leaves_the_targets_as_they_were():
+    model = sparse_net(0.5)
+    static = sb.Static(model, sgd(model))
+    other = sparse_net(0.8)
+    with pytest.raises(ValueError, match="not those of the state"):
+        static.load_state_dict(sb.Static(other, sgd(other)).state_dict())
+    assert {n: w.num_kept for n, w in static.weights.items()} == counts(static)
+
+
+@pytest.mark.parametrize("name", ["hydra", "bidst", "bip"])
+def test_a_refused_resumption_gives_scores_back(name):
+    model, opt, first = build(name)
+    train(model, opt, first, 3)
+    cls, kwargs, init = METHODS[name]
+    other = sparse_net(0.8, 1, distribution="erk", init=init)
+    other.load_state_dict(model.state_dict())
+    before = copy.deepcopy(other.state_dict())
+    assert any(key.endswith("mask_scores") for key in before)
+    with pytest.raises(ValueError, match="not those of the state"):
+        cls.resume(build(name, seed=3)[2].state_dict(), other, sgd(other), **kwargs)
+    after = other.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in after.items())
+
+
+def test_a_copy_of_a_released_method_leaves_the_model_free():
+    model, _, sparsifier = build("static")
+    sparsifier.release()
+    twin, copied = copy.deepcopy((model, sparsifier))
+    assert copied.released
+    sb.SET(twin, sgd(twin))
+
+
+def test_the_overlap_in_the_log_is_that_of_the_last_change():
+    model, opt, rigl = build("rigl", update_freq=2, update_end=12)
+    found = []
+    for step in range(8):
+        before = masks_of(rigl)
+        if take_step(model, opt, rigl, step):
+            shared = sum(int((before[n] & w.mask).sum()) for n, w in rigl.weights.items())
+            union = sum(int((before[n] | w.mask).sum()) for n, w in rigl.weights.items())
+            found.append(shared / union)
+            assert rigl.metrics()["mask_iou"] == found[-1]
+    assert len(set(found)) > 1

@@ -268,3 +268,14 @@ def test_a_state_with_numbers_for_a_mask(dtype):
     with pytest.raises(RuntimeError, match=rf"layer '0': mask has dtype {dtype} and values other than 0 and 1"):
         model.load_state_dict({"0.mask": soft}, strict=False)
     assert torch.equal(model[0].mask, mask.bool())
+
+
+def test_a_layer_of_a_ranking_may_exchange_as_many_weights_as_it_has():
+    """What the other layers keep is what their masks keep, not their share of the target."""
+    _, _, method = with_method("OMP", init="dense")
+    masked = method.weights["3"]
+    assert int(masked.mask.sum()) != masked.num_kept
+    mask = masked.mask.flip(0)
+    assert not torch.equal(mask, masked.mask)
+    method.set_masks({"3": mask})
+    assert torch.equal(masked.mask, mask)

@@ -502,3 +502,12 @@ def test_cosine_drop_fraction():
     assert cosine_drop_fraction(500, 1000, 0.3) == pytest.approx(0.15, abs=1e-15)
     assert cosine_drop_fraction(1000, 1000, 0.3) == 0
     assert cosine_drop_fraction(2000, 1000, 0.3) == 0
+
+
+def test_the_largest_remainders_are_rounded_up_and_the_smallest_give_way():
+    assert layer_counts({"a": (1, 11), "b": (1, 14)}, 0.7, "global") == {"a": 4, "b": 4}  # of 3.3 and 4.2
+    # a and b have one each, so that 1 + 1 + 3 + 3 is one too much.
+    shapes = {"a": (1, 1), "b": (1, 1), "c": (1, 38), "d": (1, 33)}
+    assert layer_counts(shapes, 0.9, "global") == {"a": 1, "b": 1, "c": 3, "d": 2}
+    shapes = {"a": (1, 1), "b": (1, 1), "d": (1, 33), "c": (1, 38)}
+    assert layer_counts(shapes, 0.9, "global") == {"a": 1, "b": 1, "c": 3, "d": 2}
