@@ -48,9 +48,10 @@ def _takes(
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
+    eps: float,
     residual: Tensor | None,
 ) -> bool:
-    if not native.available() or native.watched():
+    if not native.available() or native.watched() or (training and eps <= 0):
         return False
     if forward_ad._current_level >= 0:  # tangents would be dropped without a word
         return False
@@ -272,7 +273,7 @@ def batch_norm_for_uses(
     The tensors share their memory, and the gradients that come back are added up in the backward pass of the op.
     """
     arguments = input, running_mean, running_var, weight, bias, training, momentum, eps
-    if not _takes(input, running_mean, running_var, weight, bias, training, residual):
+    if not _takes(input, running_mean, running_var, weight, bias, training, eps, residual):
         return (reference.batch_norm(*arguments, residual=residual, relu=relu),) * uses
     if torch.is_grad_enabled():
         return _BatchNorm.apply(uses, *arguments, residual, relu)

@@ -6,7 +6,7 @@ import functools
 import math
 import numbers
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
 import torch
@@ -97,7 +97,11 @@ def binarize(
 def named(scores: Tensor | Sequence[Tensor], names: Sequence[str] | None) -> Sequence[str]:
     """What messages call each tensor: ``names``, checked, or names by its place."""
     if not isinstance(scores, Tensor):
-        if not isinstance(scores, Sequence) or not all(isinstance(s, Tensor) for s in scores):
+        if (
+            not isinstance(scores, Sized)
+            or isinstance(scores, Mapping)
+            or not all(isinstance(s, Tensor) for s in scores)
+        ):
             raise TypeError(f"scores must be a tensor or a list of tensors, got {type(scores).__name__}")
     if names is None:
         return ["scores"] if isinstance(scores, Tensor) else [f"scores[{i}]" for i in range(len(scores))]

@@ -229,10 +229,14 @@ def masked_conv2d(
     if input.dim() not in (3, 4):
         raise ValueError(f"input has shape {list(input.shape)}; expected [B, C, H, W] or [C, H, W]")
     check_product(input, weight, bias)
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(
+            f"groups={groups} is not allowed; expected a divisor of the weight's {weight.shape[0]} outputs"
+        )
     channels = weight.shape[1] * groups
     if input.shape[-3] != channels:
         raise ValueError(f"input has {input.shape[-3]} channels, but weight and groups={groups} ask for {channels}")
-    stride, dilation = _pair(stride), _pair(dilation)
+    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
     input, padding = _resolve_padding(input, weight, stride, padding, dilation)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     args = (batched, weight, mask, bias, mask_scores, grad_sink, positions, stride, padding, dilation, groups)
@@ -240,8 +244,12 @@ def masked_conv2d(
     return output if input.dim() == 4 else output.squeeze(0)
 
 
-def _pair(value: int | Sequence[int]) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
+def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
+    pair = [value] if isinstance(value, int) else list(value)
+    pair = pair * 2 if len(pair) == 1 else pair
+    if len(pair) != 2 or any(v < least for v in pair):
+        raise ValueError(f"{name}={value!r} is not allowed; expected a whole number, at least {least}, or two of them")
+    return pair
 
 
 def _resolve_padding(
@@ -249,7 +257,7 @@ def _resolve_padding(
 ) -> tuple[Tensor, list[int]]:
     """Turn string padding into numbers; an odd total of ``"same"`` pads the input by one more on the far side first."""
     if not isinstance(padding, str):
-        return input, _pair(padding)
+        return input, _pair("padding", padding, 0)
     if padding == "valid":
         return input, [0, 0]
     if padding != "same":

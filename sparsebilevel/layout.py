@@ -107,7 +107,9 @@ def _fits(module: nn.Module, kind: str) -> bool:
         few = kind == "conv" or module.in_channels <= _FEW_CHANNELS
         return few and module.padding_mode == "zeros" and not isinstance(module.padding, str)
     if isinstance(module, nn.MaxPool2d):
-        return not module.ceil_mode and not module.return_indices
+        sides = ((v, v) if isinstance(v, int) else v for v in (module.padding, module.kernel_size, module.dilation))
+        fits = all(2 * p <= d * (k - 1) + 1 for p, k, d in zip(*sides, strict=True))  # others torch refuses
+        return fits and not module.ceil_mode and not module.return_indices
     if isinstance(module, nn.AdaptiveAvgPool2d):
         return module.output_size in (1, (1, 1))
     return _has_plain_vectors(module)
@@ -124,6 +126,8 @@ def _has_plain_vectors(module: nn.Module) -> bool:
     """Whether what a batch normalization holds can be read and written as arrays of float32."""
     if not isinstance(module, nn.BatchNorm2d):
         return True
+    if module.eps <= 0:  # which torch refuses in training
+        return False
     # Not by attribute: that takes ten times as long, and every forward asks every module.
     size, affine, running = (module.num_features,), module._parameters, module._buffers
     for vectors, names in ((affine, ("weight", "bias")), (running, ("running_mean", "running_var"))):

@@ -247,11 +247,9 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
         told = [f"{name}={_short(value)}" for name, value in shown.items()]
         if group.config.get("init_from") and not all(g.config.get("init_from") for g in rivals):
             told.append("init_from")
-        origins = [g.runs[0].origin or {} for g in rivals if g.config.get("init_from")]
-        odd = [
-            name for name, value in (group.runs[0].origin or {}).items() if any(o.get(name) != value for o in origins)
-        ]
-        told += [f"init_from {name}={_short((group.runs[0].origin or {})[name])}" for name in odd]
+        origin, origins = group.runs[0].origin or {}, [g.runs[0].origin for g in rivals if g.runs[0].origin]
+        odd = [name for name, value in origin.items() if any(other.get(name) != value for other in origins)]
+        told += [f"init_from {name}={_short(origin[name])}" for name in odd]
         if len({g.runs[0].processes for g in rivals}) > 1:
             told.append(f"{group.runs[0].processes} process{'es' * (group.runs[0].processes > 1)}")
         details = ", ".join(told)

@@ -9,6 +9,7 @@ import inspect
 import operator
 import pickle
 import random
+import re
 import threading
 import types
 import weakref
@@ -1558,3 +1559,21 @@ def test_supports_go_with_their_masks():
         model(torch.randn(16, 64, 8, 8)).sum().backward()
         assert len(plans._memory._kept) <= 3  # the first one of the next model sweeps
         del model
+
+
+@pytest.mark.parametrize("layout", ["lines", "channels_last"])
+@pytest.mark.parametrize("wrong", [nn.MaxPool2d(2, 2, 2), nn.BatchNorm2d(8, eps=0.0), nn.BatchNorm2d(8, eps=-1.0)])
+def test_what_torch_refuses_in_a_layer_is_refused_in_layout(wrong, layout):
+    """Or gives the same, where this version of torch does not refuse it."""
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(2)]
+    model = sb.sparsify(nn.Sequential(convs[0], wrong, convs[1], nn.BatchNorm2d(8)), 0.9)
+    ours = sb.optimize_for_cpu(copy.deepcopy(model), layout=layout)
+    x = torch.randn(16, 8, 8, 8)
+    try:
+        expected = model(x)
+    except (RuntimeError, ValueError) as error:
+        with pytest.raises(type(error), match=re.escape(str(error).splitlines()[0][:40])):
+            ours(x)
+    else:
+        torch.testing.assert_close(ours(x), expected, equal_nan=True, rtol=1e-3, atol=1e-4)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsebilevel.kernels import make_grad_sink, masked_conv2d, reference
+from sparsebilevel.kernels import make_grad_sink, masked_conv2d, native, reference
 
 OPERANDS = ("input", "weight", "bias", "mask_scores", "grad_sink")
 
@@ -238,3 +238,42 @@ def test_results_can_be_written_to(memory_format, monkeypatch):
     y = masked_conv2d(x.to(memory_format=memory_format), weight, torch.rand(weight.shape) < 0.2, padding=1)
     F.relu(y, inplace=True).sum().backward()
     assert weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("backend", ["dense", "sparse"])
+@pytest.mark.parametrize(
+    ("geometry", "name"),
+    [
+        ({"groups": 2}, "groups=2 is not allowed; expected a divisor of the weight's 9 outputs"),
+        ({"groups": 0}, "groups=0"),
+        ({"padding": -1}, "padding=-1 is not allowed; expected a whole number, at least 0, or two of them"),
+        ({"dilation": 0}, "dilation=0 is not allowed; expected a whole number, at least 1"),
+        ({"stride": (1, 0)}, r"stride=\(1, 0\) is not allowed"),
+        ({"stride": (1, 1, 1)}, r"stride=\(1, 1, 1\) is not allowed"),
+    ],
+)
+def test_geometry_that_torch_refuses(backend, geometry, name, monkeypatch):
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", backend)
+    groups = max(geometry.get("groups", 1), 1)
+    x, w = torch.randn(16, 8, 6, 6), torch.randn(9, 8 // groups, 3, 3)
+    with pytest.raises(ValueError, match=name):
+        masked_conv2d(x, w, torch.rand(w.shape) < 0.1, **geometry)
+
+
+@pytest.mark.parametrize("backend", ["dense", "sparse"])
+def test_geometry_of_one_number_in_a_sequence(backend, monkeypatch):
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", backend)
+    x, w = torch.randn(16, 8, 6, 6), torch.randn(8, 8, 3, 3)
+    m = torch.rand(w.shape) < 0.1
+    geometry = {"stride": (2,), "padding": [1], "dilation": (1,)}
+    assert_close(masked_conv2d(x, w, m, **geometry), F.conv2d(x, w * m, **geometry), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ extension")
+def test_plans_refuse_groups_that_do_not_divide_the_channels(monkeypatch):
+    monkeypatch.setenv("SPARSEBILEVEL_BACKEND", "sparse")
+    w = torch.randn(9, 4, 3, 3)
+    with pytest.raises(ValueError, match="groups that do not divide the channels"):
+        torch.ops.sparsebilevel.masked_conv2d(
+            torch.randn(16, 8, 6, 6), w, torch.rand(w.shape) < 0.1, None, None, None, None, [1, 1], [1, 1], [1, 1], 2
+        )

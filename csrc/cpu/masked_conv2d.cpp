@@ -185,6 +185,8 @@ ConvPlan::ConvPlan(const ConvShape& shape, bool input_gradient, const int64_t* p
 
 void ConvPlan::build(const ConvShape& s, bool input_gradient, const int64_t* positions, int64_t count, int64_t images,
                      MapsLayout layout, const Tiling* tiling) {
+  if (s.groups < 1 || s.channels % s.groups || s.out_channels % s.groups)
+    throw std::invalid_argument("groups that do not divide the channels");
   const int64_t group_in = s.channels / s.groups, group_out = s.out_channels / s.groups;
   const int64_t taps = s.kernel_h * s.kernel_w, fan_in = group_in * taps;
   if (s.out_channels * fan_in > UINT32_MAX) throw std::length_error("a weight of more than 2^32 elements");
