@@ -219,6 +219,10 @@ class _Tracer(torch.fx.Tracer):
         self._proxies.append(weakref.ref(proxy))
         return proxy
 
+    def let_go(self) -> None:
+        """Of the model, which torch's tracer, in cycles of references, would keep until the garbage collector runs."""
+        self.root, self.submodule_paths, self.tensor_attrs = nn.Module(), None, {}
+
     def has_leaked(self) -> bool:
         """Whether somebody has kept a value of the traced forward, which is no tensor."""
 
@@ -377,6 +381,7 @@ def _trace(model: nn.Module, reads: list[_Read], settled: dict[str, Any]) -> tor
             del model.__dict__[name]
     finally:
         change = watch.undo()
+        tracer.let_go()
     if change is not None:
         raise ValueError(change)
     if tracer.has_leaked():

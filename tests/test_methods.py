@@ -10,6 +10,7 @@ import logging
 import math
 import pickle
 import re
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -1685,3 +1686,34 @@ def test_the_overlap_in_the_log_is_that_of_the_last_change():
             found.append(shared / union)
             assert rigl.metrics()["mask_iou"] == found[-1]
     assert len(set(found)) > 1
+
+
+def test_lbfgs_forgets_its_directions_when_the_topology_changes():
+    model = sparse_net(0.8)
+    opt = torch.optim.LBFGS(model.parameters(), lr=0.3, max_iter=4)
+    method = sb.SET(model, opt, update_freq=2, update_end=50)
+    x, y = batch(0)
+
+    def closure():
+        opt.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    changes = 0
+    for _ in range(6):
+        opt.step(closure)
+        changes += method.step()
+        for masked in method.weights.values():
+            assert not masked.weight[~masked.mask].any()
+    assert changes == 3
+
+
+@pytest.mark.parametrize("name", ["static", "bidst"])
+def test_methods_are_sent_to_spawned_processes(name):
+    """As torch.multiprocessing pickles, which sends no generator."""
+    model, opt, method = build(name)
+    method.generator.manual_seed(5)
+    twin = pickle.loads(bytes(ForkingPickler.dumps((model, opt, method))))[2]
+    assert torch.rand(3, generator=twin.generator).equal(torch.rand(3, generator=method.generator))
+    assert twin.model is not method.model

@@ -151,6 +151,8 @@ def change_mask(
     if storage == "sparse":
         weight.masked_fill_(stale, 0)
     for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):  # its directions are vectors of all weights together
+            optimizer.state.clear()
         for value in optimizer.state.get(weight, {}).values():
             if isinstance(value, Tensor) and value.shape == weight.shape:
                 value.masked_fill_(stale, 0)
@@ -294,9 +296,15 @@ class Sparsifier:
         for layer in self._layers():  # last: a method that could not be made leaves the model free
             _AT_WORK[layer] = weakref.ref(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Torch sends no generator to a spawned process, but what it holds."""
+        return self.__dict__ | {"generator": self.generator.get_state().numpy()}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of copies and pickles, which work on a copy of the model."""
         self.__dict__.update(state)
+        if not isinstance(self.generator, torch.Generator):
+            self.generator = torch.Generator().set_state(torch.from_numpy(self.generator))
         for layer in () if self.released else self._layers():
             if _AT_WORK.get(layer, lambda: None)() is None:  # a shallow copy works on the same model
                 _AT_WORK[layer] = weakref.ref(self)

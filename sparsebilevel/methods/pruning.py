@@ -223,7 +223,8 @@ class HYDRA(Sparsifier):
 
     Scores start as ``sqrt(6 / fan_in) * theta / max|theta|``; the mask is the top-k of ``|s|``, renewed at every step;
     ``ds = sign(s) * theta * G`` by SGD with momentum. All parameters are frozen until :meth:`finish`, which removes the
-    scores and leaves a fixed mask to fine-tune under.
+    scores and leaves a fixed mask to fine-tune under. Until then they have no gradients, and a loop leaves out clipping
+    and ``step`` and ``update`` of a GradScaler.
 
     Args:
         score_lr, score_momentum, score_weight_decay: of the SGD on the scores (assign ``score_lr`` to follow a
