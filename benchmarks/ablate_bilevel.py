@@ -2,10 +2,12 @@
 
 BiDST trains from scratch (ERK), BiP prunes the dense networks that compare_methods.py has trained (global ranking).
 
-    python benchmarks/compare_methods.py --data-path .data --output-dir runs/compare --methods dense
-    python benchmarks/ablate_bilevel.py --data-path .data --dense-dir runs/compare
+    python benchmarks/ablate_bilevel.py --data-path .data --methods bidst --name cifar10_ablations_bidst
+    python benchmarks/compare_methods.py --data-path .data --output-dir runs/compare --methods dense --name dense
+    python benchmarks/ablate_bilevel.py --data-path .data --dense-dir runs/compare --methods bip --seeds 0 \
+        --name cifar10_ablations_bip
 
-Writes results/cifar10_ablations.json.
+Writes results/NAME.json.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--methods", nargs="+", default=list(GRIDS))
     parser.add_argument("--amp", default="bf16")
-    parser.add_argument("--name", default="cifar10_ablations", help="results/NAME.json")
+    parser.add_argument("--name", required=True, help="results/NAME.json")
     args = parser.parse_args()
 
     figures: dict[str, dict[str, Any]] = {}

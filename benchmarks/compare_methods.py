@@ -67,6 +67,10 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--name", default="cifar10_methods", help="results/NAME.json")
     args = parser.parse_args()
+    free = ("data_path", "output_dir", "device")
+    odd = [k for k, v in vars(args).items() if v != parser.get_default(k) and k not in free]
+    if odd and args.name == parser.get_default("name"):  # whose file has the figures of the README
+        parser.error(f"{', '.join(odd)} are not those of results/{args.name}.json; give --name too")
 
     common = {
         **{"data": "cifar10", "data_path": args.data_path, "arch": args.arch, "batch_size": args.batch_size},

@@ -6,7 +6,7 @@ They take the same arguments, keep the same state under the same names, and give
 
 A method whose weights are stored sparse keeps weight and state at zero where the mask is False, and there a dense step
 would change nothing. So a step moves the active weights only, where that is faster: on float32 weights on the CPU, if
-enough cache lines of a weight hold no active one (filter, channel and block masks; unstructured ones from about 96 %).
+enough cache lines of a weight hold no active one (filter masks, wide blocks; unstructured ones from about 96 %).
 Everything else takes torch's step: the fused one, unless ``fused``, ``foreach`` or a setting that it does not know asks
 for another. Where weights or state are not zero outside of the mask (BiP, HYDRA; a network trained dense) a dense step
 would change them, so it is taken; nobody need say so, since the optimizer looks, again whenever a mask, weight or state

@@ -31,7 +31,8 @@ _RIGL_CIFAR: dict[str, Any] = {
 }
 
 # BiP (Zhang et al. 2022), values of its released configurations; the scores by this library's rule, which follows the
-# learning rate. As published: --initial-scores magnitude --lower-gradient batch --score-lr 0.1 --score-momentum 0.9.
+# learning rate. As published: --initial-scores magnitude --lower-gradient batch --score-lr 0.1 --score-momentum 0.9;
+# but for a weight decay of the scores, which its code has and this library has not.
 _BIP: dict[str, Any] = {
     **{"method": "bip", "batch_size": 128, "lr": 0.1, "weight_decay": 1e-4, "epochs": 100},
     **{"pretrain_epochs": 200, "pretrain_weight_decay": 5e-4, "finetune_epochs": 100, "finetune_weight_decay": 5e-4},
