@@ -1222,10 +1222,11 @@ def optimize_for_cpu(model: nn.Module, layout: str = "lines") -> nn.Module:
             says so. One that turns out so later, as in another mode, runs as it was written there.
         layout: ``"lines"``, that of the sparse kernels, is the fastest and needs sparse convolutions. What it does not
             know gets ordinary tensors. Under autocast to bfloat16 the maps are bfloat16, and the parameters are read as
-            they are. For a batch that would leave too much of its lines empty (of few images, or few more than a multiple
-            of 16), on other devices and without the C++ extension the model runs as it was written. ``"channels_last"`` puts the weights into that memory
-            format, and maps stay ordinary tensors: convolutions run as they are, each batch normalization with the
-            addition and the ReLU that follow in one pass (:class:`sparsebilevel.FusedBatchNorm2d`).
+            they are. For a batch that would leave too much of its lines empty (of few images, or few more than a
+            multiple of 16), on other devices and without the C++ extension the model runs as it was written.
+            ``"channels_last"`` puts the weights into that memory format, and maps stay ordinary tensors: convolutions
+            run as they are, each batch normalization with the addition and the ReLU that follow in one pass
+            (:class:`sparsebilevel.FusedBatchNorm2d`).
 
     Returns:
         The same model.
