@@ -39,7 +39,7 @@ def message(text: str) -> None:
 
 
 def enabled(variable: str) -> bool:
-    return os.environ.get(variable, "0") not in ("", "0")
+    return os.environ.get(variable, "").lower() not in ("", "0", "false", "no", "off")
 
 
 def find_compiler() -> list[str]:
@@ -108,6 +108,16 @@ class NinjaBuildExt(build_ext):
             text = ninja_file(compiler, flags, ext.sources, build, target)
         write_if_changed(build / "build.ninja", text)
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(build)], check=True)
+        if not is_cuda:  # which may be of another machine
+            self.check_loads(target)
+
+    def check_loads(self, target: Path) -> None:
+        """A C compiler, for instance, links without what C++ needs at run time."""
+        code = "import ctypes, sys; ctypes.PyDLL(sys.argv[1])"
+        ran = subprocess.run([sys.executable, "-c", code, str(target)], capture_output=True, text=True)
+        if ran.returncode:
+            target.unlink()
+            raise OSError(f"it does not load: {ran.stderr.strip().splitlines()[-1]}")
 
 
 def write_if_changed(path: Path, text: str) -> None:
@@ -123,9 +133,9 @@ def ninja_file(compiler: list[str], flags: list[str], sources: list[str], build:
     python_flags = [f"-I{build}", f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
     text = io.StringIO()
     ninja = Writer(text, width=10_000)
-    ninja.variable("cxx", shlex.join(compiler))
-    ninja.variable("cxxflags", shlex.join(flags))
-    ninja.variable("ldflags", os.environ.get("LDFLAGS", ""))
+    ldflags = shlex.split(os.environ.get("LDFLAGS", ""))
+    for name, words in (("cxx", compiler), ("cxxflags", flags), ("ldflags", ldflags)):
+        ninja.variable(name, shlex.join(words).replace("$", "$$"))  # ninja's own; the shell's are quoted, as $ORIGIN
     ninja.rule("compile", "$cxx -MMD -MF $out.d $cxxflags $includes -c $in -o $out", depfile="$out.d", deps="gcc")
     ninja.rule("link", "$cxx -shared $cxxflags $in $ldflags -o $out")
     objects = []

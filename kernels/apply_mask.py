@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import gpu, reference
+from . import gpu, native, reference
 
 
 def apply_mask(
@@ -261,7 +261,7 @@ def _watch_optimizers() -> None:
 
 def keeps() -> bool:
     """Whether what is made of weights and masks is kept until they change."""
-    return gpu.setting("SPARSEBILEVEL_COMPUTE_COPY") != "0"
+    return native.is_on("SPARSEBILEVEL_COMPUTE_COPY", gpu.setting("SPARSEBILEVEL_COMPUTE_COPY"))
 
 
 def _may_keep(weight: Tensor, mask: Tensor) -> bool:

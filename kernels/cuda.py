@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gpu
+from . import gpu, native
 
 DEVICES = frozenset({"cuda"})
 """Types of devices that the kernels run on. The tests have them emulated on the CPU."""
@@ -31,7 +31,7 @@ SCORE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 @functools.cache
 def load() -> tuple[Any, str]:
     """The library, or None; and ``"loaded"``, or why not."""
-    if os.environ.get("SPARSEBILEVEL_CUDA", "1") == "0":
+    if not native.is_on("SPARSEBILEVEL_CUDA", os.environ.get("SPARSEBILEVEL_CUDA", "")):
         return None, "switched off by SPARSEBILEVEL_CUDA=0"
     package = __name__.partition(".")[0]
     folder = Path(str(__import__(package).__file__)).parent

@@ -95,9 +95,9 @@ _FLOPS_OF_OTHERS = 1.2e12, 0.6e12
 _MARGIN = 0.97
 
 
-def _forced() -> str:
+def forced_backend() -> str:
     """The backend that ``SPARSEBILEVEL_BACKEND`` names, or "auto"."""
-    forced = gpu.setting("SPARSEBILEVEL_BACKEND", "auto")
+    forced = gpu.setting("SPARSEBILEVEL_BACKEND") or "auto"
     if forced not in ("auto", *BACKENDS):
         raise ValueError(f"SPARSEBILEVEL_BACKEND={forced!r} is not known; allowed: auto, {', '.join(BACKENDS)}")
     return forced
@@ -126,7 +126,7 @@ def choose_product(
         window: of a convolution that is no product of matrices. Its kernels for tiles are chosen where they were
             measured to be faster than cuDNN, or forced.
     """
-    forced = _forced()
+    forced = forced_backend()
     ours = gpu.available(device) and dtype in (torch.float32, torch.bfloat16, torch.float16)
     file = gpu.setting("SPARSEBILEVEL_MEASUREMENTS"), measurements.generation()
     fuses = ours and gpu.fuses_exactly(dtype, device)
@@ -195,18 +195,21 @@ def _choose_product(
     return Backend(backend.name, reason, dense / time if time else None), block
 
 
-@torch.compiler.assume_constant_result
 def library_is_best(device: torch.device) -> bool:
     """Whether all products of masks that drop nothing as a whole go to the dense library on a GPU.
 
     So it is unless another backend is forced; or, while a CUDA graph is captured, was measured there to be faster for
     some of them. Elsewhere such a layer waits for Python more than a fused kernel saves.
     """
-    if gpu.setting("SPARSEBILEVEL_BACKEND", "auto") not in ("auto", "dense"):
+    if forced_backend() not in ("auto", "dense"):
         return False
     if not gpu.is_capturing(device):
         return True
     return not _is_fused_faster((gpu.setting("SPARSEBILEVEL_MEASUREMENTS"), measurements.generation()), device)
+
+
+# As torch.compiler.assume_constant_result does, which imports the compiler for it: two seconds in every process.
+library_is_best._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def waits_for_host(
@@ -279,7 +282,7 @@ def choose_backend(
     Raises:
         ValueError: ``SPARSEBILEVEL_BACKEND`` names none; an unknown pass.
     """
-    forced = _forced()
+    forced = forced_backend()
     passes = (passes,) if isinstance(passes, str) else tuple(passes)
     if not passes or not set(passes) <= set(PASSES):
         raise ValueError(f"passes={passes!r} is not known; allowed: {', '.join(PASSES)}")

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from .native import is_on
+
 DEVICES = {"cuda"}
 """Types of devices that the kernels run on. The tests add the CPU, where Triton's interpreter takes them."""
 
@@ -39,7 +41,7 @@ _encoded = functools.cache(os.fsencode)
 
 def available(device: torch.device) -> bool:
     """Whether the kernels run on a device: NVIDIA's from compute capability 8.0 on."""
-    return device.type in DEVICES and setting("SPARSEBILEVEL_TRITON") != "0" and _runs(device)
+    return device.type in DEVICES and is_on("SPARSEBILEVEL_TRITON", setting("SPARSEBILEVEL_TRITON")) and _runs(device)
 
 
 @functools.cache

@@ -33,7 +33,10 @@ def path() -> Path:
     given = os.environ.get("SPARSEBILEVEL_MEASUREMENTS")
     if given:
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparsebilevel/gpu.json"
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(
+        "~/.cache"
+    )  # which raises for nobody without a home
+    return Path(folder) / "sparsebilevel/gpu.json"
 
 
 def device_name(device: torch.device) -> str:

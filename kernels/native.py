@@ -6,6 +6,7 @@ instruction set of its kernels.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import warnings
@@ -14,8 +15,18 @@ from typing import Any
 import torch  # Before the extension: both then share the OpenMP runtime that torch brings along.
 
 
+@functools.cache
+def is_on(name: str, value: str) -> bool:
+    """Whether the value of an environment variable leaves on what it can switch off; empty is as if it were not set."""
+    if value.lower() in ("", "1", "true", "yes", "on"):
+        return True
+    if value.lower() in ("0", "false", "no", "off"):
+        return False
+    raise ValueError(f"{name}={value!r} is not known; allowed: 0, 1, false, true, no, yes, off, on")
+
+
 def _load() -> tuple[Any, str]:
-    if os.environ.get("SPARSEBILEVEL_NATIVE", "1") == "0":
+    if not is_on("SPARSEBILEVEL_NATIVE", os.environ.get("SPARSEBILEVEL_NATIVE", "")):
         return None, "switched off by SPARSEBILEVEL_NATIVE=0"
     try:
         module = importlib.import_module("sparsebilevel._C")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from importlib import metadata
 from typing import Any
@@ -72,7 +73,8 @@ def show() -> None:
         rows += [("C++ extension", "loaded"), ("  compiler", extension["compiler"]), ("  flags", extension["flags"])]
         rows += [("  instruction set", isa), ("  nvcc at build", extension["nvcc"] or "not found or switched off")]
     else:
-        rows += [("C++ extension", f"missing: {extension['reason']}; needs a C++ compiler at installation")]
+        advice = "; needs a C++ compiler at installation" if extension["reason"] == "it was not built" else ""
+        rows += [("C++ extension", f"missing: {extension['reason']}{advice}")]
 
     threads, cuda = facts["threads"], facts["cuda"]
     rows += [("threads", f"{threads['torch']} (OpenMP default: {threads['openmp'] or 'unknown'})")]
@@ -85,6 +87,7 @@ def show() -> None:
         version = optional["version"] or f"missing: {needed}"
         rows += [(package, f"{version}  ({optional['purpose']})")]
 
+    rows += [(name, value) for name, value in sorted(os.environ.items()) if name.startswith("SPARSEBILEVEL_")]
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
 

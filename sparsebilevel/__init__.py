@@ -12,7 +12,7 @@ if find_spec("sparsebilevel.kernels") is None:
     raise ImportError(
         f"this is the source tree of sparsebilevel ({__path__[0]}), which hides the installed package. Start Python in "
         "another folder, use the command `sparsebilevel` (under torchrun: --no-python sparsebilevel), or install with "
-        "`pip install --no-build-isolation -e .`"
+        "`pip install -e .`"
     )
 
 __version__ = "0.1.0"

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels import lines, native
-from .kernels.dispatch import lines_pay, sparse_support
+from .kernels.dispatch import forced_backend, lines_pay, sparse_support
 from .kernels.plans import LANES, Geometry, Support, active_support
 from .nn import FusedBatchNorm2d, SparseMaskedConv2d, SparseMaskedModule, _leave_layout, normalize, sparse_layers
 
@@ -1243,6 +1243,7 @@ def optimize_for_cpu(model: nn.Module, layout: str = "lines") -> nn.Module:
         )
     if isinstance(model, InLayout) and _layout_of(model) == layout:
         return model
+    forced_backend()  # a name that is not known would be taken for the model's fault
     _leave_layout(model)
     if layout == "channels_last":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

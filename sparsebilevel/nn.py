@@ -342,8 +342,15 @@ class SparseMaskedModule(nn.Module):
                 del state_dict[prefix + "mask"]
             else:  # assign=True would take another dtype over
                 state_dict[prefix + "mask"] = mask.bool()
-        if not self.mask.is_meta:
-            state_dict.setdefault(prefix + "mask", self.mask)
+        if not self.mask.is_meta and prefix + "mask" not in state_dict:
+            state_dict[prefix + "mask"] = self.mask
+            if prefix + "weight" in state_dict and not bool(self.mask.all()):
+                warnings.warn(
+                    "the state has weights of sparse layers without masks; those of the layers stay, and hide some of "
+                    "them. Load a dense checkpoint before sparsify to choose masks by it (init='magnitude'), "
+                    "and a sparse one into layers made sparse as its own were",
+                    stacklevel=2,
+                )
         if prefix + "mask_scores" in state_dict and self.mask_scores is None:
             self.set_mask_scores(torch.zeros_like(self.weight, dtype=torch.float32))
         elif prefix + "mask_scores" not in state_dict and self.mask_scores is not None:

@@ -203,10 +203,12 @@ class _ActiveSteps:
         looked_at: list[tuple[_Found, list[Tensor]]] = []
         with self._split_gradients(), torch.set_grad_enabled(self.defaults["differentiable"]):
             try:
-                self.param_groups = [rest for group in groups for rest in self._step_group(group, looked_at)]
+                self.param_groups = rest = [rest for group in groups for rest in self._step_group(group, looked_at)]
                 self._dense_step()
             finally:
                 self.param_groups = groups
+        # Torch's fused steps do not count versions up, and autograd would take what a graph has saved for unchanged.
+        torch.autograd.graph.increment_version([p for group in rest if group["fused"] for p in group["params"]])
         for found, tensors in looked_at:
             found.remember(tensors)
         return loss

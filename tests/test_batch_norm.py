@@ -412,3 +412,17 @@ def test_tangents_are_those_of_torch(grad_mode):
     with forward_ad.dual_level(), torch.set_grad_enabled(grad_mode):
         out = forward_ad.unpack_dual(module(forward_ad.make_dual(x, tangent)))
     assert_close(out.tangent, torch.where(out.primal > 0, tangent / (1 + module.eps) ** 0.5, 0))
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_statistics_that_are_switched_off_stay(tracked):
+    """As in torch: a layer that no longer tracks uses those of the batch in training, and moves nothing."""
+    ours, theirs = sb.FusedBatchNorm2d(4), nn.BatchNorm2d(4)
+    x = maps((3, 4, 5, 5), shift=1.0)
+    for module in (ours, theirs):
+        module.track_running_stats = tracked
+        module(x)
+    assert_close(ours.running_mean, theirs.running_mean)
+    assert_close(ours.running_var, theirs.running_var)
+    assert ours.num_batches_tracked == theirs.num_batches_tracked == int(tracked)
+    assert_close(ours.eval()(x), theirs.eval()(x))

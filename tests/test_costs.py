@@ -281,3 +281,25 @@ def test_batched_products_with_a_weight_count():
             return torch.baddbmm(y, y, y.new_ones(3, 4, 4)).sum()  # of activations
 
     assert costs.count_costs(Experts(), (3, 8)).flops_dense == 2 * 3 * 8 * 4
+
+
+def test_bits_of_masks_are_rounded_up_to_bytes():
+    model = sb.sparsify(nn.Linear(3, 3, bias=False), 0.5, seed=0)  # nine bits, of whichever four weights stay
+    kept = int(model.mask.sum())
+    assert costs.count_costs(model, (3,)).size_bytes == 4 * kept + 2
+
+
+def test_measures_networks_that_return_more_than_classes():
+    class Two(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            return y, y.square().sum()
+
+    model = nn.Sequential(sb.sparsify(nn.Sequential(nn.Linear(16, 8)), 0.5), Two(8, 4))
+    assert costs.measure_step(model, (4, 16), 4, repeats=1)["sparse_ms"] > 0
+
+
+def test_masks_that_keep_all_take_no_bytes():
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4))
+    dense = costs.count_costs(model, (16,)).size_bytes
+    assert costs.count_costs(sb.sparsify(model, 0.5, init="dense"), (16,)).size_bytes == dense

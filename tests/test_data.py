@@ -329,3 +329,13 @@ def test_own_samples_that_do_not_fit(change: dict[str, object], message: str) ->
     arguments: dict[str, object] = {"train": samples, "test": samples, "batch_size": 2} | change
     with pytest.raises(ValueError, match=message):
         tensor_data(**arguments)  # type: ignore[arg-type]
+
+
+def test_evaluation_has_a_batch_size_of_its_own() -> None:
+    for data in (fake(validation=0.25), fake(validation=0.25, eval_batch_size=5)):
+        expected = 5 if data.test.batch_size == 5 else 8
+        for loader in (data.val, data.test):
+            assert loader is not None
+            assert len(next(iter(loader))[1]) == loader.batch_size == expected
+    assert fake(eval_batch_size=5).test.batch_size == 5
+    assert fake(eval_batch_size=5).train.batch_size == 8

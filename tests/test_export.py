@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparsebilevel as sb
-from sparsebilevel.export import export_model, load_network, load_sliced, slice_model, to_semi_structured
+from sparsebilevel.export import (
+    export_model,
+    input_shape_of,
+    load_network,
+    load_sliced,
+    slice_model,
+    to_semi_structured,
+)
 from sparsebilevel.models import create_model
 from sparsebilevel.training import Config, train
 
@@ -566,3 +573,92 @@ def test_slices_of_networks_that_write_in_place(kind):
     small = slice_model(net.eval(), x)
     torch.testing.assert_close(small(x), net(x), rtol=1e-4, atol=1e-5)
     assert sum(p.numel() for p in small.parameters()) < 0.9 * sum(p.numel() for p in net.parameters())
+
+
+class OfLayers(nn.Module):
+    """Some layers, and what is called with them and the input."""
+
+    def __init__(self, forward, **layers):
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.call = forward
+
+    def forward(self, x):
+        return self.call(self, x)
+
+
+def test_what_an_unknown_operation_read_before_an_addition_stays():
+    """The two maps are one set of channels from the addition on; what protects either protects both."""
+
+    def forward(net, x):
+        a, b = net.a(x), net.b(x)
+        sums = b.cumsum(1)
+        return net.head(a + b), sums
+
+    model = OfLayers(forward, a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(3, 8, 3), head=nn.Conv2d(8, 4, 1))
+    sb.sparsify(model, 0.5, init="dense")
+    masked(model.head, columns=(1, 5))
+    with pytest.warns(UserWarning, match="nothing could be sliced off"):
+        small = slice_model(model, torch.randn(2, 3, 8, 8))
+    assert small.b.out_channels == 8
+
+
+def test_a_module_that_writes_in_place_behind_a_pooling_leaves_what_was_pooled():
+    """The constant channel is -1 for one reader and, after the ReLU, 0 for the other."""
+
+    def forward(net, x):
+        x = net.first(x)
+        return net.left(net.relu(net.pool(x))) + net.right(x).mean((-1, -2), keepdim=True)
+
+    layers = {"first": nn.Conv2d(3, 8, 3), "pool": nn.MaxPool2d(2), "relu": nn.ReLU(inplace=True)}
+    model = OfLayers(forward, **layers, left=nn.Conv2d(8, 4, 1), right=nn.Conv2d(8, 4, 1))
+    sb.sparsify(model, 0.5, init="dense")
+    masked(model.first, rows=(2,))
+    with torch.no_grad():
+        model.first.bias.fill_(-1.0)
+    small = sliced(model, torch.randn(2, 3, 8, 8))
+    assert small.first.out_channels == 7
+
+
+@pytest.mark.parametrize("dims", [(2, 3), (-1, -2), [3, -2]], ids=str)
+def test_a_mean_over_pixels_in_any_spelling(dims):
+    def forward(net, x):
+        return net.fc(net.conv(x).mean(dims))
+
+    model = OfLayers(forward, conv=nn.Conv2d(3, 8, 3), fc=nn.Linear(8, 4))
+    sb.sparsify(model, 0.5, init="dense")
+    masked(model.fc, columns=(1, 5))
+    assert sliced(model, torch.randn(2, 3, 8, 8)).conv.out_channels == 6
+
+
+def test_padding_of_one_side_of_a_map_alone_keeps_constants():
+    """A channel that is constant inside and zero beyond the left border is no constant."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3, padding=(0, 1)))
+    sb.sparsify(model, 0.5, init="dense")
+    masked(model[0], rows=(0, 7))
+    with pytest.warns(UserWarning, match="nothing could be sliced off"):
+        small = sliced(model, torch.randn(4, 3, 8, 8))
+    assert small[0].out_channels == 8
+
+
+def test_three_of_four_is_not_two_of_four():
+    layer = nn.Linear(16, 8)
+    with torch.no_grad():
+        layer.weight.view(8, 4, 4)[:, :, 0] = 0
+    with pytest.raises(ValueError, match="at most 2 non-zeros in every 4 consecutive inputs, and the model has none"):
+        to_semi_structured(layer)
+
+
+def test_the_source_is_not_overwritten_under_another_spelling(tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "checkpoint.pth").write_bytes(b"weeks of training")
+    with pytest.raises(ValueError, match="is the source itself; give another file"):
+        export_model(tmp_path, tmp_path / "runs" / ".." / "checkpoint.pth")
+    assert (tmp_path / "checkpoint.pth").read_bytes() == b"weeks of training"
+
+
+def test_the_shape_of_a_sample_is_that_of_the_run():
+    assert input_shape_of({"data": "fake", "image_size": 16}) == (3, 16, 16)
+    assert input_shape_of({"data": "fake", "image_size": None}) == (3, 32, 32)
+    assert input_shape_of({"data": "imagefolder"}) == (3, 224, 224)

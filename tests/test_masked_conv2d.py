@@ -277,3 +277,10 @@ def test_plans_refuse_groups_that_do_not_divide_the_channels(monkeypatch):
         torch.ops.sparsebilevel.masked_conv2d(
             torch.randn(16, 8, 6, 6), w, torch.rand(w.shape) < 0.1, None, None, None, None, [1, 1], [1, 1], [1, 1], 2
         )
+
+
+@pytest.mark.parametrize("stride", [2, (2, 1), (1, 2)], ids=str)
+def test_padding_same_refuses_any_stride(stride):
+    w = torch.randn(4, 3, 3, 3)
+    with pytest.raises(ValueError, match="padding='same' needs stride 1"):
+        masked_conv2d(torch.randn(2, 3, 8, 8), w, w > 0, stride=stride, padding="same")

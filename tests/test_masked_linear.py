@@ -377,3 +377,19 @@ def test_bad_operands_are_named(change, message):
     x, w, m, b, _ = operands(dtype=torch.float32)
     with pytest.raises(ValueError, match=message):
         masked_linear(**({"input": x, "weight": w, "mask": m, "bias": b} | change))
+
+
+def test_second_derivatives_of_a_weight_that_is_its_own_sink():
+    """What the gradient of the input owes to ``mask * weight`` goes out as ``G`` too, and not as ``mask * G``."""
+    x, w = torch.randn(3, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    m = torch.rand(4, 5) < 0.5
+
+    def penalty(x, output):
+        (grad,) = torch.autograd.grad(output.pow(3).sum(), x, create_graph=True)
+        return grad.square().sum()
+
+    x, w, z = x.requires_grad_(), w.requires_grad_(), (m * w).detach().requires_grad_()
+    (found,) = torch.autograd.grad(penalty(x, masked_linear(x, w, m, grad_sink=w)), w)
+    (expected,) = torch.autograd.grad(penalty(x, F.linear(x, z)), z)
+    torch.testing.assert_close(found, expected)
+    assert found[~m].any()

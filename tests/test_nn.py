@@ -1148,3 +1148,54 @@ def test_layers_made_by_hand_say_what_their_pattern_fixes():
     with pytest.warns(UserWarning, match="fixes the sparsity at 0.5, not 0.9"):
         layer = sb.SparseMaskedLinear(8, 4, sparsity=0.9, pattern="nm:2:4")
     assert layer.sparsity == 0.5
+
+
+def test_states_without_masks_of_sparse_layers_are_said():
+    """A dense checkpoint, or one of a network in which fewer layers were sparse."""
+    dense, sparse = mlp(None), mlp(0.5, exclude="2")
+    for state in (dense.state_dict(), sparse.state_dict()):
+        with pytest.warns(UserWarning, match="the state has weights of sparse layers without masks"):
+            mlp(0.5).load_state_dict(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mlp(0.5, init="dense").load_state_dict(dense.state_dict())
+        mlp(0.5, exclude="2").load_state_dict(sparse.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_a_mask_of_numbers_is_read_if_they_are_zeros_and_ones(dtype):
+    """Scores under the name of a mask, or counts, would otherwise keep whatever is not zero."""
+    layer = sb.SparseMaskedLinear(4, 3, sparsity=0.5)
+    mask = ~layer.mask
+    state = layer.state_dict() | {"mask": mask.to(dtype)}
+    layer.load_state_dict(state)
+    assert layer.mask.dtype == torch.bool
+    assert torch.equal(layer.mask, mask)
+    state["mask"] = 2 * mask.to(dtype)
+    with pytest.raises(RuntimeError, match="values other than 0 and 1; expected torch.bool"):
+        layer.load_state_dict(state)
+    assert torch.equal(layer.mask, mask)
+
+
+def test_scores_are_kept_in_float32():
+    """A sum of many small steps would lose them in 16 bits."""
+    layer = sb.SparseMaskedLinear(4, 3, sparsity=0.5).bfloat16()
+    layer.set_mask_scores(torch.full((3, 4), 0.5, dtype=torch.bfloat16, requires_grad=True))
+    assert layer.mask_scores.dtype == torch.float32
+    assert not layer.mask_scores.requires_grad
+
+
+def test_backends_say_that_a_gradient_wanted_everywhere_is_dense():
+    layer = sb.SparseMaskedLinear(1024, 1024, sparsity=0.99)
+    layer.collect("all")
+    assert layer.backends["weight_grad"].name == "dense"
+    layer.collect("none")
+    layer.set_mask_scores(nn.Parameter(torch.zeros(1024, 1024)))
+    assert layer.backends["weight_grad"].name == "dense"
+
+
+def test_a_module_is_left_out_by_any_of_its_names():
+    model = nn.ModuleDict({"encoder": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    model["decoder"] = model["encoder"]
+    sb.sparsify(model, 0.5, exclude="decoder")
+    assert [name for name, _ in sb.sparse_layers(model)] == ["head"]

@@ -683,3 +683,37 @@ def test_which_layers_share_their_gradient():
     for layer in tied:
         layer.set_mask_scores(nn.Parameter(torch.zeros(4, 4)))
     assert optim.share_gradient(tied) == ["2"]
+
+
+@needs_extension
+@pytest.mark.parametrize("name", ["momentum", "adamw"])
+def test_a_step_on_active_weights_is_seen_by_autograd(name):
+    """What a graph has saved of the weights, its backward must refuse afterwards."""
+    model = network()
+    weight, mask = model[0].weight, model[0].mask
+    with torch.no_grad():
+        weight.mul_(mask)
+    optimizer = make(name, optim, model.parameters())
+    x, _ = batch(0)
+    for _ in range(2):  # the first of them is torch's own, which makes the state
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        before = weight._version
+        loss = model(x.clone().requires_grad_()).square().sum()
+        optimizer.step()
+    assert weight._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_dense_steps_are_seen_by_autograd(name):
+    """Torch's fused steps, which these take, are not."""
+    layer = nn.Linear(4, 4)
+    optimizer = getattr(sb.optim, name)(layer.parameters(), lr=0.1)
+    x = torch.randn(2, 4, requires_grad=True)
+    layer(x).sum().backward()
+    loss = layer(x).square().sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
+        loss.backward()

@@ -584,3 +584,12 @@ def test_buffers_called_mask_of_other_modules():
     attention.qkv.weight.data.zero_()
     unpack(message, out=attention)
     assert attention.qkv.weight.count_nonzero() == 384
+
+
+@pytest.mark.parametrize("format", ["bitmap", "dense"])
+def test_max_bytes_is_that_of_the_tensors_and_not_of_the_message(format):
+    """int8 values become float32: the message is a quarter of what it unpacks to."""
+    message = pack(torch.ones(100), format=format, dtype=torch.int8)
+    with pytest.raises(PackError, match=r"tensor of shape \[100\] exceeds max_bytes = 399"):
+        unpack(message, max_bytes=399)
+    assert unpack(message, max_bytes=400).numel() == 100

@@ -11,10 +11,11 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 import sparsebilevel
 from sparsebilevel import __config__
-from sparsebilevel.kernels import native
+from sparsebilevel.kernels import dispatch, measurements, native
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,7 +70,8 @@ print(BiDST is sparsebilevel.BiDST, set(sparsebilevel.__all__) < set(dir(sparseb
 
 @pytest.mark.parametrize("line", ["import sparsebilevel.schedules", "from sparsebilevel import masks, costs"])
 def test_modules_can_be_imported_before_anything_else(line):
-    assert not python(f"{line}\nimport sparsebilevel as sb\nsb.masks.Filter, sb.sparsify")[1]
+    code = "import os\nos.environ['SPARSEBILEVEL_NATIVE'] = '0'  # or a warning says that there is no extension\n"
+    assert not python(f"{code}{line}\nimport sparsebilevel as sb\nsb.masks.Filter, sb.sparsify")[1]
 
 
 def test_optional_packages_are_imported_where_they_are_needed_and_not_before():
@@ -169,3 +171,74 @@ def test_wheel(broken, tmp_path):
     )
     assert out.startswith(str(tmp_path))
     assert err.count("The C++ extension of sparsebilevel is missing") == bool(broken)
+
+
+def test_the_compiler_of_torch_is_imported_by_who_compiles():
+    """It takes two seconds, which workers that load data need not spend. (torch.optim imports it, too.)"""
+    code = """
+import sys
+import torch
+before = "torch._dynamo" in sys.modules
+import sparsebilevel as sb
+model = sb.sparsify(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)), 0.5)
+model(torch.randn(4, 8)).sum().backward()
+print(before or "torch._dynamo" not in sys.modules)
+"""
+    assert python(code)[0].split() == ["True"]
+    assert torch.compiler.assume_constant_result(lambda: 1)._dynamo_marked_constant
+    assert dispatch.library_is_best._dynamo_marked_constant
+
+
+@pytest.mark.parametrize(("value", "is_on"), [("", True), ("1", True), ("On", True), ("0", False), ("false", False)])
+def test_switches_read_words_too(value, is_on):
+    assert native.is_on("SPARSEBILEVEL_NATIVE", value) == is_on
+
+
+def test_switches_refuse_what_they_do_not_know():
+    with pytest.raises(ValueError, match="SPARSEBILEVEL_CUDA='maybe' is not known; allowed: 0, 1, false"):
+        native.is_on("SPARSEBILEVEL_CUDA", "maybe")
+
+
+def test_measurements_need_no_home(monkeypatch):
+    monkeypatch.delenv("SPARSEBILEVEL_MEASUREMENTS", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(measurements.os.path, "expanduser", lambda path: path)  # as for a user without one
+    assert measurements.path() == Path("~/.cache/sparsebilevel/gpu.json")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert measurements.path() == Path("/cache/sparsebilevel/gpu.json")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX systems")
+@pytest.mark.parametrize(
+    "command", ["config", "train --epochs 1 --method static --arch mlp --no-measure --output-dir run"]
+)
+def test_readers_may_leave(command, tmp_path):
+    """As `head` does. A run goes on."""
+    read, write = os.pipe()
+    os.close(read)
+    code = f"from sparsebilevel.cli import main; main({command.split()!r})"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert ran.returncode == 141
+    assert "Traceback" not in ran.stderr
+    assert "error" not in ran.stderr
+    if command.startswith("train"):
+        assert '"result"' in (tmp_path / "run" / "log.jsonl").read_text()
+
+
+def test_commands_say_in_a_line_what_keeps_the_package_from_loading(tmp_path):
+    code = "from sparsebilevel.cli import main; main(['config'])"
+    environment = os.environ | {"SPARSEBILEVEL_NATIVE": "maybe"}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("error: SPARSEBILEVEL_NATIVE='maybe' is not known")
+    assert len(ran.stderr.splitlines()) == 1
+
+
+def test_training_without_a_place_for_errors(tmp_path):
+    """Some daemons close it."""
+    line = (
+        "main(['train', '--epochs', '1', '--method', 'static', '--arch', 'mlp', '--no-measure', '--output-dir', 'run'])"
+    )
+    code = f"import sys; sys.stderr = None; from sparsebilevel.cli import main; {line}"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)

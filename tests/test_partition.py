@@ -105,3 +105,18 @@ def test_bad_arguments_are_refused(options, match):
     options = {"workers": 4, **options}
     with pytest.raises(ValueError, match=match):
         partition(torch.zeros(40, dtype=torch.int64), **options)
+
+
+@pytest.mark.parametrize("how", PARTITIONS)
+def test_positions_are_ascending(how):
+    targets, sources = torch.randint(10, (500,)), torch.randint(40, (500,))
+    parts = partition(targets, 6, how, sources=sources)
+    for part in (*parts, *matching_partition(targets, parts, torch.randint(10, (90,)))):
+        assert torch.equal(part, part.sort().values)
+
+
+def test_equal_shares_of_an_alpha_beyond_all_sums():
+    """Of numbers so large the sum would be infinite, and shares of it NaN."""
+    targets = torch.arange(1000) % 10
+    held = counts(targets, partition(targets, 5, "dirichlet", alpha=1e308), 10)
+    assert torch.equal(held, torch.full((5, 10), 20))

@@ -380,3 +380,21 @@ def test_copies_of_a_run_do_not_count(fabricate):
     after = print_table(runs)
     assert after.startswith(before.split("\n\n")[0])
     assert f"{runs[2]} repeats another run, with the same figures, and does not count." in after
+
+
+def test_of_several_dense_runs_of_one_recipe_none_is_the_baseline(fabricate, tmp_path):
+    """Which of them is meant nobody says; a change against the first would be one against chance."""
+    fabricate("a", "dense", accuracy=0.5, momentum=0.0)
+    fabricate("b", "dense", accuracy=0.9, momentum=0.9)
+    fabricate("rigl", "rigl", accuracy=0.91)
+    rows = {line.split()[0]: line for line in print_table(tmp_path).splitlines() if line.strip()}
+    assert "+" not in rows["rigl"]
+
+
+def test_runs_that_ended_before_their_first_epoch_are_no_copies(fabricate, tmp_path):
+    """They have the same figures, none."""
+    for name in "ab":
+        fabricate(name, complete=False, epochs=0)
+    text = print_table(tmp_path)
+    assert text.count("is incomplete (before its first epoch ended)") == 2
+    assert "repeats another run" not in text

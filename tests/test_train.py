@@ -13,6 +13,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from small_training import batch, sgd, take_step, tiny_net
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
@@ -1331,3 +1332,185 @@ def test_networks_that_images_are_too_small_for(tmp_path):
     with pytest.raises(ValueError, match=r"arch='vgg19_bn_cifar' does not run on samples of shape 1x8x8: "):
         train(make_config(tmp_path / "run", method="dense", arch="vgg19_bn_cifar"))
     assert not (tmp_path / "run").exists()
+
+
+def test_nothing_to_resume_is_said(tmp_path, caplog):
+    train(make_config(tmp_path / "typo", method="static", resume=True, max_steps=1))
+    assert f"resume: there is no run in {tmp_path / 'typo'}, and a new one starts" in caplog.text
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_run_is_the_loop_that_one_would_write(averaged, tmp_path):
+    """Weights, losses, accuracies and averages of a dense run, of plain torch."""
+    settings = {"method": "dense", "epochs": 3, "batch_size": 100, "accumulate": 3, "clip_grad_norm": 0.05, "seed": 5}
+    settings |= {"label_smoothing": 0.1, "weight_decay": 0.05, "norm_weight_decay": 0.01, "lr": 0.05, "eval_freq": 2}
+    config = make_config(tmp_path, **settings, lr_scheduler="constant", model_ema=averaged, model_ema_decay=0.9)
+    train(config)
+    rows = [row for row in read_log(tmp_path) if row["type"] == "epoch"]
+
+    data = build.make_data(config, Ranks(torch.device("cpu")))
+    torch.manual_seed(5)
+    net = build.make_model(config, data, torch.device("cpu"))
+    groups = [{"params": [p for p in net.parameters() if p.ndim > 1], "weight_decay": 0.05}]
+    groups += [{"params": [p for p in net.parameters() if p.ndim <= 1], "weight_decay": 0.01}]
+    optimizer, ema = torch.optim.SGD(groups, 0.05, momentum=0.9), sb.EMA(net, 0.9)
+    for epoch, row in enumerate(rows):
+        net.train()
+        batches, seen, steps = data.train.iterate(epoch), [], len(data.train) // 3
+        for _ in range(steps):
+            optimizer.zero_grad()
+            for x, y in itertools.islice(batches, 3):
+                logits = net(x)
+                loss = F.cross_entropy(logits, y, label_smoothing=0.1)
+                (loss / 3).backward()
+                seen.append((loss.item(), float((logits.argmax(1) == y).float().mean())))
+            nn.utils.clip_grad_norm_(net.parameters(), 0.05)
+            optimizer.step()
+            ema.update(net)
+        assert row["step"] == (epoch + 1) * steps
+        expected = np.mean(seen, axis=0)
+        assert (row["train_loss"], row["train_acc"]) == pytest.approx(tuple(expected), rel=1e-4)
+        assert row["time_images_per_s"] == pytest.approx(300 * steps / row["time_epoch_s"])
+        assert ("test_acc" in row) == (epoch > 0)  # every second one, and the last
+        for name, loader in [("val", data.val), ("test", data.test)] if epoch else []:
+            with torch.no_grad():
+                pairs = [((ema.module if averaged else net.eval())(x), y) for x, y in loader]
+            logits, y = map(torch.cat, zip(*pairs, strict=True))
+            assert row[f"{name}_loss"] == pytest.approx(float(F.cross_entropy(logits, y)), rel=1e-3)
+            assert row[f"{name}_acc"] == pytest.approx(float((logits.argmax(1) == y).float().mean()))
+    state = ckpt.load_checkpoint(tmp_path)
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(state["model"][name], value, rtol=1e-3, atol=1e-5)
+        if averaged:
+            torch.testing.assert_close(state["ema"][name], ema.module.state_dict()[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("rewind", ["init", "pretrained"])
+def test_bip_rewinds_to_weights_of_before_its_phase(rewind, tmp_path, monkeypatch):
+    """Which training must not have moved meanwhile: with finetune_lr=0 they are what the checkpoint holds."""
+    start, start_method = {}, Trainer.start_method
+
+    def note(self, model, optimizer):
+        if model is self.model:  # and not the copy on which the method is tried
+            start.update({name: value.clone() for name, value in model.state_dict().items()})
+        return start_method(self, model, optimizer)
+
+    monkeypatch.setattr(Trainer, "start_method", note)
+    changes = {"rewind": rewind, "finetune_epochs": 1, "finetune_lr": 0.0, "pretrain_epochs": int(rewind != "init")}
+    train(make_config(tmp_path, method="bip", **changes))
+    end = ckpt.load_checkpoint(tmp_path)["model"]
+    for name in ckpt.masked_layers(end):
+        mask = end[f"{name}.mask"]
+        assert 0 < mask.sum() < mask.numel()
+        torch.testing.assert_close(end[f"{name}.weight"][mask], start[f"{name}.weight"][mask], rtol=0, atol=0)
+
+
+def test_the_upper_level_is_smoothed_and_clipped_as_the_lower_one(tmp_path, monkeypatch):
+    given, upper_step = [], sb.BiP.upper_step
+
+    def note(self, loss, scaler=None, *, max_norm=None):
+        given.append((float(loss()), max_norm))
+        return upper_step(self, loss, scaler, max_norm=max_norm)
+
+    monkeypatch.setattr(sb.BiP, "upper_step", note)
+    for smoothing in (0.0, 0.5):
+        settings = {"label_smoothing": smoothing, "clip_grad_norm": 0.25, "max_steps": 1}
+        train(make_config(tmp_path / str(smoothing), method="bip", **settings))
+    (plain, _), (smoothed, _) = given
+    assert abs(plain - smoothed) > 1e-4
+    assert [max_norm for _, max_norm in given] == [0.25, 0.25]
+
+
+def test_overwriting_leaves_no_best_network_of_the_run_before(tmp_path):
+    train(make_config(tmp_path, method="static"))
+    assert (tmp_path / "best.pth").exists()
+    train(make_config(tmp_path, method="static", validation=0, overwrite=True))
+    assert not (tmp_path / "best.pth").exists()
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
+    """The row of an epoch is written before the checkpoint; that it is all there is loses nothing."""
+    train(make_config(tmp_path, method="static"))
+    expected = timeless(tmp_path)
+    (tmp_path / "checkpoint.pth").unlink()
+    lines = (tmp_path / "log.jsonl").read_text().splitlines(True)
+    first = next(i for i, line in enumerate(lines) if json.loads(line)["type"] == "epoch")
+    (tmp_path / "log.jsonl").write_text("".join(lines[: first + 1]))
+    train(make_config(tmp_path, method="static", resume=True))
+    assert timeless(tmp_path) == expected
+
+
+@pytest.mark.parametrize("max_steps", [None, 7])
+def test_what_a_person_sees(max_steps, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    train(make_config(tmp_path, method="static", quiet=False, print_freq=1, max_steps=max_steps))
+    out, row = capsys.readouterr().out, [row for row in read_log(tmp_path) if row["type"] == "epoch"][-1]
+    steps = 10 if max_steps is None else 7
+    assert f"step {steps}/{steps} " in out
+    for name in ("train", "val", "test"):
+        assert f"{name} {100 * row[f'{name}_acc']:.2f} %" in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["BiDST", "BiP"])
+def test_ema_of_a_model_whose_method_collects_does_not(name):
+    torch.manual_seed(0)
+    model = sb.sparsify(tiny_net(), 0.8, seed=0)
+    optimizer, sparsifier = make_method(name, model)
+    take_step(model, optimizer, sparsifier, 0)
+    ema = sb.EMA(model)
+    assert all(layer.score_support == "none" for _, layer in sb.sparse_layers(ema.module))
+    assert not ema.module(batch(0)[0]).requires_grad
+
+
+def test_ema_of_a_kept_weight_that_is_zero_is_an_average():
+    model = sb.sparsify(nn.Linear(4, 4), 0.5, seed=0)
+    ema = sb.EMA(model)
+    before = ema.module.weight.clone()
+    with torch.no_grad():
+        model.weight.zero_()
+    ema.update(model)
+    torch.testing.assert_close(ema.module.weight.detach(), before * model.mask * (2 / 11))
+
+
+def test_fp16_clips_what_the_optimizer_steps_by(tmp_path):
+    """Gradients as they are, not as the scaler holds them, 65536 times as large: of those 100 would cut most off."""
+    ends = []
+    for name, value in (("given", 100.0), ("none", None)):
+        config = make_config(tmp_path / name, method="static", arch="mlp", batch_size=64, amp="fp16", max_steps=4)
+        train(dataclasses.replace(config, clip_grad_norm=value))
+        ends.append(ckpt.load_checkpoint(tmp_path / name)["model"])
+    for name, value in ends[0].items():
+        torch.testing.assert_close(value, ends[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_resumed_run_in_fp16_goes_on_with_its_scale(tmp_path):
+    whole = make_config(tmp_path / "whole", method="static", arch="mlp", batch_size=64, amp="fp16", max_steps=9)
+    train(whole)
+    parts = dataclasses.replace(whole, output_dir=str(tmp_path / "parts"), resume=True)
+    train(dataclasses.replace(parts, max_steps=4))
+    train(parts)
+    one, two = (ckpt.load_checkpoint(tmp_path / name) for name in ("whole", "parts"))
+    assert_same(one["scaler"], two["scaler"])
+    assert two["scaler"]["_growth_tracker"] == 9
+    assert_same(one["model"], two["model"])
+
+
+@pytest.mark.parametrize("scheduler", ["cosine", "step"])
+def test_the_scores_step_size_falls_over_the_whole_phase(scheduler, tmp_path, monkeypatch):
+    rates, step = [], sb.HYDRA.step
+
+    def note(self, *args, **kwargs):
+        rates.append(self.score_lr)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(sb.HYDRA, "step", note)
+    train(make_config(tmp_path, method="hydra", score_lr=0.3, score_lr_scheduler=scheduler))
+    assert rates == pytest.approx([0.3 * score_lr_factor(scheduler, i / 10) for i in range(10)])
+
+
+def test_warm_up_of_a_part_of_an_epoch_is_rounded():
+    """0.29 times 100 is 28.999999999999996."""
+    phase = Phase("train", epochs=1, steps_per_epoch=100, lr=1.0, weight_decay=0)
+    config = Config(lr_warmup_epochs=0.29, lr_scheduler="constant")
+    rates = [learning_rate(config, phase, step) for step in range(30)]
+    assert rates == pytest.approx([*((i + 1) / 29 for i in range(29)), 1.0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever was to read the output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except Exception as error:
         if args.traceback:
             raise
@@ -35,10 +39,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _explain(error: Exception) -> int:
     """Print an expected error as one line and return its exit code; anything else is a bug, and raised again."""
-    from ..comm import CommunicationError
-    from ..training.loop import Interrupted, TrainingError
-
     text = " ".join(str(error).split())
+    try:
+        from ..comm import CommunicationError
+        from ..training.loop import Interrupted, TrainingError
+    except (ImportError, ValueError):  # what is wrong is in the way of these, too
+        print(f"error: {text}", file=sys.stderr)
+        return 2
     if isinstance(error, Interrupted):
         print(text, file=sys.stderr)
         return error.exit_code
@@ -255,8 +262,8 @@ def run_report(args: argparse.Namespace) -> None:
     from ..report import make_report, print_table, read_runs
 
     runs = [run.path for run in read_runs(find_runs(args.runs))]  # what it leaves out it says once
-    print(print_table(runs))
-    print(f"report: {make_report(runs, args.output)}")
+    page = make_report(runs, args.output)
+    print(f"{print_table(runs)}\nreport: {page}")
 
 
 def run_export(args: argparse.Namespace) -> None:

@@ -60,7 +60,7 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file (UTF-8) as atomically as a checkpoint."""
     with _replacing(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))  # paths may hold what is no text in this locale
 
 
 def remove_temporaries(folder: Path, pattern: str) -> None:

@@ -210,7 +210,7 @@ class Config:
     overwrite: bool = option(False, "replace the run in this folder")
     eval_freq: int = option(1, "epochs between evaluations (the last epoch is always evaluated)")
     checkpoint_freq: int = option(1, "epochs between checkpoints (the last is always written)")
-    max_steps: int | None = option(None, "end after this many optimizer steps")
+    max_steps: int | None = option(None, "stop after this many optimizer steps; resume goes on to the full length")
     measure: bool = option(True, "measure the time of a training step against the dense network at the end")
     tensorboard: bool = option(False, "write TensorBoard logs too")
     print_freq: int = option(100, "steps between lines where there is no progress bar")

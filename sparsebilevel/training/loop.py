@@ -531,6 +531,8 @@ class Trainer:
         if self.folder.checkpoint.exists():
             return load_checkpoint(self.folder.checkpoint)
         self.folder.check_nothing_lost()
+        if self.ranks.is_main:
+            logger.warning("resume: there is no run in %s, and a new one starts", self.folder.path)
         return None
 
     # -- small parts --------------------------------------------------------------------------------------------------

@@ -286,7 +286,7 @@ class Progress:
         self.every, self.total, self.done, self.first = config.print_freq, total, done, done
         self.start = time.perf_counter()
         self.bar: Any = None
-        if not self.quiet:
+        if not self.quiet and sys.stderr is not None:
             try:
                 from tqdm import tqdm
             except ImportError:
@@ -308,10 +308,13 @@ class Progress:
     def print(self, text: str) -> None:
         if self.quiet:
             return
-        if self.bar is not None:
-            self.bar.write(text)
-        else:
-            print(text, flush=True)
+        try:
+            if self.bar is not None:
+                self.bar.write(text)
+            else:
+                print(text, flush=True)
+        except BrokenPipeError:  # nobody reads it any more, and the run goes on
+            self.quiet = True
 
     def close(self) -> None:
         if self.bar is not None:
