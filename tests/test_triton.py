@@ -363,7 +363,11 @@ FEW = {
     """.split(),
     120: ["weight_grad_split", "block_weight_grad_128"],
 }
-SPILLED = {("block_weight_grad_128", 120): 8}  # bytes; one register is stored and loaded once
+SPILLED = {  # bytes
+    ("block_weight_grad_128", 120): 8,  # one register is stored and loaded once
+    **{("masked_matmul_bytes_input_grad", arch): size for arch, size in ((80, 8), (86, 32), (89, 32), (120, 56))},
+    ("masked_matmul_bytes_input_grad_float32", 120): 8,
+}
 
 
 @pytest.mark.parametrize(
