@@ -171,8 +171,9 @@ def pack(
             f"values is a {type(values).__name__} without masks, and of a model the masked weights are packed; to send "
             "all of it give a mapping: {name: t for name, t in model.state_dict().items() if t.is_floating_point()}"
         )
+    tied = {name for name, _ in _sparse_layers(values)} if isinstance(values, nn.Module) else set()
     for name in masks:
-        if name not in tensors:
+        if name not in tensors and name not in tied:
             raise PackError(f"mask has {name!r}, which values has not; that has: {', '.join(tensors) or 'nothing'}")
     plans = [(t, *_plan(name, t.detach(), masks.get(name), format, dtype, block)) for name, t in tensors.items()]
 
@@ -276,10 +277,12 @@ def _by_name(argument: Any, what: str, masks: bool = False) -> dict[str, Tensor]
     """Tensors by their names; that of a single one is empty."""
     if argument is None:
         return {}
-    if isinstance(argument, nn.Module):  # a weight that several layers share goes under the first of its names
-        sparse = {id(m.weight): (n, m) for n, m in reversed([*argument.named_modules()]) if _is_sparse(m)}
-        layers = reversed(sparse.values())
-        argument = {f"{n}.weight" if n else "weight": m.mask if masks else m.weight for n, m in layers}
+    if isinstance(argument, nn.Module):
+        layers = _sparse_layers(argument)
+        if not masks:  # a weight that several layers share goes under the first of its names; masks are known by all
+            first = {id(m.weight): n for n, m in reversed(layers)}
+            layers = [(n, m) for n, m in layers if first[id(m.weight)] == n]
+        argument = {n: m.mask if masks else m.weight for n, m in layers}
     named: Mapping[str, Any] = argument if isinstance(argument, Mapping) else {"": argument}
     for name, tensor in named.items():
         item = f"{what}[{name!r}]" if named is argument else what
@@ -292,6 +295,11 @@ def _by_name(argument: Any, what: str, masks: bool = False) -> dict[str, Tensor]
         if masks and tensor.dtype != torch.bool:
             raise PackError(f"{item} is {tensor.dtype}; expected torch.bool")
     return dict(named)
+
+
+def _sparse_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """Names of weights, and the layers that have a mask of them."""
+    return [(f"{n}.weight" if n else "weight", m) for n, m in model.named_modules() if _is_sparse(m)]
 
 
 def _is_sparse(module: Any) -> bool:

@@ -495,3 +495,9 @@ def test_runs_that_diverge_do_not_end_an_ablation(tmp_path, capsys):
     rows = {line.split("  ")[0]: line for line in captured.out.splitlines()}
     assert rows["lr=1e+30"].split()[1] == "diverged"
     assert (tmp_path / "lr=0.05-seed0" / "log.jsonl").exists()
+
+
+def test_runs_that_differ_in_where_and_how_long_are_not_the_same(tmp_path):
+    flags = ["--method", "static", "--arch", "mlp", *TINY, "--max-steps", "1", "--output-dir", str(tmp_path)]
+    cli.main(["ablate", *flags, "--grid", "max_steps=1,2"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["default-seed0", "max_steps=2-seed0"]

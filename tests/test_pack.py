@@ -568,6 +568,8 @@ def test_nothing_is_added_twice_to_tied_weights():
     sb.sparsify(model, 0.5)
     message = pack(model)
     assert [entry.name for entry in message.entries] == ["0.weight"]
+    values = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
+    assert [entry.num_values for entry in pack(values, model).entries] == [8, 8]  # both names are masked
     weight = model[0].weight.detach().clone()
     unpack(message, out=model, mode="accumulate")
     assert torch.equal(model[0].weight, torch.where(model[0].mask, 2 * weight, weight))

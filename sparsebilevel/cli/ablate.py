@@ -88,7 +88,7 @@ def ablate(
     trained: list[tuple[Config, dict[str, Any] | None]] = []
     lost: list[str] = []
     for setting, run in runs.values():
-        same = [found for other, found in trained if not run.differences(dataclasses.asdict(other))]
+        same = [found for other, found in trained if other == dataclasses.replace(run, output_dir=other.output_dir)]
         label = f"{_label(setting)}, seed {run.seed}"
         if not config.quiet:
             print(f"{label}{': the same as a run before' * bool(same)}", flush=True)
